@@ -1,0 +1,138 @@
+"""Lightning attention: linear attention with a fixed exponential decay per head."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sala.errors import InputError
+
+# imported here and not on first use: torch.compile cannot trace an import
+from sala.ops.dispatch import choose
+from sala.ops.lightning import eager as _eager  # noqa: F401
+from sala.ops.packing import row_bounds
+
+__all__ = ["lightning_attention", "log_decay"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def log_decay(num_heads: int) -> Tensor:
+    """Return the logarithm of each head's decay per token, (H,) float32, all negative.
+
+    Minus the ALiBi slopes, 2^(-8 (h+1) / H), the same for every layer; for an H that is no power of two, those of
+    the next lower power P followed by every second one of 2P. (Press et al., "Train Short, Test Long", section 3
+    and its code; MiniCPM-SALA and HALO use them without a factor for the layer.)
+
+    Raises:
+        InputError: no heads.
+    """
+    if num_heads < 1:
+        raise InputError(f"num_heads must be at least 1, not {num_heads}")
+    power = 2 ** int(math.log2(num_heads))
+    slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
+    slopes += [2.0 ** (-4 * (head + 1) / power) for head in range(0, 2 * power, 2)][: num_heads - power]
+    return -torch.tensor(slopes, dtype=torch.float32)
+
+
+def lightning_attention(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay_H: Tensor,
+    *,
+    scale: float,
+    initial_state_BHKV: Tensor | None = None,
+    mask_BT: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run linear attention with decay over T tokens; with T = 1 and a state, it is the decoding step.
+
+        S_t = exp(log_decay) S_{t-1} + k_t v_t^T        decay first, then add
+        o_t = scale S_t^T q_t                           the updated state
+
+    (Qin et al., "Lightning Attention-2", equations 3-6; MiniCPM-SALA, section 2: no normaliser, no activation.)
+
+    Args:
+        q_BTHK, k_BTHK, v_BTHV: float32, bfloat16, float16 or float64, one dtype for the three.
+        log_decay_H: float32 (or float64), none above zero; see `log_decay`.
+        scale: multiplies the queries, usually K**-0.5.
+        initial_state_BHKV: float32 (float64 for float64 inputs), zeros when left out; not changed.
+        mask_BT: bool; a False token neither adds to the state nor decays it, its output is zero, its values may be
+            anything, NaN included.
+        cu_seqlens: (N+1,) int32 or int64: the one batch row is N rows end to end, each with a state of its own.
+        backend: a name in `sala.ops.dispatch.BACKENDS["lightning"]`, or "auto".
+
+    Returns:
+        out (B, T, H, V) in the dtype of `v`; final state (B, H, K, V), float32 (float64 for float64 inputs). With
+        `cu_seqlens` states are (N, H, K, V).
+
+    Raises:
+        InputError: shapes, dtypes, devices or values that do not fit.
+        BackendError: no such backend.
+    """
+    _check(q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV, mask_BT, cu_seqlens)
+    return choose("lightning", backend).attend(
+        q_BTHK,
+        k_BTHK,
+        v_BTHV,
+        log_decay_H,
+        scale=scale,
+        initial_state_BHKV=initial_state_BHKV,
+        mask_BT=mask_BT,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay_H: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Refuse whatever a backend would turn into a wrong number or an error about something else."""
+    if q.ndim != 4 or v.ndim != 4:
+        raise InputError(f"q and v must be (B, T, H, width), not {tuple(q.shape)} and {tuple(v.shape)}")
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    if k.shape != q.shape:
+        raise InputError(f"k must have the shape of q, {(B, T, H, K)}, not {tuple(k.shape)}")
+    if v.shape[:3] != q.shape[:3]:
+        raise InputError(f"v must be (B, T, H, V) with (B, T, H) = {(B, T, H)} as in q, not {tuple(v.shape)}")
+    if T == 0:
+        raise InputError("lightning_attention needs at least one token, T = 0")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise InputError(f"q, k and v must share one dtype of {names}, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if log_decay_H.shape != (H,):
+        raise InputError(f"log_decay must have one value per head, ({H},), not {tuple(log_decay_H.shape)}")
+    if log_decay_H.dtype not in (torch.float32, torch.float64):
+        # a model cast to bfloat16 casts its buffers too
+        raise InputError(f"log_decay must be float32, not {log_decay_H.dtype}: a rounded slope is another decay")
+    # a graph cannot look at a value, and on a device looking waits for all the work before it
+    if not torch.compiler.is_compiling() and (T > 1 or log_decay_H.is_cpu) and not log_decay_H.is_meta:
+        lowest, highest = (extreme.item() for extreme in log_decay_H.aminmax())
+        if not -math.inf < lowest <= highest <= 0:
+            raise InputError(
+                f"log_decay must be finite and not above zero, not {lowest} to {highest}: pass minus the slope"
+            )
+    if mask is not None and (mask.shape != (B, T) or mask.dtype != torch.bool):
+        raise InputError(f"mask must be bool of shape {(B, T)}, not {mask.dtype} of shape {tuple(mask.shape)}")
+    num_rows = B
+    if cu_seqlens is not None:
+        if B != 1:
+            raise InputError(f"packed rows are one batch row: with cu_seqlens B must be 1, not {B}")
+        num_rows = len(row_bounds(cu_seqlens, T)) - 1
+    if initial_state is not None:
+        if initial_state.shape != (num_rows, H, K, V):
+            raise InputError(f"the state must be {(num_rows, H, K, V)}, not {tuple(initial_state.shape)}")
+        state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        if initial_state.dtype != state_dtype:
+            raise InputError(f"the state must be {state_dtype}, not {initial_state.dtype}: a rounded state drifts")
+    for name, tensor in (("k", k), ("v", v), ("log_decay", log_decay_H), ("state", initial_state), ("mask", mask)):
+        if tensor is not None and tensor.device != q.device:
+            raise InputError(f"{name} is on {tensor.device}, q on {q.device}; move them to one device")

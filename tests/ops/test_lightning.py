@@ -1,0 +1,373 @@
+"""Laws of lightning attention: every backend against the definition, and what any of them must keep."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sala.errors import BackendError, InputError
+from sala.ops.dispatch import BACKENDS
+from sala.ops.lightning import lightning_attention, log_decay
+from tolerances import assert_close
+
+B, H, K, V = 2, 3, 8, 5
+SCALE = K**-0.5
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS["lightning"])
+every_other_backend = pytest.mark.parametrize(
+    "backend", [name for name in BACKENDS["lightning"] if name != "reference"]
+)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+
+
+def qkv(T: int, rows: int = B, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    q, k = torch.randn(2, rows, T, H, K, dtype=dtype)
+    return q, k, torch.randn(rows, T, H, V, dtype=dtype)
+
+
+def state(rows: int = B, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(rows, H, K, V, dtype=dtype)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
+    return lightning_attention(q, k, v, log_decay(q.shape[2]), scale=SCALE, **options)
+
+
+# slopes
+
+
+def test_slopes_are_the_released_ones() -> None:
+    slopes_H = -log_decay(32)
+    assert slopes_H.dtype == torch.float32
+    for head, slope in {0: 0.8408964, 1: 0.7071068, 31: 0.00390625}.items():
+        assert slopes_H[head].item() == pytest.approx(slope, rel=1e-7)
+
+
+def test_decays_of_eight_heads_are_those_of_halo() -> None:
+    expected = [0.6065, 0.7788, 0.8825, 0.9394, 0.9692, 0.9845, 0.9922, 0.9961]
+    assert log_decay(8).exp().tolist() == pytest.approx(expected, abs=5e-5)
+
+
+def test_slopes_of_other_head_counts_interleave_the_next_series() -> None:
+    def series(n: int) -> Tensor:
+        return 2.0 ** (-8 / n * torch.arange(1, n + 1))
+
+    torch.testing.assert_close(-log_decay(6), torch.cat([series(4), series(8)[::2][:2]]))
+    torch.testing.assert_close(-log_decay(12), torch.cat([series(8), series(16)[::2][:4]]))
+    torch.testing.assert_close(-log_decay(1), series(1))
+
+
+def test_no_heads_are_refused() -> None:
+    with pytest.raises(InputError, match="at least 1, not 0"):
+        log_decay(0)
+
+
+# against the definition
+
+
+@every_other_backend
+@every_dtype
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 130, 327])
+def test_backends_agree_with_the_definition(backend: str, dtype: torch.dtype, masked: bool, T: int) -> None:
+    inputs = qkv(T, dtype=dtype)
+    mask_BT = torch.rand(B, T) > 0.3 if masked else None
+    for initial in (None, state(dtype=state_dtype(dtype))):
+        options = {"mask_BT": mask_BT, "initial_state_BHKV": initial}
+        out, final = attend(*inputs, **options, backend=backend)
+        expected_out, expected_final = attend(*inputs, **options, backend="reference")
+        assert_close(out, expected_out)
+        # a state is stored in float32 and summed from products of the inputs' precision
+        assert_close(final, expected_final, dtype)
+
+
+@every_other_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("T", [1, 65, 130])
+def test_gradients_agree_with_the_definition(backend: str, dtype: torch.dtype, masked: bool, T: int) -> None:
+    mask_BT = torch.rand(B, T) > 0.3 if masked else None
+    inputs = [x.requires_grad_() for x in (*qkv(T, dtype=dtype), state())]
+    out_weights, state_weights = torch.randn(B, T, H, V), state()
+
+    def gradients(name: str) -> tuple[Tensor, ...]:
+        q, k, v, initial = inputs
+        out, final = attend(q, k, v, initial_state_BHKV=initial, mask_BT=mask_BT, backend=name)
+        return torch.autograd.grad((out.float() * out_weights).sum() + (final * state_weights).sum(), inputs)
+
+    for gradient, expected in zip(gradients(backend), gradients("reference"), strict=True):
+        assert_close(gradient, expected, dtype)
+
+
+@pytest.mark.parametrize("T", [1, 5, 67])
+def test_gradients_are_the_derivatives(T: int) -> None:
+    q, k = torch.randn(2, 1, T, 2, 2, dtype=torch.float64)
+    v, initial = torch.randn(1, T, 2, 1, dtype=torch.float64), torch.randn(1, 2, 2, 1, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (q, k, v, initial)]
+    mask_BT = torch.arange(T)[None] != 1
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+        return attend(q, k, v, initial_state_BHKV=initial, mask_BT=mask_BT)
+
+    def unmasked(q: Tensor, k: Tensor, v: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+        return attend(q, k, v, initial_state_BHKV=initial)
+
+    for function in (unmasked, masked):
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+@every_backend
+@pytest.mark.parametrize("T", [1, 63, 130, 1100])
+def test_the_closed_form_holds(backend: str, T: int) -> None:
+    q, k, v = qkv(T, dtype=torch.float64)
+    position_T = torch.arange(T)
+    age_TT = position_T[:, None] - position_T
+    decay_HTT = torch.where(age_TT >= 0, (log_decay(H).double()[:, None, None] * age_TT.clamp_min(0)).exp(), 0)
+    scores_BHTT = SCALE * torch.einsum("bthk,bshk->bhts", q, k) * decay_HTT
+    out, _ = attend(q, k, v, backend=backend)
+    assert_close(out, torch.einsum("bhts,bshv->bthv", scores_BHTT, v))
+
+
+@every_other_backend
+def test_wide_heads_agree_with_the_definition(backend: str) -> None:
+    # a state too large to hold those of many chunks at once
+    q, k, v = torch.randn(3, 1, 130, 1, 600)
+    for actual, expected in zip(attend(q, k, v, backend=backend), attend(q, k, v, backend="reference"), strict=True):
+        assert_close(actual, expected)
+
+
+# laws
+
+
+@every_backend
+def test_the_state_decays_before_a_token_is_added_and_is_read_after(backend: str) -> None:
+    one = torch.ones(1, 1, 1, 1)
+    slope_H = torch.tensor([-1.0])
+    out, final = lightning_attention(one, 3 * one, one, slope_H, scale=0.5, initial_state_BHKV=2 * one, backend=backend)
+    assert final.item() == pytest.approx(2 * 0.36787944 + 3)
+    assert out.item() == pytest.approx(0.5 * final.item())
+
+
+@every_backend
+def test_the_future_is_invisible(backend: str) -> None:
+    T, now = 130, 70
+    q, k, v = qkv(T)
+    before, _ = attend(q, k, v, backend=backend)
+    for x in (q, k, v):
+        x[:, now:] = torch.randn_like(x[:, now:])
+    after, _ = attend(q, k, v, backend=backend)
+    assert torch.equal(before[:, :now], after[:, :now])
+    assert not torch.equal(before[:, now], after[:, now])
+
+
+@every_backend
+@pytest.mark.parametrize("cut", [1, 63, 64, 65, 129])
+def test_two_prefills_are_one(backend: str, cut: int) -> None:
+    inputs = qkv(130)
+    whole, final = attend(*inputs, initial_state_BHKV=state(), backend=backend)
+    torch.manual_seed(0)
+    inputs = qkv(130)
+    first, between = attend(*(x[:, :cut] for x in inputs), initial_state_BHKV=state(), backend=backend)
+    second, last = attend(*(x[:, cut:] for x in inputs), initial_state_BHKV=between, backend=backend)
+    assert_close(torch.cat([first, second], dim=1), whole)
+    assert_close(last, final)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 150), min_size=1, max_size=4), seed=st.integers(0, 2**31))
+def test_any_splits_are_one_call(lengths: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    inputs = qkv(sum(lengths), rows=1)
+    mask_BT = torch.rand(1, sum(lengths)) > 0.2
+    whole, final = attend(*inputs, mask_BT=mask_BT)
+    out, carried = [], None
+    for *part, mask in zip(*(x.split(lengths, dim=1) for x in (*inputs, mask_BT)), strict=True):
+        part_out, carried = attend(*part, mask_BT=mask, initial_state_BHKV=carried)
+        out.append(part_out)
+    assert_close(torch.cat(out, dim=1), whole)
+    assert_close(carried, final)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_step_by_step_is_one_call(backend: str, dtype: torch.dtype) -> None:
+    T = 66
+    inputs = qkv(T, dtype=dtype)
+    whole, final = attend(*inputs, backend=backend)
+    out, carried = [], None
+    for t in range(T):
+        token_out, carried = attend(*(x[:, t : t + 1] for x in inputs), initial_state_BHKV=carried, backend=backend)
+        out.append(token_out)
+    assert_close(torch.cat(out, dim=1), whole)
+    assert_close(carried, final, dtype)
+
+
+@every_backend
+def test_batch_rows_are_independent(backend: str) -> None:
+    inputs, initial = qkv(70, rows=3), state(3)
+    out, final = attend(*inputs, initial_state_BHKV=initial, backend=backend)
+    for row in range(3):
+        own = slice(row, row + 1)
+        own_out, own_final = attend(*(x[own] for x in inputs), initial_state_BHKV=initial[own], backend=backend)
+        assert_close(out[own], own_out)
+        assert_close(final[own], own_final)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_packed_rows_are_separate_rows(backend: str, dtype: torch.dtype, masked: bool) -> None:
+    bounds = [0, 1, 66, 66, 130]
+    inputs, initial = [x.requires_grad_() for x in qkv(130, rows=1)], state(4)
+    mask_BT = torch.rand(1, 130) > 0.3 if masked else None
+    cu_seqlens = torch.tensor(bounds, dtype=dtype)
+    out, final = attend(*inputs, initial_state_BHKV=initial, cu_seqlens=cu_seqlens, mask_BT=mask_BT, backend=backend)
+    weights = torch.randn_like(out)
+    gradients = torch.autograd.grad((out * weights).sum(), inputs)
+    for row, (start, end) in enumerate(pairwise(bounds)):
+        if start == end:
+            assert torch.equal(final[row], initial[row])
+            continue
+        own = [x[:, start:end].detach().requires_grad_() for x in inputs]
+        own_mask = mask_BT[:, start:end] if masked else None
+        own_out, own_final = attend(*own, initial_state_BHKV=initial[row : row + 1], mask_BT=own_mask, backend=backend)
+        assert_close(out[:, start:end], own_out)
+        assert_close(final[row : row + 1], own_final)
+        own_gradients = torch.autograd.grad((own_out * weights[:, start:end]).sum(), own)
+        for gradient, expected in zip(gradients, own_gradients, strict=True):
+            assert_close(gradient[:, start:end], expected)
+
+
+@every_backend
+@pytest.mark.parametrize("T", [1, 66])
+def test_left_padding_is_none(backend: str, T: int) -> None:
+    pads = 7
+    inputs, initial = qkv(T), state()
+    out, final = attend(*inputs, initial_state_BHKV=initial, backend=backend)
+    padded = [torch.cat([torch.randn_like(x[:, :1]).expand(-1, pads, -1, -1), x], dim=1) for x in inputs]
+    mask_BT = (torch.arange(pads + T) >= pads).expand(B, -1)
+    padded_out, padded_final = attend(*padded, initial_state_BHKV=initial, mask_BT=mask_BT, backend=backend)
+    assert not padded_out[:, :pads].any()
+    assert_close(padded_out[:, pads:], out)
+    assert_close(padded_final, final)
+
+
+@every_backend
+def test_a_row_without_tokens_keeps_its_state(backend: str) -> None:
+    initial = state()
+    out, final = attend(
+        *qkv(3), initial_state_BHKV=initial, mask_BT=torch.tensor([[False] * 3, [True] * 3]), backend=backend
+    )
+    assert not out[0].any()
+    assert torch.equal(final[0], initial[0])
+    assert not torch.equal(final[1], initial[1])
+
+
+@every_backend
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("T", [1, 70])
+def test_masked_tokens_poison_nothing(backend: str, poison: float, T: int) -> None:
+    mask_BT = torch.rand(B, T) > 0.5
+    clean, initial = qkv(T), state()
+    poisoned = [torch.where(mask_BT[..., None, None], x, poison).requires_grad_() for x in clean]
+    expected_out, expected_final = attend(*clean, mask_BT=mask_BT, initial_state_BHKV=initial, backend=backend)
+    out, final = attend(*poisoned, mask_BT=mask_BT, initial_state_BHKV=initial, backend=backend)
+    assert torch.equal(out, expected_out)
+    assert torch.equal(final, expected_final)
+    if mask_BT.any():
+        for gradient in torch.autograd.grad(out.sum() + final.sum(), poisoned):
+            assert gradient.isfinite().all()
+            assert not gradient[~mask_BT].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_steep_heads_do_not_overflow_over_long_rows(dtype: torch.dtype) -> None:
+    T, steep_H = 3000, torch.tensor([-90.0, -1e4, 0.0], requires_grad=True)
+    q, k, v = (x.requires_grad_() for x in qkv(T, rows=1, dtype=dtype))
+    for mask_BT in (None, torch.arange(T)[None] % 3 > 0):
+        out, final = lightning_attention(q, k, v, steep_H, scale=SCALE, mask_BT=mask_BT, initial_state_BHKV=state(1))
+        assert out.isfinite().all()
+        assert final.isfinite().all()
+        for gradient in torch.autograd.grad(out.float().sum() + final.sum(), (q, k, v, steep_H)):
+            assert gradient.isfinite().all()
+
+
+def test_sums_beyond_the_range_of_float16_are_right() -> None:
+    q, k, v = (torch.full((1, 64, 1, 1), 64.0, dtype=torch.float16) for _ in range(3))
+    out, final = lightning_attention(q, k, v, torch.tensor([0.0]), scale=2.0**-12)
+    assert final.item() == 64 * 64 * 64
+    assert out[0, -1].item() == 64 * 64
+
+
+@every_backend
+def test_the_given_state_is_not_changed(backend: str) -> None:
+    for T in (1, 65):
+        initial = state()
+        copy = initial.clone()
+        attend(*qkv(T), initial_state_BHKV=initial, backend=backend)
+        assert torch.equal(initial, copy)
+
+
+@pytest.mark.parametrize("T", [1, 200])
+def test_one_graph_holds_the_whole_call(T: int) -> None:
+    inputs, initial = qkv(T), state()
+
+    def call(q: Tensor, k: Tensor, v: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+        return attend(q, k, v, initial_state_BHKV=initial)
+
+    # traced and run without code generation: what is tested is that nothing breaks the graph
+    traced = torch.compile(call, fullgraph=True, dynamic=False, backend="aot_eager")
+    for actual, expected in zip(traced(*inputs, initial), call(*inputs, initial), strict=True):
+        assert_close(actual, expected)
+
+
+# what is refused
+
+
+def change(**changes) -> dict:
+    q, k, v = qkv(4)
+    return {"q_BTHK": q, "k_BTHK": k, "v_BTHV": v, "log_decay_H": log_decay(H)} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"q_BTHK": torch.zeros(4, H, K)}, r"q and v must be \(B, T, H, width\)"),
+        ({"k_BTHK": torch.zeros(B, 4, 1, K)}, r"shape of q, \(2, 4, 3, 8\), not \(2, 4, 1, 8\)"),
+        ({"v_BTHV": torch.zeros(B, 5, H, V)}, r"v must be .* not \(2, 5, 3, 5\)"),
+        (dict.fromkeys(("q_BTHK", "k_BTHK", "v_BTHV"), torch.zeros(B, 0, H, K)), "at least one token"),
+        ({"v_BTHV": torch.zeros(B, 4, H, V).bfloat16()}, r"one dtype of .* not torch.float32, .* torch.bfloat16"),
+        (dict.fromkeys(("q_BTHK", "k_BTHK", "v_BTHV"), torch.zeros(B, 4, H, K).int()), "not torch.int32"),
+        ({"log_decay_H": log_decay(4)}, r"one value per head, \(3,\), not \(4,\)"),
+        ({"log_decay_H": log_decay(H).bfloat16()}, "log_decay must be float32, not torch.bfloat16"),
+        ({"log_decay_H": -log_decay(H)}, "not above zero.* pass minus the slope"),
+        ({"log_decay_H": torch.full((H,), torch.nan)}, "not nan to nan"),
+        ({"log_decay_H": torch.full((H,), -torch.inf)}, "not -inf to -inf"),
+        ({"mask_BT": torch.ones(B, 4)}, r"mask must be bool of shape \(2, 4\), not torch.float32"),
+        ({"mask_BT": torch.ones(B, 5, dtype=torch.bool)}, r"not torch.bool of shape \(2, 5\)"),
+        ({"initial_state_BHKV": torch.zeros(B, H, V, K)}, r"state must be \(2, 3, 8, 5\), not \(2, 3, 5, 8\)"),
+        ({"initial_state_BHKV": torch.zeros(B, H, K, V).bfloat16()}, "state must be torch.float32, not torch.bfloat16"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, "B must be 1, not 2"),
+        ({"log_decay_H": torch.zeros(H, device="meta")}, "log_decay is on meta, q on cpu"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(changes: dict, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        lightning_attention(**change(**changes), scale=SCALE)
+
+
+def test_a_state_must_be_given_per_packed_row() -> None:
+    with pytest.raises(InputError, match=r"state must be \(2, 3, 8, 5\), not \(1, 3, 8, 5\)"):
+        attend(*qkv(4, rows=1), cu_seqlens=torch.tensor([0, 2, 4]), initial_state_BHKV=state(1))
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(BackendError, match="'triton'; it has auto, eager, reference"):
+        attend(*qkv(4), backend="triton")
