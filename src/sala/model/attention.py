@@ -1,0 +1,82 @@
+"""Full softmax attention: the teacher's layers, and the kept layers of a hybrid while selection is off."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sala.model.cache import AttentionCache
+from sala.model.config import MiniCPMSALAConfig
+from sala.model.norm import RMSNorm
+from sala.model.rope import rotate
+from sala.model.rows import Rows
+from sala.ops.dense import dense_attention
+from sala.ops.packing import pack, unpack
+
+
+class FullAttention(nn.Module):
+    """Grouped-query attention with the switches of the source families.
+
+    The released layer has no rotation and no q/k norm, and gates its output: y = Wo(o * sigmoid(Wg x))
+    (MiniCPM-SALA report section 2; HALO paper eq. 17 without its norm, as in the checkpoint).
+    """
+
+    def __init__(self, config: MiniCPMSALAConfig):
+        super().__init__()
+        assert config.num_key_value_heads is not None and config.head_dim is not None
+        self.num_heads, self.num_groups, self.width = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.use_rope = config.attn_use_rope
+        self.logits_base = config.attn_logits_scaling
+        bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.width, config.hidden_size, bias=config.attention_bias)
+        if config.attention_qk_norm:
+            self.q_norm = RMSNorm(self.width, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.width, config.rms_norm_eps)
+        if config.attn_use_output_gate:
+            self.o_gate = nn.Linear(config.hidden_size, self.num_heads * self.width, bias=False)
+
+    @property
+    def needs_rope(self) -> bool:
+        return self.use_rope
+
+    def forward(self, x_BTD: Tensor, rows: Rows, cache: AttentionCache | None = None) -> Tensor:
+        batch, length, _ = x_BTD.shape
+        q = self.q_proj(x_BTD).view(batch, length, self.num_heads, self.width)
+        k = self.k_proj(x_BTD).view(batch, length, self.num_groups, self.width)
+        v = self.v_proj(x_BTD).view(batch, length, self.num_groups, self.width)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.use_rope:
+            assert rows.cosine is not None and rows.sine is not None
+            q, k = rotate(q, rows.cosine, rows.sine), rotate(k, rows.cosine, rows.sine)
+        if self.logits_base is not None:
+            q = q * logits_scale(rows.positions_BT, self.logits_base)[:, :, None, None].to(q.dtype)
+        if rows.cu_seqlens is None:
+            o_BTHV = self.attend(q, k, v, rows, cache)
+        else:
+            (q, mask), (k, _), (v, _) = (unpack(tensor, rows.cu_seqlens) for tensor in (q, k, v))
+            positions = torch.arange(q.shape[1], device=q.device)[None].expand(mask.shape).masked_fill(~mask, -1)
+            o_BTHV = pack(self.attend(q, k, v, Rows(positions, mask_BT=mask), None), rows.cu_seqlens)
+        o = o_BTHV.reshape(batch, length, -1)
+        if hasattr(self, "o_gate"):
+            o = o * torch.sigmoid(self.o_gate(x_BTD))
+        return self.o_proj(o)
+
+    def attend(
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows, cache: AttentionCache | None
+    ) -> Tensor:
+        """Return (B, T, H, V) over everything cached and new, causal by position."""
+        k, v = (k_BTGK, v_BTGV) if cache is None else cache.append(k_BTGK, v_BTGV, rows)
+        return dense_attention(q_BTHK, k, v, rows.positions_BT, scale=self.width**-0.5, start=rows.start)
+
+
+def logits_scale(positions_BT: Tensor, base: float) -> Tensor:
+    """Return log_a(t + a) of each query's position t, (B, T) float32 (HALO paper section 4.3)."""
+    return (positions_BT.clamp(min=0).float() + base).log() / math.log(base)

@@ -1,0 +1,224 @@
+"""What each kind of layer remembers between calls, as one `transformers` cache."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from sala.errors import InputError
+from sala.model.config import MiniCPMSALAConfig
+from sala.model.rows import Rows
+from sala.ops.infllm import SparseGeometry, compress
+
+
+class GrowingTensor:
+    """A tensor (B, S, ...) that grows along S without copying at every append.
+
+    Memory is reserved ahead and reads zero until it is written: what lies past a row's end is masked, never skipped,
+    and a stray NaN there would survive the mask.
+    """
+
+    def __init__(self, reserve: int = 0):
+        self.buffer: Tensor | None = None
+        self.length = 0
+        self.reserve = reserve
+
+    def extend_to(self, length: int, like: Tensor) -> Tensor:
+        """Return the first `length` places (B, length, ...), of the dtype, device and other widths of `like`."""
+        if self.buffer is None or self.buffer.shape[1] < length:
+            capacity = max(length, self.reserve, 2 * self.length if self.buffer is not None else length)
+            grown = like.new_zeros((like.shape[0], capacity, *like.shape[2:]))
+            if self.buffer is not None:
+                grown[:, : self.length] = self.buffer[:, : self.length]
+            self.buffer = grown
+        self.length = max(self.length, length)
+        return self.buffer[:, :length]
+
+    @property
+    def filled(self) -> Tensor | None:
+        return None if self.buffer is None else self.buffer[:, : self.length]
+
+    def select(self, rows: Tensor) -> None:
+        if self.buffer is not None:
+            self.buffer = self.buffer.index_select(0, rows.to(self.buffer.device))
+
+    @property
+    def size_bytes(self) -> int:
+        filled = self.filled
+        return 0 if filled is None else filled.numel() * filled.element_size()
+
+
+class LayerCache(CacheLayerMixin):
+    """The part of transformers' layer interface that is the same for every mixer of ours."""
+
+    is_croppable = False
+
+    def tensors(self) -> list[GrowingTensor]:
+        raise NotImplementedError
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the batch rows `rows` (int64), in that order."""
+        for tensor in self.tensors():
+            tensor.select(rows)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.size_bytes for tensor in self.tensors())
+
+    def rows_held(self) -> int:
+        held = [tensor.buffer.shape[0] for tensor in self.tensors() if tensor.buffer is not None]
+        return held[0] if held else 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.select(torch.arange(self.rows_held()).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        for tensor in self.tensors():
+            tensor.buffer, tensor.length = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise InputError("this cache holds recurrent states, which cannot be cut back; keep a copy from before instead")
+
+    # The rest is transformers' own path to a layer, which our mixers do not take.
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("the mixer writes this layer")
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("the mixer writes this layer")
+
+    def get_seq_length(self) -> int:
+        return max((tensor.length for tensor in self.tensors()), default=0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:  # its name before transformers 5.20
+        return -1
+
+
+class AttentionCache(LayerCache):
+    """Keys and values: the one of position p stands at index p of its row, so padding takes no place."""
+
+    def __init__(self, config: MiniCPMSALAConfig, reserve: int = 0):
+        super().__init__()
+        self.key_places = GrowingTensor(reserve)
+        self.value_places = GrowingTensor(reserve)
+
+    def tensors(self) -> list[GrowingTensor]:
+        return [self.key_places, self.value_places]
+
+    def append(self, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values and return all of them, (B, S, G, K) and (B, S, G, V)."""
+        end = rows.start + k_BTGK.shape[1] if rows.start is not None else int(rows.positions_BT.max()) + 1
+        end = max(end, self.key_places.length)
+        return _write(self.key_places, k_BTGK, rows, end), _write(self.value_places, v_BTGV, rows, end)
+
+
+class SparseCache(AttentionCache):
+    """Keys, values and two tiers of compressed keys, each computed once, when its window completes."""
+
+    def __init__(self, config: MiniCPMSALAConfig, reserve: int = 0):
+        super().__init__(config, reserve)
+        self.geometry = config.sparse_geometry
+        self.tiers = [GrowingTensor(reserve // stride) for _, stride in compression_tiers(self.geometry)]
+        self.shortest = 0
+
+    def tensors(self) -> list[GrowingTensor]:
+        return [*super().tensors(), *self.tiers]
+
+    def compressed(self, k_BSGK: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Return both tiers (B, N, G, K) for all keys so far.
+
+        Rows of a padded batch end at different places; a window that is incomplete in the shortest row is computed
+        again later, and until then no query of that row reaches it.
+        """
+        total = k_BSGK.shape[1]
+        for tier, (size, stride) in zip(self.tiers, compression_tiers(self.geometry), strict=True):
+            done, complete = num_windows(self.shortest, size, stride), num_windows(total, size, stride)
+            places = tier.extend_to(complete, k_BSGK[:, :complete])
+            if complete > done:
+                places[:, done:] = compress(k_BSGK[:, done * stride : (complete - 1) * stride + size], size, stride)
+        ends_B = rows.positions_BT.max(dim=1).values + 1
+        self.shortest = total if rows.start is not None else max(self.shortest, int(ends_B.min()))
+        fine, coarse = (tier.filled for tier in self.tiers)
+        assert fine is not None and coarse is not None
+        return fine, coarse
+
+    def reset(self) -> None:
+        super().reset()
+        self.shortest = 0
+
+
+class LightningCache(LayerCache):
+    """One float32 state (B, H, K, V) whatever the length."""
+
+    def __init__(self, config: MiniCPMSALAConfig, reserve: int = 0):
+        super().__init__()
+        self.state_BHKV: Tensor | None = None
+
+    def tensors(self) -> list[GrowingTensor]:
+        return []
+
+    def select(self, rows: Tensor) -> None:
+        if self.state_BHKV is not None:
+            self.state_BHKV = self.state_BHKV.index_select(0, rows.to(self.state_BHKV.device))
+
+    def rows_held(self) -> int:
+        return 0 if self.state_BHKV is None else self.state_BHKV.shape[0]
+
+    @property
+    def size_bytes(self) -> int:
+        return 0 if self.state_BHKV is None else self.state_BHKV.numel() * self.state_BHKV.element_size()
+
+    def reset(self) -> None:
+        self.state_BHKV = None
+
+
+class SalaCache(Cache):
+    """All layers' caches and the count of columns (tokens, padding included) seen so far; `new_cache` makes an empty one."""
+
+    def __init__(self, layers: list[LayerCache]):
+        super().__init__(layers=list(layers))
+        self.columns = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def reset(self) -> None:
+        super().reset()
+        self.columns = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of what has been written; memory reserved ahead is not counted."""
+        return sum(layer.size_bytes for layer in self.layers if isinstance(layer, LayerCache))
+
+
+def compression_tiers(geometry: SparseGeometry) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (window size, stride) of the fine and of the coarse tier."""
+    return (geometry.kernel_size, geometry.kernel_stride), (geometry.coarse_size, geometry.coarse_stride)
+
+
+def num_windows(length: int, size: int, stride: int) -> int:
+    """Number of complete windows in `length` keys."""
+    return max(0, (length - size) // stride + 1)
+
+
+def _write(places: GrowingTensor, new_BT: Tensor, rows: Rows, end: int) -> Tensor:
+    everything = places.extend_to(end, new_BT)
+    if rows.start is not None:
+        everything[:, rows.start : rows.start + new_BT.shape[1]] = new_BT
+    else:
+        row, column = (rows.positions_BT >= 0).nonzero(as_tuple=True)
+        everything[row, rows.positions_BT[row, column]] = new_BT[row, column]
+    return everything

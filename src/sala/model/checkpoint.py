@@ -1,0 +1,115 @@
+"""Checkpoint folders: read strictly, written whole or not at all."""
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sala.errors import CheckpointError, InputError
+
+_EMBEDDED = Path(__file__).parent.parent / "embedded"
+BUILTIN = {"embedded-teacher": _EMBEDDED / "teacher", "embedded-hybrid": _EMBEDDED / "hybrid"}
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """Return the folder of a checkpoint: an existing folder, a model that ships with the package, or a hub name.
+
+    Raises:
+        CheckpointError: nothing goes by that name, here or on the hub.
+    """
+    if str(name) in BUILTIN:
+        return BUILTIN[str(name)]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_like_path = folder.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1
+    if not looks_like_path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        try:
+            return Path(snapshot_download(str(name), allow_patterns=patterns))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise CheckpointError(
+                f"model {str(name)!r} is neither a folder nor reachable on the hub ({type(error).__name__})"
+            ) from error
+    raise CheckpointError(
+        f"no folder {str(name)!r}; right would be a checkpoint folder, a hub name, or one of {', '.join(BUILTIN)}"
+    )
+
+
+def read_json(path: Path) -> dict:
+    """Return a JSON object; CheckpointError when the file is missing or is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.name} is missing in {path.parent}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; right would be an object")
+    return value
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint, in the order of the index; all of them exist.
+
+    Raises:
+        CheckpointError: there are none, or the index names one that is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        raise CheckpointError(
+            f"{folder} lacks {', '.join(missing) or 'weights'}; right would be safetensors files, all of the index"
+        )
+    return [folder / name for name in names]
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of every shard.
+
+    Raises:
+        CheckpointError: a shard is missing, truncated or not safetensors.
+    """
+    for path in shard_files(folder):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 - not a mapping
+                    yield name, shard.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+@contextlib.contextmanager
+def output_folder(path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path` that takes its name once the block ends without an error.
+
+    Raises:
+        InputError: `path` exists already, or its parent cannot be written.
+    """
+    target = Path(path).expanduser()
+    if target.exists():
+        raise InputError(f"output {str(target)!r} exists already; right would be a new folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"output {str(target)!r} cannot be written: {error.strerror}") from error
+    try:
+        yield working
+        working.chmod(0o755)  # mkdtemp's is private to the user
+        working.rename(target)
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise

@@ -1,0 +1,219 @@
+"""The configuration of the one network: every field of the released `config.json`, and the switches of its source families."""
+
+import math
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+from sala.errors import ConfigError, nearest
+from sala.ops.infllm import SparseGeometry
+
+# Names a mixer goes by in released and re-saved configurations.
+MIXER_ALIASES = {
+    "attention": "attention",
+    "minicpm4": "minicpm4",
+    "lightning-attn": "lightning-attn",
+    "lightning_attn": "lightning-attn",
+    "lightning": "lightning-attn",
+}
+
+# Fields seen in checkpoints that change nothing in the forward pass.
+IGNORED_FIELDS = frozenset(
+    {
+        "auto_map",
+        "mup_denominator",  # present in the released file, read by no implementation
+        "pretraining_tp",
+        "rand_init",
+        "shift_labels",
+        "transformers_version",
+        "model_type",
+        "_name_or_path",
+        "_attn_implementation_autoset",
+        "layer_types",  # derived from `mixer_types`
+        "quantization_config",
+    }
+)
+
+# Read by the base class of transformers.
+INHERITED_FIELDS = frozenset(
+    {
+        "torch_dtype",
+        "num_labels",
+        "name_or_path",
+        "attn_implementation",
+        "output_attentions",
+        "experts_implementation",
+        "_commit_hash",
+    }
+)
+
+LIGHTNING_SCALES = {"1/sqrt(d)": lambda width: width**-0.5, "1/d": lambda width: 1.0 / width, "1": lambda width: 1.0}
+
+
+class MiniCPMSALAConfig(PreTrainedConfig):
+    """Fields, defaults and meaning follow the released MiniCPM-SALA checkpoint.
+
+    Ours on top of it: `attention_qk_norm` (Qwen3 normalises q and k on attention layers too), `qkv_bias` (Qwen2),
+    `mlp_bias` (Llama), `attn_logits_scaling` (base `a` of HypeNet's log_a(t + a), HALO paper section 4.3), and
+    `normalizer` and `dense_rule` inside `sparse_config`.
+
+    Raises:
+        ConfigError: a field is unknown, or its value cannot be built from; the message names both.
+    """
+
+    model_type = "minicpm_sala"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 73448
+    hidden_size: int = 4096
+    intermediate_size: int = 16384
+    hidden_act: str = "silu"
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    qkv_bias: bool = False
+    mlp_bias: bool = False
+    attention_qk_norm: bool = False
+    attn_use_rope: bool = False
+    attn_use_output_gate: bool = True
+    attn_logits_scaling: float | int | None = None
+    lightning_nh: int | None = None
+    lightning_nkv: int | None = None
+    lightning_head_dim: int | None = None
+    lightning_scale: str = "1/sqrt(d)"
+    lightning_use_rope: bool = True
+    lightning_layerwise_decay: bool = False
+    qk_norm: bool = True
+    use_output_gate: bool = True
+    use_output_norm: bool = True
+    mixer_types: list[str] | tuple[str, ...] = ()
+    sparse_config: dict[str, Any] | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float | int = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    max_position_embeddings: int = 524288
+    scale_emb: float | int = 1
+    scale_depth: float | int | None = None
+    dim_model_base: int | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **fields: Any) -> None:
+        self._refuse_unknown(fields)
+        self._accept_rope_parameters(fields)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.lightning_nh is None:
+            self.lightning_nh = self.num_attention_heads
+        if self.lightning_nkv is None:
+            # the fallback of the released configuration class, though it reads oddly
+            self.lightning_nkv = self.num_key_value_heads
+        if self.lightning_head_dim is None:
+            self.lightning_head_dim = self.head_dim
+        if self.scale_depth is None:
+            self.scale_depth = math.sqrt(self.num_hidden_layers)
+        if self.dim_model_base is None:
+            self.dim_model_base = self.hidden_size
+        if not self.mixer_types:
+            self.mixer_types = ["attention"] * self.num_hidden_layers
+        self.mixer_types = [_canonical_mixer(name) for name in self.mixer_types]
+        self._validate()
+        super().__post_init__(**{k: v for k, v in fields.items() if k not in IGNORED_FIELDS})
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers calls the layers, so that its tools know which of them keep keys and values."""
+        return ["linear_attention" if name == "lightning-attn" else "full_attention" for name in self.mixer_types]
+
+    @property
+    def residual_scale(self) -> float:
+        """Factor on the branch, not on the residual: scale_depth / sqrt(layers)."""
+        assert self.scale_depth is not None
+        return self.scale_depth / math.sqrt(self.num_hidden_layers)
+
+    @property
+    def lightning_scale_value(self) -> float:
+        return LIGHTNING_SCALES[self.lightning_scale](self.lightning_head_dim)
+
+    @property
+    def sparse_geometry(self) -> SparseGeometry:
+        """The numbers of InfLLM-V2; a configuration without `sparse_config` never selects."""
+        if self.sparse_config is None:
+            raise ConfigError(
+                "sparse_config is None, but a 'minicpm4' mixer needs one; right would be the released numbers"
+            )
+        return SparseGeometry(**{k: v for k, v in self.sparse_config.items() if k != "use_nope"})
+
+    def _refuse_unknown(self, fields: dict[str, Any]) -> None:
+        generation = set(GenerationConfig._get_default_generation_params())
+        accepted = IGNORED_FIELDS | INHERITED_FIELDS | generation | {"rope_parameters"}
+        known = set(self.__dataclass_fields__)
+        for name in fields:
+            if name not in accepted:
+                raise ConfigError(
+                    f"unknown field {name!r} = {fields[name]!r} in the model configuration{nearest(name, known)}"
+                )
+
+    def _accept_rope_parameters(self, fields: dict[str, Any]) -> None:
+        # the layout transformers 5 writes: both values in one dictionary
+        parameters = fields.pop("rope_parameters", None)
+        if parameters:
+            scaling = dict(parameters)
+            self.rope_theta = scaling.pop("rope_theta", self.rope_theta)
+            self.rope_scaling = None if scaling.get("rope_type", "default") == "default" else scaling
+
+    def _validate(self) -> None:
+        layers, mixers = self.num_hidden_layers, self.mixer_types
+        if len(mixers) != layers:
+            raise ConfigError(
+                f"mixer_types has {len(mixers)} entries, num_hidden_layers is {layers}; right would be one a layer"
+            )
+        for heads, groups in (("num_attention_heads", "num_key_value_heads"), ("lightning_nh", "lightning_nkv")):
+            count, group = getattr(self, heads), getattr(self, groups)
+            if count % group:
+                raise ConfigError(f"{heads} = {count} is not a multiple of {groups} = {group}")
+        if self.lightning_scale not in LIGHTNING_SCALES:
+            raise ConfigError(
+                f"lightning_scale = {self.lightning_scale!r}; right would be one of {', '.join(LIGHTNING_SCALES)}"
+            )
+        if self.hidden_act != "silu":
+            raise ConfigError(f"hidden_act = {self.hidden_act!r} is not supported; right would be 'silu'")
+        if self.attention_dropout:
+            raise ConfigError(f"attention_dropout = {self.attention_dropout} is not supported; right would be 0.0")
+        if self.lightning_layerwise_decay:
+            raise ConfigError("lightning_layerwise_decay = True is another model's decay; right would be False")
+        if self.attn_logits_scaling is not None and self.attn_logits_scaling <= 1:
+            raise ConfigError(
+                f"attn_logits_scaling = {self.attn_logits_scaling}; right would be a base above 1, or null"
+            )
+        if "minicpm4" in mixers:
+            self._validate_sparse()
+
+    def _validate_sparse(self) -> None:
+        sparse = self.sparse_config or {}
+        known = {*SparseGeometry.__dataclass_fields__, "use_nope"}
+        for name, value in sparse.items():
+            if name not in known:
+                raise ConfigError(f"unknown field {name!r} = {value!r} in sparse_config{nearest(name, known)}")
+        if sparse.get("use_nope"):
+            raise ConfigError(
+                "sparse_config.use_nope = True is not supported; right would be False (the released value)"
+            )
+        _ = self.sparse_geometry
+
+
+def _canonical_mixer(name: str) -> str:
+    if name not in MIXER_ALIASES:
+        raise ConfigError(
+            f"mixer type {name!r} is not known{nearest(name, MIXER_ALIASES)}; known: {', '.join(sorted(set(MIXER_ALIASES.values())))}"
+        )
+    return MIXER_ALIASES[name]

@@ -1,0 +1,221 @@
+"""The decoder: embedding, layers of (mixer, MLP), head. It has no `if` on the kind of layer."""
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from sala.errors import InputError
+from sala.model.cache import LayerCache, SalaCache
+from sala.model.config import MiniCPMSALAConfig
+from sala.model.mixers import MIXERS, new_cache
+from sala.model.norm import RMSNorm
+from sala.model.rope import inverse_frequencies, rotation_tables
+from sala.model.rows import Rows, place_rows
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, config: MiniCPMSALAConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """h + r * mixer(norm h), then h + r * mlp(norm h), with r = scale_depth / sqrt(layers) (muP)."""
+
+    def __init__(self, config: MiniCPMSALAConfig, mixer_type: str):
+        super().__init__()
+        self.self_attn = MIXERS[mixer_type].module(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.residual_scale = config.residual_scale
+
+    def forward(self, hidden_BTD: Tensor, rows: Rows, cache: LayerCache | None = None) -> Tensor:
+        hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), rows, cache) * self.residual_scale
+        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD)) * self.residual_scale
+
+
+class MiniCPMSALAPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know to load, save and generate."""
+
+    config: MiniCPMSALAConfig
+    config_class = MiniCPMSALAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012 - transformers' own convention
+    _is_stateful = True
+    _supports_sdpa = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+
+class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
+    """Token ids to the last hidden state."""
+
+    def __init__(self, config: MiniCPMSALAConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config, mixer_type) for mixer_type in config.mixer_types)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # tables are made for one width: layers that rotate have the same one (checked here, once)
+        mixers: list[Any] = [layer.self_attn for layer in self.layers]
+        widths = {mixer.width for mixer in mixers if mixer.needs_rope}
+        if len(widths) > 1:
+            raise InputError(f"layers that rotate have head widths {sorted(widths)}; right would be one width")
+        self.rope = inverse_frequencies(config, widths.pop()) if widths else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def place(
+        self,
+        hidden_BTD: Tensor,
+        past: int = 0,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Rows:
+        """Return where the new tokens stand, with rotation tables if any layer rotates; see `place_rows`."""
+        batch, length, _ = hidden_BTD.shape
+        rows = place_rows(batch, length, past, hidden_BTD.device, attention_mask, cu_seqlens)
+        if self.rope is None:
+            return rows
+        # rows that stand alike share one table
+        positions = rows.positions_BT[:1] if rows.start is not None else rows.positions_BT
+        cosine, sine = rotation_tables(positions, *self.rope)
+        return dataclasses.replace(rows, cosine=cosine, sine=sine)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SalaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Run the layers.
+
+        input_ids: (B, T) int64, or inputs_embeds (B, T, D), which are scaled as embeddings are.
+        attention_mask: (B, past + T), 0 on padding. position_ids may be given, and must be what the mask and the cache say.
+        cu_seqlens: (N + 1,) ends of packed sequences in one row; without a cache.
+
+        Raises:
+            InputError: shapes, masks, positions and cache do not fit together.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("give either input_ids or inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = hidden * self.config.scale_emb if self.config.scale_emb != 1 else hidden
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if past_key_values is None and use_cache and cu_seqlens is None:
+            past_key_values = new_cache(self.config)
+        if past_key_values is not None and not isinstance(past_key_values, SalaCache):
+            raise InputError(f"past_key_values is a {type(past_key_values).__name__}; right would be a SalaCache")
+        past = past_key_values.columns if past_key_values is not None else 0
+        rows = self.place(hidden, past, attention_mask, cu_seqlens)
+        _check_positions(position_ids, rows)
+        seen = [hidden]
+        for index, layer in enumerate(self.layers):
+            cache = None if past_key_values is None else past_key_values.layers[index]
+            hidden = layer(hidden, rows, cache)
+            seen.append(hidden)
+        hidden = self.norm(hidden)
+        if past_key_values is not None:
+            past_key_values.columns += hidden.shape[1]
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=(*seen[:-1], hidden) if output_hidden_states else None,
+        )
+        return output if return_dict in (None, True) else output.to_tuple()
+
+
+class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
+    """The language model: teacher and hybrid alike, by `config.mixer_types`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers' own convention
+
+    def __init__(self, config: MiniCPMSALAConfig):
+        super().__init__(config)
+        self.model = MiniCPMSALAModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        assert config.dim_model_base is not None
+        self.logits_divisor = config.hidden_size / config.dim_model_base
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SalaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Return logits (B, T or logits_to_keep, X) float32 and, with labels (B, T; -100 is skipped), the next-token loss.
+
+        logits_to_keep: number of last positions to compute logits for, or their indices; 0 means all.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = output.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.logits(
+            hidden[:, kept] if not (isinstance(logits_to_keep, int) and logits_to_keep == 0) else hidden
+        )
+        loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+        )
+        return result if return_dict in (None, True) else result.to_tuple()
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Return float32 logits of last hidden states: lm_head(h / (hidden_size / dim_model_base))."""
+        return self.lm_head(hidden_BTD / self.logits_divisor).float()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *rest: Any) -> None:  # type: ignore[override]
+        # transformers would build its own kind, which has no compressed keys and no states of ours
+        if generation_config.cache_implementation is not None:
+            raise InputError(
+                f"cache_implementation = {generation_config.cache_implementation!r}; this model has one cache, its own"
+            )
+        given = model_kwargs.get("past_key_values")
+        if given is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = new_cache(self.config)
+        elif given is not None:
+            given._is_user_defined = True
+
+
+def _check_positions(position_ids: Tensor | None, rows: Rows) -> None:
+    if position_ids is None:
+        return
+    real = rows.positions_BT >= 0
+    if bool((position_ids.expand_as(rows.positions_BT)[real] != rows.positions_BT[real]).any()):
+        raise InputError(
+            "position_ids differ from what the attention mask and the cache say; leave them out, or pack sequences with cu_seqlens"
+        )

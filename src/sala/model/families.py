@@ -1,0 +1,198 @@
+"""Source families: how a Llama, Qwen2, Qwen3 or MiniCPM checkpoint is one of our network."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from sala.errors import CheckpointError, nearest
+from sala.model.checkpoint import find_checkpoint, read_json, read_tensors
+from sala.model.config import MiniCPMSALAConfig
+from sala.model.decoder import MiniCPMSALAForCausalLM
+from sala.model.mixers import config_fields
+
+# Fields that mean the same under the same name in every family.
+SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "initializer_range",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "use_cache",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+)
+
+# Fields of the sources that change nothing in the forward pass, or say what our classes do anyway.
+IGNORED_FIELDS = frozenset(
+    {
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "torch_dtype",
+        "id2label",
+        "label2id",
+        "layer_types",
+        "max_window_layers",
+        "model_type",
+        "mup_denominator",
+        "pretraining_tp",
+        "sliding_window",
+        "transformers_version",
+        "use_sliding_window",
+        "_name_or_path",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "problem_type",
+        "_attn_implementation_autoset",
+        "is_llama_config",
+        "rope_interleaved",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family: its own fields, what its code decides, what its configuration leaves out.
+
+    own: fields beyond the shared ones, by their name there, to ours.
+    fixed: fields of ours that the family's code, not its configuration, decides.
+    defaults: values its code takes for shared fields that a configuration lacks, where ours differ.
+    """
+
+    own: dict[str, str]
+    fixed: dict[str, Any]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+_PLAIN = {"attn_use_rope": True, "attn_use_output_gate": False}
+
+FAMILIES = {
+    "llama": Family(own={"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}, fixed=_PLAIN),
+    "qwen2": Family(own={}, fixed={**_PLAIN, "qkv_bias": True}),
+    "qwen3": Family(
+        own={"attention_bias": "attention_bias"},
+        fixed={**_PLAIN, "attention_qk_norm": True},
+        defaults={"head_dim": 128},
+    ),
+    "minicpm": Family(
+        own={name: name for name in ("attention_bias", "scale_emb", "scale_depth", "dim_model_base", "sparse_config")},
+        fixed=_PLAIN,
+    ),
+}
+
+NATIVE = "minicpm_sala"
+
+
+def config_from(fields: dict[str, Any]) -> MiniCPMSALAConfig:
+    """Return our configuration of a source's `config.json`.
+
+    Raises:
+        CheckpointError: the family is not supported, or the source uses something its family row does not know.
+    """
+    kind = fields.get("model_type")
+    if kind == NATIVE:
+        return MiniCPMSALAConfig(**{k: v for k, v in fields.items() if k != "model_type"})
+    if kind == "minicpm3":
+        raise CheckpointError(
+            "model_type 'minicpm3' keeps latent keys (multi-head latent attention), which no mixer here has yet; "
+            f"supported: {', '.join((*FAMILIES, NATIVE))}"
+        )
+    if kind not in FAMILIES:
+        raise CheckpointError(f"model_type {kind!r} is not supported; supported: {', '.join((*FAMILIES, NATIVE))}")
+    family = FAMILIES[kind]
+    if fields.get("use_sliding_window"):
+        raise CheckpointError(
+            f"use_sliding_window = True in a {kind} checkpoint; right would be full attention in every layer"
+        )
+    known = {*SHARED_FIELDS, *family.own}
+    for name in fields:
+        if name not in known | IGNORED_FIELDS:
+            raise CheckpointError(
+                f"unknown field {name!r} = {fields[name]!r} in a {kind} configuration{nearest(name, known)}"
+            )
+    ours = {name: fields[name] for name in SHARED_FIELDS if name in fields}
+    ours |= {new: fields[old] for old, new in family.own.items() if old in fields}
+    layers, width = fields["num_hidden_layers"], fields["hidden_size"]
+    # the muP numbers of a network without muP; a family that has its own keeps them
+    neutral = {"scale_emb": 1, "scale_depth": math.sqrt(layers), "dim_model_base": width}
+    return MiniCPMSALAConfig(
+        **{**neutral, **family.defaults, **ours, **family.fixed, "mixer_types": ["attention"] * layers}
+    )
+
+
+def load_config(name: str | Path, **changes: Any) -> MiniCPMSALAConfig:
+    """Return our configuration of any supported checkpoint, with `changes` applied."""
+    fields = read_json(find_checkpoint(name) / "config.json")
+    config = config_from(fields)
+    if not changes:
+        return config
+    return MiniCPMSALAConfig(**{**config_fields(config), **changes})
+
+
+def load_model(
+    name: str | Path,
+    dtype: torch.dtype | None = None,
+    on_tensor: Callable[[str], None] = lambda name: None,
+    **changes: Any,
+) -> MiniCPMSALAForCausalLM:
+    """Return a checkpoint as our network, in evaluation mode, on the CPU.
+
+    name: a folder, a hub name, or a model that ships with the package ("embedded-teacher", "embedded-hybrid").
+    dtype: of the parameters; None means what the checkpoint's configuration says, or float32.
+    on_tensor: called with each tensor's name as it is read, for a progress display.
+    changes: fields of the configuration to override.
+
+    Raises:
+        CheckpointError: files are missing or truncated, the family is not supported, or tensors do not fit the configuration.
+    """
+    folder = find_checkpoint(name)
+    config = load_config(folder, **changes)
+    if dtype is None:
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    with torch.device("meta"):
+        model = MiniCPMSALAForCausalLM(config)
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight")
+    state = {}
+    for key, tensor in read_tensors(folder):
+        if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        if key not in shapes:
+            raise CheckpointError(f"tensor {key!r} in {folder} has no place in the network{nearest(key, shapes)}")
+        if tensor.shape != shapes[key]:
+            raise CheckpointError(
+                f"tensor {key!r} in {folder} has shape {tuple(tensor.shape)}; right would be {tuple(shapes[key])}"
+            )
+        state[key] = tensor.to(dtype)
+        on_tensor(key)
+    missing = sorted(shapes.keys() - state.keys())
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]!r}")
+    model.load_state_dict(state, assign=True, strict=False)
+    model.tie_weights()
+    model.config.dtype = dtype
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()

@@ -1,0 +1,31 @@
+"""Block-sparse attention (InfLLM-V2): the layers of full attention with another operator and two more tensors to remember."""
+
+from torch import Tensor
+
+from sala.model.attention import FullAttention
+from sala.model.cache import AttentionCache, SparseCache, compression_tiers
+from sala.model.config import MiniCPMSALAConfig
+from sala.model.rows import Rows
+from sala.ops.infllm import compress, infllm_attention
+
+
+class SparseAttention(FullAttention):
+    """The same parameters as `FullAttention`; each query reads the blocks it selects (InfLLM-V2 paper section 3)."""
+
+    def __init__(self, config: MiniCPMSALAConfig):
+        super().__init__(config)
+        self.geometry = config.sparse_geometry
+
+    def attend(
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows, cache: AttentionCache | None
+    ) -> Tensor:
+        if cache is None:
+            k, v = k_BTGK, v_BTGV
+            fine, coarse = (compress(k, size, stride) for size, stride in compression_tiers(self.geometry))
+        else:
+            assert isinstance(cache, SparseCache)
+            k, v = cache.append(k_BTGK, v_BTGV, rows)
+            fine, coarse = cache.compressed(k, rows)
+        return infllm_attention(
+            q_BTHK, k, v, fine, coarse, rows.positions_BT, self.geometry, scale=self.width**-0.5, start=rows.start
+        )

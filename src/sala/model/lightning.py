@@ -1,0 +1,75 @@
+"""The linear-attention layer: fixed decay per head, rotation, q/k norm, output norm and gate."""
+
+import torch
+from torch import Tensor, nn
+
+from sala.model.cache import LightningCache
+from sala.model.config import MiniCPMSALAConfig
+from sala.model.norm import RMSNorm
+from sala.model.rope import rotate
+from sala.model.rows import Rows
+from sala.ops.lightning import lightning_attention, log_decay
+
+
+class LightningAttention(nn.Module):
+    """y = Wo(RMSNorm(o) * sigmoid(Wz x)), the norm over all heads at once (HALO paper eq. 14-16, released checkpoint)."""
+
+    def __init__(self, config: MiniCPMSALAConfig):
+        super().__init__()
+        assert (
+            config.lightning_nh is not None
+            and config.lightning_nkv is not None
+            and config.lightning_head_dim is not None
+        )
+        self.num_heads, self.num_groups = config.lightning_nh, config.lightning_nkv
+        self.width = config.lightning_head_dim
+        self.scale = config.lightning_scale_value
+        self.use_rope = config.lightning_use_rope
+        bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.width, config.hidden_size, bias=config.attention_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.width, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.width, config.rms_norm_eps)
+        if config.use_output_norm:
+            self.o_norm = RMSNorm(self.num_heads * self.width, config.rms_norm_eps)
+        if config.use_output_gate:
+            self.z_proj = nn.Linear(config.hidden_size, self.num_heads * self.width, bias=False)
+
+    @property
+    def needs_rope(self) -> bool:
+        return self.use_rope
+
+    def forward(self, x_BTD: Tensor, rows: Rows, cache: LightningCache | None = None) -> Tensor:
+        batch, length, _ = x_BTD.shape
+        q = self.q_proj(x_BTD).view(batch, length, self.num_heads, self.width)
+        k = self.k_proj(x_BTD).view(batch, length, self.num_groups, self.width)
+        v = self.v_proj(x_BTD).view(batch, length, self.num_groups, self.width)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.use_rope:
+            assert rows.cosine is not None and rows.sine is not None
+            q, k = rotate(q, rows.cosine, rows.sine), rotate(k, rows.cosine, rows.sine)
+        if self.num_groups != self.num_heads:
+            repeats = self.num_heads // self.num_groups
+            k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
+        o_BTHV, state_BHKV = lightning_attention(
+            q,
+            k,
+            v,
+            log_decay(self.num_heads).to(q.device),
+            scale=self.scale,
+            initial_state_BHKV=None if cache is None else cache.state_BHKV,
+            mask_BT=rows.mask_BT,
+            cu_seqlens=rows.cu_seqlens,
+        )
+        if cache is not None:
+            cache.state_BHKV = state_BHKV
+        o = o_BTHV.reshape(batch, length, -1)
+        if hasattr(self, "o_norm"):
+            o = self.o_norm(o)
+        if hasattr(self, "z_proj"):
+            o = o * torch.sigmoid(self.z_proj(x_BTD))
+        return self.o_proj(o)

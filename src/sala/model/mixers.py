@@ -1,0 +1,70 @@
+"""The table of mixers: a kind of layer is a row, its module and what it remembers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sala.errors import ConfigError
+from sala.model.attention import FullAttention
+from sala.model.cache import AttentionCache, LayerCache, LightningCache, SalaCache, SparseCache
+from sala.model.config import MiniCPMSALAConfig
+from sala.model.infllm import SparseAttention
+from sala.model.lightning import LightningAttention
+
+if TYPE_CHECKING:
+    from sala.model.decoder import MiniCPMSALAForCausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class Mixer:
+    module: Callable[[MiniCPMSALAConfig], nn.Module]
+    cache: Callable[[MiniCPMSALAConfig, int], LayerCache]
+
+
+MIXERS = {
+    "attention": Mixer(FullAttention, AttentionCache),
+    "minicpm4": Mixer(SparseAttention, SparseCache),
+    "lightning-attn": Mixer(LightningAttention, LightningCache),
+}
+
+
+def new_cache(config: MiniCPMSALAConfig, reserve: int = 0) -> SalaCache:
+    """Return an empty cache; `reserve` is a number of tokens to take memory for at once, where the length is known ahead."""
+    return SalaCache([MIXERS[name].cache(config, reserve) for name in config.mixer_types])
+
+
+def with_mixers(model: "MiniCPMSALAForCausalLM", mixer_types: Sequence[str]) -> "MiniCPMSALAForCausalLM":
+    """Return a model on the same parameter tensors whose layers are of other kinds.
+
+    Full and block-sparse attention have the same parameters, so switching selection on or off is another tuple.
+
+    Raises:
+        ConfigError: a layer's new kind has other parameters than its old one.
+    """
+    config = MiniCPMSALAConfig(**{**config_fields(model.config), "mixer_types": list(mixer_types)})
+    with torch.device("meta"):
+        view = type(model)(config)
+    parameters, wanted = model.state_dict(keep_vars=True), view.state_dict()
+    if {k: v.shape for k, v in parameters.items()} != {k: v.shape for k, v in wanted.items()}:
+        raise ConfigError(
+            f"mixer_types {list(mixer_types)} need other parameters than {list(model.config.mixer_types)}; "
+            "right would be to exchange only 'attention' and 'minicpm4'"
+        )
+    view.load_state_dict(parameters, assign=True)
+    view.tie_weights()
+    return view.train(model.training)
+
+
+def sparse_mixers(mixer_types: Sequence[str], sparse: bool) -> tuple[str, ...]:
+    """Return the tuple with block selection on or off in the softmax layers."""
+    wanted = "minicpm4" if sparse else "attention"
+    return tuple(name if name == "lightning-attn" else wanted for name in mixer_types)
+
+
+def config_fields(config: MiniCPMSALAConfig) -> dict:
+    """Return the configuration as keyword arguments of its class."""
+    fields = {name: getattr(config, name) for name in MiniCPMSALAConfig.__annotations__}
+    return {**fields, "dtype": config.dtype, "architectures": config.architectures}

@@ -1,0 +1,54 @@
+"""Rotary position embedding: half-split pairs, tables in float32, with the scalings the source families use."""
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from sala.errors import ConfigError
+from sala.model.config import MiniCPMSALAConfig
+
+# `dynamic` is left out: its frequencies change with the length, which no cache of rotated keys survives.
+SCALINGS = ("linear", "llama3", "yarn", "longrope")
+
+
+def inverse_frequencies(config: MiniCPMSALAConfig, width: int) -> tuple[tuple[float, ...], float]:
+    """Return (width / 2 inverse frequencies, factor on cosine and sine).
+
+    Plain numbers, not a buffer: a checkpoint is loaded through the meta device, where buffers come out empty.
+
+    Raises:
+        ConfigError: `rope_scaling` names a kind that is not supported.
+    """
+    if config.rope_scaling is None:
+        exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
+        return tuple((1.0 / config.rope_theta**exponents).tolist()), 1.0
+    kind = config.rope_scaling.get("rope_type", config.rope_scaling.get("type"))
+    if kind not in SCALINGS:
+        raise ConfigError(f"rope_scaling of type {kind!r} is not supported; supported: {', '.join(SCALINGS)}, or null")
+    donor = LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=width,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters={**config.rope_scaling, "rope_type": kind, "rope_theta": config.rope_theta},
+    )
+    with torch.device("cpu"):  # also when the model is being laid out on the meta device
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](donor)
+    return tuple(frequencies.tolist()), float(factor)
+
+
+def rotation_tables(positions_BT: Tensor, frequencies: tuple[float, ...], factor: float) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine, each (B, T, K) float32. Padding (position -1) rotates too; nobody reads it."""
+    inverse = torch.tensor(frequencies, dtype=torch.float32, device=positions_BT.device)
+    angles = positions_BT[..., None].float() * inverse
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def rotate(x_BTHK: Tensor, cosine_BTK: Tensor, sine_BTK: Tensor) -> Tensor:
+    """Rotate pairs (i, i + K/2) in float32 and return the input's dtype."""
+    x = x_BTHK.float()
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cosine_BTK[:, :, None] + turned * sine_BTK[:, :, None]).to(x_BTHK.dtype)

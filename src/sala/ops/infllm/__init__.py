@@ -1,0 +1,172 @@
+"""InfLLM-V2 block-sparse attention: compress keys, score windows, select blocks, attend (arXiv 2509.24663).
+
+The algorithm is that of the released MiniCPM-SALA, with these decisions written down:
+
+- Scores are summed over a group's heads in float32 (the released kernel stores the sum in bfloat16).
+- Equal scores: the lower block index wins. Ties are common, for neighbouring blocks share a window.
+- Blocks after the query's own never compete, and blocks that must be read are never dropped.
+- The coarse normaliser of a query that sees a window but no coarse window yet is the exact one.
+- A block no visible window overlaps scores 0.
+- The choice of blocks is a constant of the backward pass: no gradient flows through scores or compressed keys.
+"""
+
+import torch
+from torch import Tensor
+
+from sala.errors import InputError
+from sala.ops.dense import check_attention, dense_attention
+from sala.ops.dispatch import choose
+from sala.ops.infllm.geometry import SparseGeometry, num_windows
+
+__all__ = ["SparseGeometry", "compress", "infllm_attention", "num_windows", "select_blocks"]
+
+
+@torch.no_grad()
+def compress(k_BSGK: Tensor, size: int, stride: int) -> Tensor:
+    """Return the means of the complete windows of keys, tokens [stride * j, stride * j + size).
+
+    Summed in float32, stored in the keys' dtype, and detached: compressed keys only choose blocks.
+
+    Args:
+        k_BSGK: (B, S, G, K) keys of tokens 0..S-1; or of tokens stride * j.., for windows j and later.
+        size: tokens in a window.
+        stride: tokens from one window's start to the next.
+
+    Returns:
+        (B, N, G, K) with N = max(0, (S - size) // stride + 1).
+
+    Raises:
+        InputError: not four dimensions, or `size` or `stride` below 1.
+    """
+    if k_BSGK.ndim != 4:
+        raise InputError(f"keys must have the four dimensions (B, S, G, K), not the shape {tuple(k_BSGK.shape)}")
+    if size < 1 or stride < 1:
+        raise InputError(f"a window's size and stride must be at least 1, not {size} and {stride}")
+    B, S, G, K = k_BSGK.shape
+    if size > S:
+        return k_BSGK.new_empty(B, 0, G, K)
+    windows_BNGKC = k_BSGK.unfold(1, size, stride)
+    return (windows_BNGKC.sum(-1, dtype=torch.float32) / size).to(k_BSGK.dtype)
+
+
+def select_blocks(
+    q_BTHK: Tensor,
+    k1_BNGK: Tensor,
+    k2_BNGK: Tensor,
+    positions_BT: Tensor,
+    geometry: SparseGeometry,
+    *,
+    scale: float,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the blocks each query reads, one set for each of its groups of heads (arXiv 2509.24663, section 3).
+
+    Args:
+        q_BTHK: (B, T, H, K) queries; head h belongs to group h // (H / G).
+        k1_BNGK: (B, N, G, K) means of windows, at least those that the last position sees.
+        k2_BNGK: (B, N', G, K) means of coarse windows, likewise; unused by the exact normaliser.
+        positions_BT: (B, T) integer positions of the queries; negative is padding.
+        geometry: windows, blocks and how many are read.
+        scale: factor on the scores, K**-0.5 in the released model.
+        backend: "auto", "eager" or "reference".
+
+    Returns:
+        (B, T, G, num_selected) int32 block indices in ascending order, -1 at the end where fewer blocks exist.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit, or too few windows.
+        BackendError: no backend of that name.
+    """
+    if q_BTHK.ndim != 4 or k1_BNGK.ndim != 4:
+        raise InputError(
+            f"queries and compressed keys must have four dimensions, not the shapes "
+            f"{tuple(q_BTHK.shape)} and {tuple(k1_BNGK.shape)}"
+        )
+    B, T, H, K = q_BTHK.shape
+    G = k1_BNGK.shape[2]
+    if H % G:
+        raise InputError(f"{H} query heads cannot share {G} key heads: the first must be a multiple of the second")
+    _check_positions(positions_BT, B, T)
+    last_position = int(positions_BT.max()) if positions_BT.numel() else -1
+    _check_windows(k1_BNGK, k2_BNGK, (B, G, K), last_position, geometry)
+    return choose("infllm", backend).select(q_BTHK, k1_BNGK, k2_BNGK, positions_BT, geometry, scale)
+
+
+def infllm_attention(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    k1_BNGK: Tensor | None,
+    k2_BNGK: Tensor | None,
+    positions_BT: Tensor | None,
+    geometry: SparseGeometry,
+    *,
+    scale: float,
+    start: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return attention over the blocks each query selects, or over everything where its context is short.
+
+    The key at index s has position s; the query at position p sees keys 0..p of the blocks it selected. Below
+    `geometry.dense_len`, by `geometry.dense_rule`, and while all blocks fit into the selection, it sees all keys 0..p.
+    Differentiable through q, k and v.
+
+    Args:
+        q_BTHK: (B, T, H, K) queries; head h reads key head h // (H / G).
+        k_BSGK: (B, S, G, K) keys of positions 0..S-1. What lies beyond a row's last position is not read.
+        v_BSGV: (B, S, G, V) values.
+        k1_BNGK: (B, N, G, K) means of windows, at least those that the last position sees; None: made here from `k`.
+        k2_BNGK: (B, N', G, K) means of coarse windows, likewise.
+        positions_BT: (B, T) integer positions of the queries, rows may differ; negative is padding, whose output is
+            zero. May be None when `start` is given.
+        geometry: windows, blocks, how many are read, and from which length on.
+        scale: factor on the scores, K**-0.5 in the released model.
+        start: given when every row's queries are at start..start+T-1: then `positions_BT` is not looked at, and a call
+            that is dense as a whole has no step that depends on data.
+        backend: "auto", "eager" or "reference".
+
+    Returns:
+        (B, T, H, V) in v's dtype.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit, a position without a key, or too few windows.
+        BackendError: no backend of that name.
+    """
+    check_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, start)
+    B, T, _, K = q_BTHK.shape
+    if start is not None:
+        last_position = start + T - 1
+    else:
+        assert positions_BT is not None
+        last_position = int(positions_BT.max()) if positions_BT.numel() else -1
+    implementation = choose("infllm", backend)
+    if backend != "reference" and last_position < geometry.first_sparse_position(last_position):
+        return dense_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, scale=scale, start=start)
+    if k1_BNGK is None:
+        k1_BNGK = compress(k_BSGK, geometry.kernel_size, geometry.kernel_stride)
+    if k2_BNGK is None:
+        k2_BNGK = compress(k_BSGK, geometry.coarse_size, geometry.coarse_stride)
+    _check_windows(k1_BNGK, k2_BNGK, (B, k_BSGK.shape[2], K), last_position, geometry)
+    return implementation.attend(q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT, geometry, scale, start)
+
+
+def _check_positions(positions_BT: Tensor, B: int, T: int) -> None:
+    if positions_BT.shape != (B, T) or positions_BT.dtype not in (torch.int32, torch.int64):
+        raise InputError(
+            f"positions must be int32 or int64 of shape {(B, T)}, not {positions_BT.dtype} of shape "
+            f"{tuple(positions_BT.shape)}"
+        )
+
+
+def _check_windows(
+    k1_BNGK: Tensor, k2_BNGK: Tensor, sizes: tuple[int, int, int], last_position: int, geometry: SparseGeometry
+) -> None:
+    tiers = [(k1_BNGK, geometry.kernel_size, geometry.kernel_stride, "compressed keys")]
+    if geometry.normalizer == "coarse":
+        tiers.append((k2_BNGK, geometry.coarse_size, geometry.coarse_stride, "coarse compressed keys"))
+    for keys, size, stride, name in tiers:
+        if keys.ndim != 4 or (keys.shape[0], *keys.shape[2:]) != sizes:
+            raise InputError(f"{name} must have the shape (B, N, G, K) with B, G, K = {sizes}, not {tuple(keys.shape)}")
+        needed = num_windows(last_position + 1, size, stride)
+        if keys.shape[1] < needed:
+            raise InputError(f"{name} hold {keys.shape[1]} windows; position {last_position} sees {needed}")
