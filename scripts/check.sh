@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Lint, types, import contracts, tests: what `make test` and CI run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bin=${BIN:-.venv/bin}
+# one process a core: threads inside would only wait for each other
+export OMP_NUM_THREADS=1
+
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy"
+"$bin/lint-imports"
+"$bin/pytest" -n "${WORKERS:-2}" "$@"
