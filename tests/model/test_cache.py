@@ -6,7 +6,7 @@ import torch
 from model.shapes import TINY_SPARSE, tiny_config, tiny_model, tokens
 from sala.errors import InputError
 from sala.model import new_cache
-from sala.model.cache import num_windows
+from sala.ops.infllm import num_windows
 
 KINDS = {
     "hybrid": {},

@@ -23,36 +23,44 @@ class FullAttention(nn.Module):
 
     def __init__(self, config: MiniCPMSALAConfig):
         super().__init__()
-        assert config.num_key_value_heads is not None and config.head_dim is not None
-        self.num_heads, self.num_groups, self.width = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        assert config.head_dim is not None
+        self.num_heads, self.width, self.value_width = config.num_attention_heads, config.head_dim, config.head_dim
+        self.rotary_width = config.qk_rope_head_dim or self.width
         self.use_rope = config.attn_use_rope
         self.logits_base = config.attn_logits_scaling
+        self.add_projections(config)
+        self.o_proj = nn.Linear(self.num_heads * self.value_width, config.hidden_size, bias=config.attention_bias)
+        if config.attn_use_output_gate:
+            self.o_gate = nn.Linear(config.hidden_size, self.num_heads * self.value_width, bias=False)
+
+    def add_projections(self, config: MiniCPMSALAConfig) -> None:
+        """Make the modules of `project`, and set `num_groups` and, where it is not the head width, `value_width`."""
+        assert config.num_key_value_heads is not None
+        self.num_groups = config.num_key_value_heads
         bias = config.attention_bias or config.qkv_bias
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.width, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.width, config.hidden_size, bias=config.attention_bias)
         if config.attention_qk_norm:
             self.q_norm = RMSNorm(self.width, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.width, config.rms_norm_eps)
-        if config.attn_use_output_gate:
-            self.o_gate = nn.Linear(config.hidden_size, self.num_heads * self.width, bias=False)
 
     @property
     def needs_rope(self) -> bool:
         return self.use_rope
 
-    def forward(self, x_BTD: Tensor, rows: Rows, cache: AttentionCache | None = None) -> Tensor:
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, T, H, K), keys (B, T, G, K) and values (B, T, G, V), not yet rotated."""
         batch, length, _ = x_BTD.shape
         q = self.q_proj(x_BTD).view(batch, length, self.num_heads, self.width)
         k = self.k_proj(x_BTD).view(batch, length, self.num_groups, self.width)
         v = self.v_proj(x_BTD).view(batch, length, self.num_groups, self.width)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def forward(self, x_BTD: Tensor, rows: Rows, cache: AttentionCache | None = None) -> Tensor:
+        q, k, v = self.project(x_BTD)
         if self.use_rope:
             assert rows.cosine is not None and rows.sine is not None
             q, k = rotate(q, rows.cosine, rows.sine), rotate(k, rows.cosine, rows.sine)
@@ -64,7 +72,8 @@ class FullAttention(nn.Module):
             (q, mask), (k, _), (v, _) = (unpack(tensor, rows.cu_seqlens) for tensor in (q, k, v))
             positions = torch.arange(q.shape[1], device=q.device)[None].expand(mask.shape).masked_fill(~mask, -1)
             o_BTHV = pack(self.attend(q, k, v, Rows(positions, mask_BT=mask), None), rows.cu_seqlens)
-        o = o_BTHV.reshape(batch, length, -1)
+        # values may have come padded to the width of keys
+        o = o_BTHV[..., : self.value_width].flatten(2)
         if hasattr(self, "o_gate"):
             o = o * torch.sigmoid(self.o_gate(x_BTD))
         return self.o_proj(o)

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from sala.errors import InputError
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.rows import Rows
-from sala.ops.infllm import SparseGeometry, compress
+from sala.ops.infllm import SparseGeometry, compress, num_windows
 
 
 class GrowingTensor:
@@ -207,11 +207,6 @@ class SalaCache(Cache):
 def compression_tiers(geometry: SparseGeometry) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return (window size, stride) of the fine and of the coarse tier."""
     return (geometry.kernel_size, geometry.kernel_stride), (geometry.coarse_size, geometry.coarse_stride)
-
-
-def num_windows(length: int, size: int, stride: int) -> int:
-    """Number of complete windows in `length` keys."""
-    return max(0, (length - size) // stride + 1)
 
 
 def _write(places: GrowingTensor, new_BT: Tensor, rows: Rows, end: int) -> Tensor:

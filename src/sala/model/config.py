@@ -15,7 +15,17 @@ MIXER_ALIASES = {
     "lightning-attn": "lightning-attn",
     "lightning_attn": "lightning-attn",
     "lightning": "lightning-attn",
+    "latent-attention": "latent-attention",
+    "latent-minicpm4": "latent-minicpm4",
 }
+
+# A row of full softmax attention, and the one that reads selected blocks with the same parameters.
+SPARSE_ROWS = {"attention": "minicpm4", "latent-attention": "latent-minicpm4"}
+FULL_ROWS = {sparse: full for full, sparse in SPARSE_ROWS.items()}
+LATENT_ROWS = ("latent-attention", "latent-minicpm4")
+
+# Fields of multi-head latent attention, by their names in a MiniCPM3 configuration.
+LATENT_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 # Fields seen in checkpoints that change nothing in the forward pass.
 IGNORED_FIELDS = frozenset(
@@ -54,8 +64,10 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     """Fields, defaults and meaning follow the released MiniCPM-SALA checkpoint.
 
     Ours on top of it: `attention_qk_norm` (Qwen3 normalises q and k on attention layers too), `qkv_bias` (Qwen2),
-    `mlp_bias` (Llama), `attn_logits_scaling` (base `a` of HypeNet's log_a(t + a), HALO paper section 4.3), and
-    `normalizer` and `dense_rule` inside `sparse_config`.
+    `mlp_bias` (Llama), `attn_logits_scaling` (base `a` of HypeNet's log_a(t + a), HALO paper section 4.3),
+    `normalizer` and `dense_rule` inside `sparse_config`, and the five of multi-head latent attention (MiniCPM3), None
+    elsewhere. With these a head is [qk_nope_head_dim | qk_rope_head_dim] wide, of which every layer that rotates turns
+    the second part only, and `v_head_dim` is the value width of linear layers too.
 
     Raises:
         ConfigError: a field is unknown, or its value cannot be built from; the message names both.
@@ -80,6 +92,11 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     attn_use_rope: bool = False
     attn_use_output_gate: bool = True
     attn_logits_scaling: float | int | None = None
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
     lightning_nh: int | None = None
     lightning_nkv: int | None = None
     lightning_head_dim: int | None = None
@@ -110,6 +127,8 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         self._accept_rope_parameters(fields)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if any(getattr(self, name) is not None for name in LATENT_FIELDS):
+            self._resolve_latent()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.lightning_nh is None:
@@ -144,12 +163,16 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     def lightning_scale_value(self) -> float:
         return LIGHTNING_SCALES[self.lightning_scale](self.lightning_head_dim)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As the base class has it; a native checkpoint stays free of fields that say it has no latents."""
+        return {k: v for k, v in super().to_dict().items() if k not in LATENT_FIELDS or v is not None}
+
     @property
     def sparse_geometry(self) -> SparseGeometry:
         """The numbers of InfLLM-V2; a configuration without `sparse_config` never selects."""
         if self.sparse_config is None:
             raise ConfigError(
-                "sparse_config is None, but a 'minicpm4' mixer needs one; right would be the released numbers"
+                "sparse_config is None, but a block-sparse mixer needs one; right would be the released numbers"
             )
         return SparseGeometry(**{k: v for k, v in self.sparse_config.items() if k != "use_nope"})
 
@@ -195,8 +218,40 @@ class MiniCPMSALAConfig(PreTrainedConfig):
             raise ConfigError(
                 f"attn_logits_scaling = {self.attn_logits_scaling}; right would be a base above 1, or null"
             )
-        if "minicpm4" in mixers:
+        for name in mixers:
+            if name != "lightning-attn" and (name in LATENT_ROWS) != (self.kv_lora_rank is not None):
+                raise ConfigError(
+                    f"mixer type {name!r} with kv_lora_rank = {self.kv_lora_rank}; "
+                    f"right would be {', '.join(LATENT_ROWS)} with the latent fields, and no others"
+                )
+        if not FULL_ROWS.keys().isdisjoint(mixers):
             self._validate_sparse()
+
+    def _resolve_latent(self) -> None:
+        """Fill in and check what multi-head latent attention needs."""
+        missing = [name for name in LATENT_FIELDS[:-1] if getattr(self, name) is None]
+        if missing:
+            raise ConfigError(f"{missing[0]} is None; right would be a width, or null in all of {LATENT_FIELDS}")
+        assert self.qk_nope_head_dim is not None and self.qk_rope_head_dim is not None
+        rotated, width = self.qk_rope_head_dim, self.qk_nope_head_dim + self.qk_rope_head_dim
+        if self.v_head_dim is None:
+            self.v_head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = width
+        mscale = (self.rope_scaling or {}).get("mscale_all_dim")
+        heads = self.num_attention_heads
+        for name, fits, right in (
+            ("qk_rope_head_dim", rotated > 0 and rotated % 2 == 0, "an even width, for pairs rotate"),
+            ("lightning_head_dim", (self.lightning_head_dim or width) >= rotated, f"at least the rotated {rotated}"),
+            ("head_dim", self.head_dim == width, f"qk_nope_head_dim + qk_rope_head_dim = {width}"),
+            ("v_head_dim", self.v_head_dim <= width, f"at most the width of keys, {width}"),
+            ("num_key_value_heads", self.num_key_value_heads == heads, f"num_attention_heads = {heads}"),
+            ("attention_qk_norm", not self.attention_qk_norm, "False, for latents have norms of their own"),
+            ("qkv_bias", not self.qkv_bias, "attention_bias, the biases of the projections to latents"),
+            ("rope_scaling", not mscale, f"one without mscale_all_dim (here {mscale}), which scales scores"),
+        ):
+            if not fits:
+                raise ConfigError(f"{name} = {getattr(self, name)} with latent attention; right would be {right}")
 
     def _validate_sparse(self) -> None:
         sparse = self.sparse_config or {}

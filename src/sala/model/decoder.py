@@ -69,9 +69,9 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # tables are made for one width: layers that rotate have the same one (checked here, once)
         mixers: list[Any] = [layer.self_attn for layer in self.layers]
-        widths = {mixer.width for mixer in mixers if mixer.needs_rope}
+        widths = {mixer.rotary_width for mixer in mixers if mixer.needs_rope}
         if len(widths) > 1:
-            raise InputError(f"layers that rotate have head widths {sorted(widths)}; right would be one width")
+            raise InputError(f"layers that rotate turn widths {sorted(widths)}; right would be one width")
         self.rope = inverse_frequencies(config, widths.pop()) if widths else None
         self.gradient_checkpointing = False
         self.post_init()

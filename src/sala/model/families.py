@@ -1,4 +1,4 @@
-"""Source families: how a Llama, Qwen2, Qwen3 or MiniCPM checkpoint is one of our network."""
+"""Source families: how a Llama, Qwen2, Qwen3, MiniCPM or MiniCPM3 checkpoint is one of our network."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from sala.errors import CheckpointError, nearest
 from sala.model.checkpoint import find_checkpoint, read_json, read_tensors
-from sala.model.config import MiniCPMSALAConfig
+from sala.model.config import LATENT_FIELDS, MiniCPMSALAConfig
 from sala.model.decoder import MiniCPMSALAForCausalLM
 from sala.model.mixers import config_fields
 
@@ -78,14 +78,19 @@ class Family:
     own: fields beyond the shared ones, by their name there, to ours.
     fixed: fields of ours that the family's code, not its configuration, decides.
     defaults: values its code takes for shared fields that a configuration lacks, where ours differ.
+    derived: fields that its code computes from others and saves.
+    mixer: the row of `MIXERS` that all its layers are.
     """
 
     own: dict[str, str]
     fixed: dict[str, Any]
     defaults: dict[str, Any] = field(default_factory=dict)
+    derived: frozenset[str] = frozenset()
+    mixer: str = "attention"
 
 
 _PLAIN = {"attn_use_rope": True, "attn_use_output_gate": False}
+_MUP = ("scale_emb", "scale_depth", "dim_model_base")
 
 FAMILIES = {
     "llama": Family(own={"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}, fixed=_PLAIN),
@@ -96,8 +101,15 @@ FAMILIES = {
         defaults={"head_dim": 128},
     ),
     "minicpm": Family(
-        own={name: name for name in ("attention_bias", "scale_emb", "scale_depth", "dim_model_base", "sparse_config")},
+        own={name: name for name in ("attention_bias", *_MUP, "sparse_config")},
         fixed=_PLAIN,
+    ),
+    "minicpm3": Family(
+        own={name: name for name in ("attention_bias", "mlp_bias", *_MUP, *LATENT_FIELDS)},
+        fixed=_PLAIN,
+        defaults={"tie_word_embeddings": True},  # the released configuration does not say so
+        derived=frozenset({"head_dim", "qk_head_dim"}),  # head_dim: of a whole head, or of its rotated part, by version
+        mixer="latent-attention",
     ),
 }
 
@@ -113,11 +125,6 @@ def config_from(fields: dict[str, Any]) -> MiniCPMSALAConfig:
     kind = fields.get("model_type")
     if kind == NATIVE:
         return MiniCPMSALAConfig(**{k: v for k, v in fields.items() if k != "model_type"})
-    if kind == "minicpm3":
-        raise CheckpointError(
-            "model_type 'minicpm3' keeps latent keys (multi-head latent attention), which no mixer here has yet; "
-            f"supported: {', '.join((*FAMILIES, NATIVE))}"
-        )
     if kind not in FAMILIES:
         raise CheckpointError(f"model_type {kind!r} is not supported; supported: {', '.join((*FAMILIES, NATIVE))}")
     family = FAMILIES[kind]
@@ -127,17 +134,17 @@ def config_from(fields: dict[str, Any]) -> MiniCPMSALAConfig:
         )
     known = {*SHARED_FIELDS, *family.own}
     for name in fields:
-        if name not in known | IGNORED_FIELDS:
+        if name not in known | IGNORED_FIELDS | family.derived:
             raise CheckpointError(
                 f"unknown field {name!r} = {fields[name]!r} in a {kind} configuration{nearest(name, known)}"
             )
-    ours = {name: fields[name] for name in SHARED_FIELDS if name in fields}
+    ours = {name: fields[name] for name in SHARED_FIELDS if name in fields and name not in family.derived}
     ours |= {new: fields[old] for old, new in family.own.items() if old in fields}
     layers, width = fields["num_hidden_layers"], fields["hidden_size"]
     # the muP numbers of a network without muP; a family that has its own keeps them
     neutral = {"scale_emb": 1, "scale_depth": math.sqrt(layers), "dim_model_base": width}
     return MiniCPMSALAConfig(
-        **{**neutral, **family.defaults, **ours, **family.fixed, "mixer_types": ["attention"] * layers}
+        **{**neutral, **family.defaults, **ours, **family.fixed, "mixer_types": [family.mixer] * layers}
     )
 
 

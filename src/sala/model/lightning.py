@@ -23,20 +23,22 @@ class LightningAttention(nn.Module):
         )
         self.num_heads, self.num_groups = config.lightning_nh, config.lightning_nkv
         self.width = config.lightning_head_dim
+        self.value_width = config.v_head_dim or self.width
+        self.rotary_width = config.qk_rope_head_dim or self.width
         self.scale = config.lightning_scale_value
         self.use_rope = config.lightning_use_rope
         bias = config.attention_bias or config.qkv_bias
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.width, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.width, config.hidden_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.value_width, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.value_width, config.hidden_size, bias=config.attention_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(self.width, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.width, config.rms_norm_eps)
         if config.use_output_norm:
-            self.o_norm = RMSNorm(self.num_heads * self.width, config.rms_norm_eps)
+            self.o_norm = RMSNorm(self.num_heads * self.value_width, config.rms_norm_eps)
         if config.use_output_gate:
-            self.z_proj = nn.Linear(config.hidden_size, self.num_heads * self.width, bias=False)
+            self.z_proj = nn.Linear(config.hidden_size, self.num_heads * self.value_width, bias=False)
 
     @property
     def needs_rope(self) -> bool:
@@ -46,7 +48,7 @@ class LightningAttention(nn.Module):
         batch, length, _ = x_BTD.shape
         q = self.q_proj(x_BTD).view(batch, length, self.num_heads, self.width)
         k = self.k_proj(x_BTD).view(batch, length, self.num_groups, self.width)
-        v = self.v_proj(x_BTD).view(batch, length, self.num_groups, self.width)
+        v = self.v_proj(x_BTD).view(batch, length, self.num_groups, self.value_width)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.use_rope:

@@ -10,8 +10,9 @@ from torch import nn
 from sala.errors import ConfigError
 from sala.model.attention import FullAttention
 from sala.model.cache import AttentionCache, LayerCache, LightningCache, SalaCache, SparseCache
-from sala.model.config import MiniCPMSALAConfig
+from sala.model.config import FULL_ROWS, SPARSE_ROWS, MiniCPMSALAConfig
 from sala.model.infllm import SparseAttention
+from sala.model.latent import LatentAttention, SparseLatentAttention
 from sala.model.lightning import LightningAttention
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ MIXERS = {
     "attention": Mixer(FullAttention, AttentionCache),
     "minicpm4": Mixer(SparseAttention, SparseCache),
     "lightning-attn": Mixer(LightningAttention, LightningCache),
+    "latent-attention": Mixer(LatentAttention, AttentionCache),
+    "latent-minicpm4": Mixer(SparseLatentAttention, SparseCache),
 }
 
 
@@ -51,7 +54,7 @@ def with_mixers(model: "MiniCPMSALAForCausalLM", mixer_types: Sequence[str]) -> 
     if {k: v.shape for k, v in parameters.items()} != {k: v.shape for k, v in wanted.items()}:
         raise ConfigError(
             f"mixer_types {list(mixer_types)} need other parameters than {list(model.config.mixer_types)}; "
-            "right would be to exchange only 'attention' and 'minicpm4'"
+            f"right would be to exchange only {' or '.join(f'{a!r} and {b!r}' for a, b in SPARSE_ROWS.items())}"
         )
     view.load_state_dict(parameters, assign=True)
     view.tie_weights()
@@ -60,8 +63,8 @@ def with_mixers(model: "MiniCPMSALAForCausalLM", mixer_types: Sequence[str]) -> 
 
 def sparse_mixers(mixer_types: Sequence[str], sparse: bool) -> tuple[str, ...]:
     """Return the tuple with block selection on or off in the softmax layers."""
-    wanted = "minicpm4" if sparse else "attention"
-    return tuple(name if name == "lightning-attn" else wanted for name in mixer_types)
+    partner = SPARSE_ROWS if sparse else FULL_ROWS
+    return tuple(partner.get(name, name) for name in mixer_types)
 
 
 def config_fields(config: MiniCPMSALAConfig) -> dict:

@@ -26,6 +26,11 @@ def inverse_frequencies(config: MiniCPMSALAConfig, width: int) -> tuple[tuple[fl
     kind = config.rope_scaling.get("rope_type", config.rope_scaling.get("type"))
     if kind not in SCALINGS:
         raise ConfigError(f"rope_scaling of type {kind!r} is not supported; supported: {', '.join(SCALINGS)}, or null")
+    if kind == "longrope" and config.rope_scaling["long_factor"] != config.rope_scaling["short_factor"]:
+        raise ConfigError(
+            "rope_scaling of type 'longrope' with a long_factor of its own changes keys already cached when a text grows past "
+            "the original length; right would be the same list as short_factor"
+        )
     donor = LlamaConfig(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -47,7 +52,14 @@ def rotation_tables(positions_BT: Tensor, frequencies: tuple[float, ...], factor
 
 
 def rotate(x_BTHK: Tensor, cosine_BTK: Tensor, sine_BTK: Tensor) -> Tensor:
-    """Rotate pairs (i, i + K/2) in float32 and return the input's dtype."""
+    """Rotate pairs (i, i + K/2) of the last K numbers of each head, in float32, and return the input's dtype.
+
+    K is the tables' width; what a wider head has before its last K stays as it is (MiniCPM3's [nope | rope]).
+    """
+    still = x_BTHK.shape[-1] - cosine_BTK.shape[-1]
+    if still:
+        turned = rotate(x_BTHK[..., still:], cosine_BTK, sine_BTK)
+        return torch.cat((x_BTHK[..., :still], turned), dim=-1)
     x = x_BTHK.float()
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
