@@ -1,24 +1,27 @@
 """Block-sparse attention in plain torch: streams over queries and windows, differentiable, on every device."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from sala.ops.dense import common_start, dense_attention, recomputed, row_by_row
+from sala.ops.dense import common_start, dense_attention, row_by_row
 from sala.ops.infllm.geometry import SparseGeometry
 
-# queries that are scored together, and whose attention may share one read of keys
-TILE_QUERIES = 128
-# scores of windows alive at a time: what stays in a core's cache
+# queries whose windows are scored in one product
+SELECT_QUERIES = 128
+# queries that share the reading of blocks
+ATTEND_QUERIES = 1024
+# of them, the most that one product over a block takes
+MAX_ITEM_QUERIES = 64
+# with fewer rows than this on the left, a product of matrices is faster the other way round (decoding: 4 times)
+FEW_ROWS = 32
+# scores alive at a time: what stays in a core's cache
 SCORE_ELEMENTS = 2**18
-
-# What attending costs, in units of one query's attention over one block; measured on a CPU core with 2 heads a group
-# of width 64. Gathering a block costs as much as letting this many queries attend to it,
-GATHER_COST = 12
-# and calling the kernel once more as much as this many blocks for one query.
-CALL_COST = 200
 
 
 @torch.no_grad()
@@ -33,7 +36,7 @@ def select(
     )
     for b in range(B):
         real_n = (positions_BT[b] >= 0).nonzero().squeeze(1)
-        for tile_C in real_n.split(TILE_QUERIES):
+        for tile_C in real_n.split(SELECT_QUERIES):
             table_BTGN[b, tile_C] = _select_tile(
                 q_BTHK[b, tile_C], k1_BNGK[b], k2_BNGK[b], positions_BT[b, tile_C], geometry, scale
             ).int()
@@ -116,7 +119,7 @@ def _attend_row(
     return out_nHV[None]
 
 
-# which blocks a tile reads depends on data: nothing here that a compiler could trace
+# which blocks are read depends on data: nothing here that a compiler could trace
 @torch.compiler.disable
 def _attend_sparse(
     q_THK: Tensor,
@@ -128,32 +131,25 @@ def _attend_sparse(
     geometry: SparseGeometry,
     scale: float,
 ) -> Tensor:
+    """Return (T, H, V) for queries of one row, a tile at a time."""
+    # what lies behind the last key need not be a number, and a weight of zero would not hide it
+    num_keys = int(positions_T.max()) + 1
+    k_SGK, v_SGV = k_SGK[:num_keys].contiguous(), v_SGV[:num_keys].contiguous()
     parts = []
-    for q_CHK, positions_C in zip(q_THK.split(TILE_QUERIES), positions_T.split(TILE_QUERIES), strict=True):
-        table_CGN = _select_tile(q_CHK, k1_NGK, k2_NGK, positions_C, geometry, scale)
-        if len(q_CHK) == 1:
-            # one query's blocks are all full but its own, the last: nothing to mask
-            num_tokens = int((table_CGN[0, 0] >= 0).sum() - 1) * geometry.block_size
-            num_tokens += int(positions_C[0]) % geometry.block_size + 1
-            parts.append(_attend_one(q_CHK, k_SGK, v_SGV, table_CGN[0], num_tokens, geometry.block_size, scale))
-            continue
-        num_blocks = int(positions_C.max()) // geometry.block_size + 1
-        chosen_GCN = torch.zeros(
-            k_SGK.shape[1], len(q_CHK), num_blocks + 1, dtype=torch.bool, device=q_CHK.device
-        ).scatter_(2, table_CGN.transpose(0, 1).masked_fill(table_CGN.transpose(0, 1) < 0, num_blocks), True)
-        for piece in _pieces(chosen_GCN[..., :num_blocks], slice(0, len(q_CHK))):
-            parts.append(
-                recomputed(
-                    _attend_union,
-                    q_CHK[piece],
-                    k_SGK,
-                    v_SGV,
-                    chosen_GCN[:, piece, :num_blocks],
-                    positions_C[piece],
-                    geometry.block_size,
-                    scale,
-                )
+    for q_CHK, positions_C in zip(q_THK.split(ATTEND_QUERIES), positions_T.split(ATTEND_QUERIES), strict=True):
+        tables = [
+            _select_tile(q_cHK, k1_NGK, k2_NGK, positions_c, geometry, scale)
+            for q_cHK, positions_c in zip(
+                q_CHK.detach().split(SELECT_QUERIES), positions_C.split(SELECT_QUERIES), strict=True
             )
+        ]
+        if len(q_CHK) == 1:
+            parts.append(
+                _attend_one(q_CHK, k_SGK, v_SGV, tables[0][0], int(positions_C[0]), geometry.block_size, scale)
+            )
+        else:
+            work = _share_blocks(torch.cat(tables), positions_C, geometry.block_size)
+            parts.append(_BlockAttention.apply(q_CHK, k_SGK, v_SGV, work, scale))
     return torch.cat(parts)
 
 
@@ -204,6 +200,14 @@ def _log_normalizer(
     return torch.where(normalizer_GM == -torch.inf, exact_GM, normalizer_GM)
 
 
+def _products(q_GMK: Tensor, keys_NGK: Tensor) -> Tensor:
+    """Return (G, M, N) in float32."""
+    keys_GNK = keys_NGK.float().transpose(0, 1)
+    if q_GMK.shape[1] < FEW_ROWS:
+        return torch.bmm(keys_GNK, q_GMK.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(q_GMK, keys_GNK.transpose(1, 2))
+
+
 def _log_sum_exp(q_GMK: Tensor, keys_NGK: Tensor, visible_C: Tensor) -> Tensor:
     G, M, _ = q_GMK.shape
     C = len(visible_C)
@@ -212,7 +216,7 @@ def _log_sum_exp(q_GMK: Tensor, keys_NGK: Tensor, visible_C: Tensor) -> Tensor:
     total_GM = torch.full((G, M), -torch.inf, device=q_GMK.device)
     for begin in range(0, last, width):
         end = min(begin + width, last)
-        scores_GMN = torch.bmm(q_GMK, keys_NGK[begin:end].float().permute(1, 2, 0))
+        scores_GMN = _products(q_GMK, keys_NGK[begin:end])
         if end > first:
             hidden_CN = torch.arange(begin, end, device=q_GMK.device) >= visible_C[:, None]
             scores_GMN.view(G, M // C, C, -1).masked_fill_(hidden_CN, -torch.inf)
@@ -234,103 +238,197 @@ def _score_blocks(
     visible_C = _num_visible(positions_C, geometry.kernel_size, geometry.kernel_stride)
     first, last = int(visible_C.min()), int(visible_C.max())
     step = geometry.block_size // geometry.kernel_stride
-    width = max(1, SCORE_ELEMENTS // (G * M))
+    width = max(1, SCORE_ELEMENTS // (G * M * step))
     for begin in range(0, num_blocks, width):
-        # the windows that start in blocks begin.. at one offset: pooling is then a maximum of whole tensors
+        # the windows that start in blocks begin..begin + width - 1
+        windows = slice(begin * step, min((begin + width) * step, last))
+        if windows.stop <= windows.start:
+            break
+        shares_GMN = _products(q_GMK, k1_NGK[windows]).sub_(normalizer_GM[..., None]).exp_()
+        shares_GCN = shares_GMN.view(G, M // C, C, -1).sum(1)
+        if windows.stop > first:
+            index_N = torch.arange(windows.start, windows.stop, device=q_GMK.device)
+            shares_GCN.masked_fill_(index_N >= visible_C[:, None], 0)
+        # pooling by a window's offset in its block is a maximum of whole tensors
         for offset in range(step):
-            end = min(begin + width, (last - offset + step - 1) // step)
-            if end <= begin:
-                continue
-            windows = slice(begin * step + offset, (end - 1) * step + offset + 1, step)
-            keys_GKN = k1_NGK[windows].float().permute(1, 2, 0)
-            shares_GMN = torch.baddbmm(-normalizer_GM[..., None], q_GMK, keys_GKN).exp_()
-            shares_GCN = shares_GMN.view(G, M // C, C, -1).sum(1)
-            if windows.stop > first:
-                index_N = torch.arange(windows.start, windows.stop, step, device=q_GMK.device)
-                shares_GCN.masked_fill_(index_N >= visible_C[:, None], 0)
+            offset_GCN = shares_GCN[..., offset::step]
             last_token = offset * geometry.kernel_stride + geometry.kernel_size - 1
             for shift in range(last_token // geometry.block_size + 1):
-                pooled_GCN = scores_GCN[..., begin + shift : end + shift]
-                torch.maximum(pooled_GCN, shares_GCN[..., : pooled_GCN.shape[-1]], out=pooled_GCN)
-
-
-def _pieces(chosen_GCN: Tensor, queries: slice) -> Iterator[slice]:
-    """Yield runs of a tile's queries: halved for as long as reading the halves' blocks apart costs less."""
-    middle = (queries.start + queries.stop) // 2
-    halves = (slice(queries.start, middle), slice(middle, queries.stop))
-    if middle == queries.start or _cost(chosen_GCN, queries) <= sum(_cost(chosen_GCN, half) for half in halves):
-        yield queries
-        return
-    for half in halves:
-        yield from _pieces(chosen_GCN, half)
-
-
-def _cost(chosen_GCN: Tensor, queries: slice) -> int:
-    num_queries = queries.stop - queries.start
-    num_blocks = int(chosen_GCN[:, queries].any(1).sum(-1).max())
-    return num_blocks * (num_queries + GATHER_COST) + CALL_COST
+                pooled_GCN = scores_GCN[..., begin + shift : begin + shift + offset_GCN.shape[-1]]
+                torch.maximum(pooled_GCN, offset_GCN[..., : pooled_GCN.shape[-1]], out=pooled_GCN)
 
 
 def _attend_one(
-    q_1HK: Tensor, k_SGK: Tensor, v_SGV: Tensor, table_GN: Tensor, num_tokens: int, block_size: int, scale: float
+    q_1HK: Tensor, k_SGK: Tensor, v_SGV: Tensor, table_GN: Tensor, position: int, block_size: int, scale: float
 ) -> Tensor:
+    G, K = k_SGK.shape[1:]
+    # all blocks are full but the last, the query's own: every group reads as many tokens, and nothing is masked
+    num_full = int((table_GN[0] >= 0).sum()) - 1
+    tokens_GNC = table_GN[:, : num_full + 1, None] * block_size + torch.arange(block_size, device=q_1HK.device)
+    tokens_GS = tokens_GNC.flatten(1)[:, : num_full * block_size + position % block_size + 1]
+    places_GS = tokens_GS * G + torch.arange(G, device=q_1HK.device)[:, None]
+    k_1GSK, v_1GSV = (
+        x_SGK.flatten(0, 1).index_select(0, places_GS.flatten()).view(1, *places_GS.shape, -1)
+        for x_SGK in (k_SGK, v_SGV)
+    )
+    out_1GHV = scaled_dot_product_attention(q_1HK.view(1, G, -1, K), k_1GSK, v_1GSV, scale=scale)
+    return out_1GHV.reshape(1, q_1HK.shape[1], -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Pairs of a query and a block it chose, put together by block, so that a block is read once for many queries.
+
+    One item is a block of one group with up to M of the queries that chose it.
+
+    Attributes:
+        group_P: (P,) the group each item belongs to.
+        tokens_PS: (P, block_size) the tokens of each item's block.
+        queries_PM: (P, M) indices of queries; the number of queries where an item has fewer than M.
+        limits_PM: (P, M) the last token each of them may see.
+        masked_P: (P,) whether the block holds tokens that a query of the item may not see.
+    """
+
+    group_P: Tensor
+    tokens_PS: Tensor
+    queries_PM: Tensor
+    limits_PM: Tensor
+    masked_P: Tensor
+
+
+def _share_blocks(table_CGN: Tensor, positions_C: Tensor, block_size: int) -> _Work:
+    C, G, _ = table_CGN.shape
+    num_blocks = int(positions_C.max()) // block_size + 1
+    device = table_CGN.device
+    pair_query_P, pair_group_P, column_P = (table_CGN >= 0).nonzero().unbind(1)
+    key_P = pair_group_P * num_blocks + table_CGN[pair_query_P, pair_group_P, column_P]
+    key_P, order_P = key_P.sort()
+    count_N = key_P.bincount(minlength=G * num_blocks)
+    # wide items make better products, narrow ones waste fewer of their places
+    mean_queries = len(key_P) // int(count_N.count_nonzero())
+    M = min(MAX_ITEM_QUERIES, 1 << max(0, mean_queries.bit_length() - 1))
+    items_N = (count_N + M - 1) // M
+    rank_P = torch.arange(len(key_P), device=device) - (count_N.cumsum(0) - count_N)[key_P]
+    item_P = (items_N.cumsum(0) - items_N)[key_P] + rank_P // M
+    keys_I = torch.arange(G * num_blocks, device=device).repeat_interleave(items_N)
+    queries_IM = torch.full((len(keys_I), M), C, device=device)
+    queries_IM[item_P, rank_P % M] = pair_query_P[order_P]
+    tokens_IS = (keys_I % num_blocks)[:, None] * block_size + torch.arange(block_size, device=device)
+    # the place of no query sees everything: its result is dropped, but must be a number
+    limits_IM = pad(positions_C, (0, 1), value=num_blocks * block_size)[queries_IM]
+    return _Work(keys_I // num_blocks, tokens_IS, queries_IM, limits_IM, limits_IM.amin(1) < tokens_IS[:, -1])
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Softmax attention over pairs of queries and blocks: one pass with a running maximum, and its gradient.
+
+    The forward pass is FlashAttention's (arXiv 2205.14135, algorithm 1), the order of the blocks free; the backward
+    pass recomputes the probabilities from the log of their sum, so that memory is that of the inputs and outputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_CHK: Tensor, k_SGK: Tensor, v_SGV: Tensor, work: _Work, scale: float) -> Tensor:
+        C, H, _ = q_CHK.shape
+        G, V = v_SGV.shape[1:]
+        group = H // G
+        wide = _wide(q_CHK)
+        # one row for each query and group, and those of the query that is none
+        peak_RH = torch.full(((C + 1) * G, group), -torch.inf, dtype=wide, device=q_CHK.device)
+        total_RH = torch.zeros_like(peak_RH)
+        out_RHV = peak_RH.new_zeros(*peak_RH.shape, V)
+        rows_RHK = _rows(q_CHK, G)
+        for item in _slices(work, group):
+            rows_P, _, q_PMK, k_PSK, v_PSV = _read(item, rows_RHK, k_SGK, v_SGV)
+            scores_PMHS = _scores(item, q_PMK, k_PSK, scale)
+            best_RH = scores_PMHS.amax(-1).flatten(0, 1)
+            higher_RH = peak_RH.scatter_reduce(0, rows_P[:, None].expand_as(best_RH), best_RH, "amax")
+            shrink_RH = (peak_RH - higher_RH).exp_().nan_to_num_(0)
+            peak_RH = higher_RH
+            peak_PMH = peak_RH.index_select(0, rows_P).view(scores_PMHS.shape[:-1])
+            probs_PMHS = scores_PMHS.sub_(peak_PMH[..., None]).exp_()
+            total_RH.mul_(shrink_RH).index_add_(0, rows_P, probs_PMHS.sum(-1).flatten(0, 1))
+            part_PMV = torch.bmm(probs_PMHS.flatten(1, 2).to(v_SGV.dtype), v_PSV)
+            out_RHV.mul_(shrink_RH[..., None]).index_add_(0, rows_P, part_PMV.view(-1, group, V).to(wide))
+        out_CHV = (out_RHV / total_RH[..., None]).view(C + 1, H, V)[:C].to(v_SGV.dtype)
+        ctx.work, ctx.scale = work, scale
+        ctx.save_for_backward(q_CHK, k_SGK, v_SGV, out_CHV, peak_RH + total_RH.log())
+        return out_CHV
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_CHV: Tensor) -> tuple[Tensor | None, ...]:
+        q_CHK, k_SGK, v_SGV, out_CHV, log_total_RH = ctx.saved_tensors
+        C, H, K = q_CHK.shape
+        G, V = v_SGV.shape[1:]
+        group = H // G
+        wide = _wide(q_CHK)
+        rows_RHK, grads_RHV = _rows(q_CHK, G), _rows(grad_CHV, G)
+        delta_RH = _rows((grad_CHV.to(wide) * out_CHV.to(wide)).sum(-1, keepdim=True), G).view(-1, group)
+        # not in bfloat16: a key's gradient is the sum over every query that read it
+        dq_RHK = torch.zeros((C + 1) * G, group, K, dtype=wide, device=q_CHK.device)
+        dk_SGK = torch.zeros(k_SGK.shape, dtype=wide, device=q_CHK.device)
+        dv_SGV = torch.zeros(v_SGV.shape, dtype=wide, device=q_CHK.device)
+        for item in _slices(ctx.work, group):
+            rows_P, places_P, q_PMK, k_PSK, v_PSV = _read(item, rows_RHK, k_SGK, v_SGV)
+            scores_PMHS = _scores(item, q_PMK, k_PSK, ctx.scale)
+            shape = scores_PMHS.shape
+            probs_PMHS = scores_PMHS.sub_(log_total_RH.index_select(0, rows_P).view(shape[:-1])[..., None]).exp_()
+            grad_PMV = grads_RHV.index_select(0, rows_P).view(shape[0], -1, V)
+            back_PMHS = torch.bmm(grad_PMV, v_PSV.transpose(1, 2)).to(wide).view(shape)
+            back_PMHS.sub_(delta_RH.index_select(0, rows_P).view(shape[:-1])[..., None]).mul_(probs_PMHS).mul_(
+                ctx.scale
+            )
+            probs_PMS, back_PMS = probs_PMHS.flatten(1, 2).to(v_SGV.dtype), back_PMHS.flatten(1, 2).to(q_CHK.dtype)
+            dq_RHK.index_add_(0, rows_P, torch.bmm(back_PMS, k_PSK).view(-1, group, K).to(wide))
+            dk_PK = torch.bmm(back_PMS.transpose(1, 2), q_PMK).to(wide).flatten(0, 1)
+            dv_PV = torch.bmm(probs_PMS.transpose(1, 2), grad_PMV).to(wide).flatten(0, 1)
+            dk_SGK.view(-1, K).index_add_(0, places_P, dk_PK)
+            dv_SGV.view(-1, V).index_add_(0, places_P, dv_PV)
+        dq_CHK = dq_RHK.view(C + 1, H, K)[:C]
+        return dq_CHK.to(q_CHK.dtype), dk_SGK.to(k_SGK.dtype), dv_SGV.to(v_SGV.dtype), None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Return the dtype of sums and of softmax: float32, or float64 where `x` is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _rows(x_CHK: Tensor, G: int) -> Tensor:
+    """Return ((C + 1) * G, H / G, K): a row for each query and group, the last G of them zero, for no query."""
+    C, H, K = x_CHK.shape
+    return pad(x_CHK, (0, 0, 0, 0, 0, 1)).view((C + 1) * G, H // G, K)
+
+
+def _slices(work: _Work, group: int) -> Iterator[_Work]:
+    """Yield the items, as many at a time as have at most SCORE_ELEMENTS scores."""
+    M, S = work.queries_PM.shape[1], work.tokens_PS.shape[1]
+    width = max(1, SCORE_ELEMENTS // (M * group * S))
+    parts = (getattr(work, field.name).split(width) for field in fields(work))
+    for tensors in zip(*parts, strict=True):
+        yield _Work(*tensors)
+
+
+def _read(item: _Work, rows_RHK: Tensor, k_SGK: Tensor, v_SGV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the items' rows (P * M,), places (P * S,), queries (P, M * H / G, K), keys (P, S, K), values (P, S, V).
+
+    Places are indices into the tokens and groups of `k_SGK` as one dimension: index_select copies whole vectors, five
+    times as fast as indexing.
+    """
+    P, S = item.tokens_PS.shape
     G = k_SGK.shape[1]
-    offsets_C = torch.arange(block_size, device=q_1HK.device)
-    tokens_GS = (table_GN[..., None] * block_size + offsets_C).flatten(1)[:, :num_tokens]
-    groups_G1 = torch.arange(G, device=q_1HK.device)[:, None]
-    out_GHV = scaled_dot_product_attention(
-        q_1HK.view(1, G, -1, q_1HK.shape[-1]),
-        k_SGK[tokens_GS, groups_G1][None],
-        v_SGV[tokens_GS, groups_G1][None],
-        scale=scale,
-    )
-    return out_GHV.reshape(1, q_1HK.shape[1], -1)
+    rows_P = (item.queries_PM * G + item.group_P[:, None]).flatten()
+    # past the end of the keys every query masks
+    places_P = (item.tokens_PS.clamp(max=len(k_SGK) - 1) * G + item.group_P[:, None]).flatten()
+    q_PMK = rows_RHK.index_select(0, rows_P).view(P, -1, rows_RHK.shape[-1])
+    k_PSK, v_PSV = (x_SGK.flatten(0, 1).index_select(0, places_P).view(P, S, -1) for x_SGK in (k_SGK, v_SGV))
+    return rows_P, places_P, q_PMK, k_PSK, v_PSV
 
 
-def _attend_union(
-    q_CHK: Tensor,
-    k_SGK: Tensor,
-    v_SGV: Tensor,
-    chosen_GCN: Tensor,
-    positions_C: Tensor,
-    block_size: int,
-    scale: float,
-) -> Tensor:
-    """Return (C, H, V): the blocks that any of the queries chose are read once, and each query masks the others'."""
-    C, H, K = q_CHK.shape
-    G, _, num_blocks = chosen_GCN.shape
-    own_C = positions_C // block_size
-    union_GN = chosen_GCN.any(1)
-    num_read = int(union_GN.sum(-1).max())
-    offsets_S = torch.arange(block_size, device=q_CHK.device)
-    if 4 * num_read >= 3 * num_blocks:
-        # nearly all: a copy would cost more than the blocks it leaves out
-        length = min(num_blocks * block_size, k_SGK.shape[0])
-        k_GSK, v_GSV = k_SGK[:length].transpose(0, 1), v_SGV[:length].transpose(0, 1)
-        column_GC = own_C.expand(G, C)
-    else:
-        # the union's blocks in order, then, in the group that reads fewer, blocks that nobody chose
-        read_GN = union_GN.byte().sort(descending=True, stable=True).indices[:, :num_read]
-        tokens_GS = (read_GN[..., None] * block_size + offsets_S).flatten(1)
-        length = tokens_GS.shape[1]
-        tokens_GS = tokens_GS.clamp(max=k_SGK.shape[0] - 1)
-        groups_G1 = torch.arange(G, device=q_CHK.device)[:, None]
-        k_GSK, v_GSV = k_SGK[tokens_GS, groups_G1], v_SGV[tokens_GS, groups_G1]
-        column_GC = (union_GN.cumsum(-1) - 1)[:, own_C]
-        chosen_GCN = chosen_GCN.gather(2, read_GN[:, None].expand(G, C, num_read))
-    bias_GCN = q_CHK.new_zeros(chosen_GCN.shape).masked_fill_(~chosen_GCN, -torch.inf)
-    bias_GCNS = bias_GCN[..., None].repeat(1, 1, 1, block_size)
-    # of a chosen block only a query's own has keys after it
-    later_CS = q_CHK.new_zeros(C, block_size).masked_fill_(offsets_S > (positions_C % block_size)[:, None], -torch.inf)
-    bias_GCNS.scatter_(
-        2, column_GC[..., None, None].expand(G, C, 1, block_size), later_CS[None, :, None].expand(G, C, 1, block_size)
-    )
-    group = H // G
-    out_GHCV = scaled_dot_product_attention(
-        q_CHK.view(C, G, group, K).permute(1, 2, 0, 3),
-        k_GSK[:, None].expand(-1, group, -1, -1),
-        v_GSV[:, None].expand(-1, group, -1, -1),
-        attn_mask=bias_GCNS.flatten(2)[:, None, :, :length],
-        scale=scale,
-    )
-    return out_GHCV.permute(2, 0, 1, 3).reshape(C, H, -1)
+def _scores(item: _Work, q_PMK: Tensor, k_PSK: Tensor, scale: float) -> Tensor:
+    """Return scores (P, M, H / G, S) in float32 or wider, -inf where a query may not see a token."""
+    P, M = item.queries_PM.shape
+    scores_PMHS = torch.bmm(q_PMK, k_PSK.transpose(1, 2)).to(_wide(q_PMK)).mul_(scale).view(P, M, -1, k_PSK.shape[1])
+    if item.masked_P.any():
+        later_PMS = item.tokens_PS[:, None] > item.limits_PM[..., None]
+        scores_PMHS.masked_fill_(later_PMS[:, :, None], -torch.inf)
+    return scores_PMHS

@@ -1,0 +1,6 @@
+"""HALO: a pretrained Transformer becomes a hybrid of linear and sparse attention."""
+
+from sala.convert.halo import Report, halo
+from sala.convert.select import LayerScores, importance, read_scores, select, select_from_table
+
+__all__ = ["LayerScores", "Report", "halo", "importance", "read_scores", "select", "select_from_table"]

@@ -1,0 +1,65 @@
+"""HALO stage 1: every layer's linear twin learns the attention layer that it may replace."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Twins(nn.Module):
+    """The linear twin of every attention layer, beside the frozen teacher.
+
+    A twin sees its layer's normed input in the teacher and answers with what the layer adds after its output
+    projection; the teacher's own output flows on, so the layers are independent problems. Source: HALO section 4.1.
+    """
+
+    def __init__(self, teacher: Any, twins: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.twins = nn.ModuleList(twins)
+        # in a tuple the teacher is no submodule: it is not trained, saved or moved with the twins
+        self._teacher = (teacher,)
+
+    @property
+    def teacher(self) -> Any:
+        return self._teacher[0]
+
+    def compilable(self) -> Iterable[nn.Module]:
+        """The modules of equal structure that a trainer may compile one by one."""
+        return self.twins
+
+    def forward(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return (twin's output, teacher's output), each (B, T, D), for every layer of `input_ids` (B, T)."""
+        layers = watch_mixers(self.teacher, input_ids)
+        return [(twin(x_BTD, rows), y_BTD) for twin, (x_BTD, rows, y_BTD) in zip(self.twins, layers, strict=True)]
+
+
+@torch.no_grad()
+def watch_mixers(model: Any, input_ids: Tensor) -> list[tuple[Tensor, Any, Tensor]]:
+    """Return (input, rows, output) of every layer's mixer in one forward pass."""
+    seen: list[tuple[Tensor, Any, Tensor]] = []
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
+        rows = keywords["rows"] if "rows" in keywords else arguments[1]
+        seen.append((arguments[0], rows, output))
+
+    with ExitStack() as stack:
+        for layer in model.model.layers:
+            stack.enter_context(layer.self_attn.register_forward_hook(note, with_kwargs=True))
+        model.model(input_ids, use_cache=False)
+    return seen
+
+
+@contextmanager
+def swapped(model: Any, mixers: Mapping[int, nn.Module]) -> Iterator[Any]:
+    """`model` with the mixers of some layers exchanged inside `with`, and its own again after it."""
+    layers = model.model.layers
+    own = {index: layers[index].self_attn for index in mixers}
+    try:
+        for index, mixer in mixers.items():
+            layers[index].self_attn = mixer
+        yield model
+    finally:
+        for index, mixer in own.items():
+            layers[index].self_attn = mixer

@@ -1,0 +1,267 @@
+"""HALO from a teacher to a hybrid: transfer, align, select, assemble, and the stages that follow."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sala.convert.align import Twins, swapped
+from sala.convert.output_norm import measure_output_norms
+from sala.convert.select import RANKINGS, LayerScores, importance, select
+from sala.convert.transfer import (
+    GateInit,
+    assemble,
+    hybrid_config,
+    kept_attention,
+    linear_twin,
+    reconfigured,
+    require_teacher,
+)
+from sala.errors import RecipeError
+
+SPARSE, DENSE, LINEAR = "minicpm4", "attention", "lightning-attn"
+
+Score = Callable[[Any], float]
+Say = Callable[[str], None]
+
+
+class Stage(Protocol):
+    """What a conversion needs to know of a stage of training; the rest is between the recipe and `run_stage`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def loss(self) -> str: ...
+    @property
+    def sparse(self) -> bool: ...
+    @property
+    def logits_scaling(self) -> bool: ...
+
+
+class RunStage(Protocol):
+    """Train `model` in place through `stage`; the result has the last `loss`."""
+
+    def __call__(self, model: Any, stage: Any, *, teacher: Any) -> Any: ...
+
+
+class Keep(Protocol):
+    """Which layers stay attention: one of a fraction, a count, the layers themselves."""
+
+    @property
+    def fraction(self) -> float | None: ...
+    @property
+    def count(self) -> int | None: ...
+    @property
+    def layers(self) -> tuple[int, ...] | None: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def first_last(self) -> bool: ...
+    @property
+    def epsilon(self) -> float: ...
+
+
+class Settings(Protocol):
+    """What becomes of a teacher; a recipe's `conversion` is one."""
+
+    @property
+    def keep(self) -> Keep: ...
+    @property
+    def attention_rope(self) -> bool: ...
+    @property
+    def gate_init(self) -> GateInit: ...
+    @property
+    def output_norm_init(self) -> Literal["ones", "measured"]: ...
+    @property
+    def logits_scaling(self) -> float | None: ...
+    @property
+    def sparse(self) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """What a stage left; `layer_errors` (relative, one a layer) is empty but for alignment."""
+
+    name: str
+    loss: float
+    layer_errors: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did.
+
+    step_zero: KL(teacher || changed teacher), nats a token, before any training of the hybrid, with one kind of change
+    at a time ("gates", "positions", "linear_layers") and with all of them ("all").
+    """
+
+    kept: tuple[int, ...]
+    mixer_types: tuple[str, ...]
+    scores: LayerScores | None
+    importance: tuple[float, ...]
+    step_zero: dict[str, float]
+    stages: tuple[StageResult, ...]
+
+
+def num_kept(keep: Keep, num_layers: int) -> int:
+    """Return how many layers stay attention: HALO's floor of the fraction, at least one."""
+    if keep.count is not None:
+        return keep.count
+    return max(1, int(num_layers * (keep.fraction or 0)))
+
+
+@torch.no_grad()
+def score_layers(teacher: Any, twins: Sequence[nn.Module], recall: Score, language: Score, say: Say) -> LayerScores:
+    """Score the models M_i: the teacher with only layer i linear."""
+    rows = []
+    for layer, twin in enumerate(twins):
+        say(f"scoring layer {layer + 1} of {len(twins)}")
+        with swapped(teacher, {layer: twin}):
+            rows.append((recall(teacher), language(teacher)))
+    return LayerScores(recall=tuple(r for r, _ in rows), language=tuple(c for _, c in rows))
+
+
+@torch.no_grad()
+def divergence(teacher_NX: Tensor, model: Any, input_ids: Tensor) -> float:
+    """Return the mean KL(teacher || model) in nats a token; `teacher_NX` holds the teacher's log-probabilities."""
+    own_NX = model(input_ids, use_cache=False).logits.float().log_softmax(dim=-1).flatten(0, 1)
+    return (teacher_NX.exp() * (teacher_NX - own_NX)).sum(dim=-1).mean().item()
+
+
+def select_layers(settings: Settings, num_layers: int, scores: LayerScores | None) -> tuple[int, ...]:
+    """Return the layers that stay attention, ascending. Raises RecipeError for what the model does not have."""
+    keep = settings.keep
+    if keep.layers is not None:
+        if wrong := [layer for layer in keep.layers if layer >= num_layers]:
+            raise RecipeError(f"conversion.keep.layers names layer {wrong[0]}; the teacher has 0 to {num_layers - 1}")
+        return tuple(sorted(set(keep.layers)))
+    amount = 0 if keep.method == "none" else num_kept(keep, num_layers)
+    return select(
+        num_layers, amount, method=keep.method, scores=scores, epsilon=keep.epsilon, first_last=keep.first_last
+    )
+
+
+def halo(
+    teacher: Any,
+    settings: Settings,
+    stages: Sequence[Stage],
+    *,
+    run_stage: RunStage,
+    score_recall: Score,
+    score_language: Score,
+    sample: Tensor,
+    seed: int = 0,
+    say: Say = lambda text: None,
+) -> tuple[Any, Report]:
+    """Convert `teacher` (every layer "attention") and return the hybrid with what was done.
+
+    Args:
+        stages: a first one with loss "align" trains the linear twins; the others train the hybrid in turn.
+        run_stage: the training loop.
+        score_recall, score_language: model -> score, higher is better; asked for every swapped layer when the layers
+            are chosen by score.
+        sample: token ids (B, T) for the measurements before training.
+        say: takes a line on what happens now.
+
+    Raises:
+        ConfigError: the teacher has layers other than attention.
+        RecipeError: the settings ask for layers that the teacher does not have.
+    """
+    require_teacher(teacher.config)
+    num_layers = teacher.config.num_hidden_layers
+    # what cannot be is refused before an hour of alignment
+    select_layers(settings, num_layers, _blank(num_layers))
+    generator = torch.Generator().manual_seed(seed)
+    twins = _make_twins(teacher, settings, generator)
+    if settings.output_norm_init == "measured":
+        say("measuring the size of every head's output")
+        measure_output_norms(twins, sample)
+    results, remaining = [], list(stages)
+    if remaining and remaining[0].loss == "align":
+        results.append(_run(run_stage, twins, remaining.pop(0), teacher=None))
+    scores = None
+    if settings.keep.layers is None and settings.keep.method in RANKINGS:
+        scores = score_layers(teacher, list(twins.twins), score_recall, score_language, say)
+    kept = select_layers(settings, num_layers, scores)
+    say(f"layers that stay attention: {', '.join(map(str, kept)) or 'none'}")
+
+    kinds = [DENSE if layer in kept else LINEAR for layer in range(num_layers)]
+    config = hybrid_config(
+        teacher.config, kinds, rope=settings.attention_rope, gates=True, sparse_config=settings.sparse.model_dump()
+    )
+    mixers: dict[int, nn.Module] = dict(enumerate(twins.twins))
+    for layer in kept:
+        attention = teacher.model.layers[layer].self_attn
+        mixers[layer] = kept_attention(attention, config, settings.gate_init, generator)
+    step_zero = _step_zero(teacher, settings, kinds, mixers, sample)
+    hybrid = assemble(teacher, config, mixers)
+
+    def switched(sparse: bool, scaling: bool) -> Any:
+        return reconfigured(
+            hybrid,
+            mixer_types=[SPARSE if sparse and kind == DENSE else kind for kind in kinds],
+            attn_logits_scaling=settings.logits_scaling if scaling else None,
+        )
+
+    for stage in remaining:
+        results.append(_run(run_stage, switched(stage.sparse, stage.logits_scaling), stage, teacher=teacher))
+    finished = switched(sparse=True, scaling=True)
+    return finished, Report(
+        kept=kept,
+        mixer_types=tuple(finished.config.mixer_types),
+        scores=scores,
+        importance=() if scores is None else importance(scores, settings.keep.epsilon),
+        step_zero=step_zero,
+        stages=tuple(results),
+    )
+
+
+def _make_twins(teacher: Any, settings: Settings, generator: torch.Generator) -> Twins:
+    config = hybrid_config(teacher.config, [LINEAR] * teacher.config.num_hidden_layers, rope=True, gates=False)
+    return Twins(
+        teacher,
+        [linear_twin(layer.self_attn, config, settings.gate_init, generator) for layer in teacher.model.layers],
+    )
+
+
+def _blank(num_layers: int) -> LayerScores:
+    return LayerScores(recall=(0.0,) * num_layers, language=(0.0,) * num_layers)
+
+
+def _run(run_stage: RunStage, model: Any, stage: Stage, *, teacher: Any) -> StageResult:
+    last = run_stage(model, stage, teacher=teacher)
+    return StageResult(stage.name, last.loss, tuple(last.layer_errors))
+
+
+def _step_zero(
+    teacher: Any, settings: Settings, kinds: Sequence[str], mixers: dict[int, nn.Module], sample: Tensor
+) -> dict[str, float]:
+    """Return what each kind of change alone costs the teacher, and all of them together."""
+    kept = [layer for layer, kind in enumerate(kinds) if kind == DENSE]
+    linear = {layer: mixer for layer, mixer in mixers.items() if layer not in kept}
+
+    def attention(rope: bool, gates: bool) -> dict[int, nn.Module]:
+        config = hybrid_config(teacher.config, kinds, rope=rope, gates=gates)
+        changed = {}
+        for layer in kept:
+            mixer = kept_attention(teacher.model.layers[layer].self_attn, config, "open", torch.Generator())
+            if gates:
+                mixer.load_state_dict(mixers[layer].state_dict())
+            changed[layer] = mixer
+        return changed
+
+    with torch.no_grad():
+        teacher_NX = teacher(sample, use_cache=False).logits.float().log_softmax(dim=-1).flatten(0, 1)
+    changes = {
+        "gates": attention(rope=True, gates=True),
+        "positions": attention(rope=settings.attention_rope, gates=False),
+        "linear_layers": linear,
+        "all": mixers,
+    }
+    losses = {}
+    for name, change in changes.items():
+        with swapped(teacher, change):
+            losses[name] = divergence(teacher_NX, teacher, sample)
+    return losses

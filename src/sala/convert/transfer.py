@@ -1,0 +1,143 @@
+"""Weights of an attention layer as those of a linear layer, and of a teacher as those of a hybrid."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from sala.convert.latent import plain_projections
+from sala.errors import ConfigError
+from sala.model import MIXERS, MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from sala.model.config import SPARSE_ROWS
+from sala.model.latent import LatentAttention
+from sala.model.mixers import config_fields
+
+GateInit = Literal["random", "open"]
+# sigmoid(0): what a gate with zero weights multiplies with
+ZERO_GATE = 0.5
+
+
+def expand_heads(tensor: Tensor, num_kv_heads: int, num_heads: int) -> Tensor:
+    """Repeat key/value heads so that every query head has its own copy of the one it reads.
+
+    Args:
+        tensor: (G * K, ...), a projection's weight or bias. Returns (H * K, ...): head h is head h // (H / G).
+
+    Repetition is by heads, not by rows, which would scramble heads whenever H > G. Source: HALO section 4.1.
+    """
+    heads = tensor.unflatten(0, (num_kv_heads, -1))
+    return heads.repeat_interleave(num_heads // num_kv_heads, dim=0).flatten(0, 1)
+
+
+def require_teacher(config: MiniCPMSALAConfig) -> None:
+    """Raise ConfigError unless every layer is full softmax attention: a hybrid is no teacher."""
+    other = sorted({kind for kind in config.mixer_types or () if kind not in SPARSE_ROWS})
+    if other:
+        raise ConfigError(
+            f"the teacher has {', '.join(other)} layers; a conversion starts from 'attention' in every layer"
+        )
+
+
+def hybrid_config(
+    teacher: MiniCPMSALAConfig, mixer_types: Sequence[str], *, rope: bool, gates: bool, **changes: Any
+) -> MiniCPMSALAConfig:
+    """Return the teacher's configuration with other mixers: rotary positions, norms and gates on linear layers.
+
+    Args:
+        rope, gates: rotary positions and output gates on the layers that stay attention.
+        changes: further fields of the configuration.
+    """
+    fields = config_fields(teacher) | {
+        "mixer_types": list(mixer_types),
+        "attn_use_rope": rope,
+        "attn_use_output_gate": gates,
+        "lightning_nh": teacher.num_attention_heads,
+        "lightning_nkv": teacher.num_attention_heads,
+        "lightning_head_dim": teacher.head_dim,
+        "lightning_scale": "1/sqrt(d)",
+        "lightning_use_rope": True,
+        "qk_norm": True,
+        "use_output_gate": True,
+        "use_output_norm": True,
+    }
+    return MiniCPMSALAConfig(**(fields | changes))
+
+
+def _gate_weight(like: Tensor, gate_init: GateInit, generator: torch.Generator) -> Tensor:
+    if gate_init == "open":
+        return torch.zeros_like(like)
+    # torch's default for a Linear, as HALO builds its layers
+    bound = like.shape[1] ** -0.5
+    return torch.empty_like(like).uniform_(-bound, bound, generator=generator)
+
+
+def _projections(
+    weights: Mapping[str, Tensor], gate: str, like: Tensor, gate_init: GateInit, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The projections among a layer's weights, and a new gate."""
+    state = {name: tensor.clone() for name, tensor in weights.items() if "_proj." in name}
+    state[gate] = _gate_weight(like, gate_init, generator)
+    if gate_init == "open":
+        # sigmoid(0) halves what the gate lets through; the projection behind it gives it back exactly
+        state["o_proj.weight"] = state["o_proj.weight"] / ZERO_GATE
+    return state
+
+
+def linear_twin(
+    attention: Any, config: MiniCPMSALAConfig, gate_init: GateInit, generator: torch.Generator
+) -> nn.Module:
+    """Return a linear attention layer with the weights of `attention`, a layer of a teacher.
+
+    Args:
+        config: a hybrid's configuration (see `hybrid_config`) that has the teacher's shapes.
+
+    Queries, keys, values and output are copied, key/value heads one a query head; q and k norms are copied or 1; the
+    output norm is 1; the gate is new. Biases are copied where the teacher has them. Source: HALO section 4.1.
+    Latent attention is multiplied out first, see `plain_projections`.
+    """
+    twin = MIXERS["lightning-attn"].module(config)
+    empty = twin.state_dict()
+    weights = plain_projections(attention) if isinstance(attention, LatentAttention) else attention.state_dict()
+    state = _projections(weights, "z_proj.weight", empty["z_proj.weight"], gate_init, generator)
+    for name in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"):
+        if name in state:
+            state[name] = expand_heads(state[name], attention.num_groups, attention.num_heads)
+    for name in ("q_norm.weight", "k_norm.weight"):
+        state[name] = weights.get(name, torch.ones_like(empty[name])).clone()
+    state["o_norm.weight"] = torch.ones_like(empty["o_norm.weight"])
+    twin.load_state_dict(state)
+    return twin.to(attention.o_proj.weight.dtype)
+
+
+def kept_attention(
+    attention: Any, config: MiniCPMSALAConfig, gate_init: GateInit, generator: torch.Generator
+) -> nn.Module:
+    """Return an attention layer with the weights of `attention`, positions and gate as `config` says."""
+    kept = type(attention)(config)
+    state = {name: tensor.clone() for name, tensor in attention.state_dict().items()}
+    empty = kept.state_dict()
+    if "o_gate.weight" in empty:
+        state |= _projections(attention.state_dict(), "o_gate.weight", empty["o_gate.weight"], gate_init, generator)
+    kept.load_state_dict(state)
+    return kept.to(attention.o_proj.weight.dtype)
+
+
+def assemble(teacher: MiniCPMSALAForCausalLM, config: MiniCPMSALAConfig, mixers: Mapping[int, nn.Module]) -> Any:
+    """Return a hybrid of `config`: the given mixers, the rest copied from the teacher; heads are tied only as there."""
+    hybrid = MiniCPMSALAForCausalLM(config)
+    state = {name: tensor for name, tensor in teacher.state_dict().items() if ".self_attn." not in name}
+    for layer, mixer in mixers.items():
+        state |= {f"model.layers.{layer}.self_attn.{name}": tensor for name, tensor in mixer.state_dict().items()}
+    hybrid.load_state_dict(state)
+    return cast(nn.Module, hybrid).to(teacher.dtype).eval()
+
+
+def reconfigured(model: MiniCPMSALAForCausalLM, **changes: Any) -> MiniCPMSALAForCausalLM:
+    """Return a model on the same parameter tensors with other values of fields that own no parameters."""
+    config = MiniCPMSALAConfig(**(config_fields(model.config) | changes))
+    with torch.device("meta"):
+        view = MiniCPMSALAForCausalLM(config)
+    view.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    view.tie_weights()
+    return view.train(model.training)

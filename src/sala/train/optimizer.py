@@ -1,0 +1,63 @@
+"""Optimizers by name: AdamW, and Muon for the layers' matrices with AdamW for the rest."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon
+
+from sala.train.recipe import Optimizer
+
+Parameters = list[nn.Parameter]
+
+# matrices of these names map tokens to vectors and back; orthogonal updates suit hidden layers only (Jordan 2024)
+NOT_HIDDEN = ("embed_tokens", "lm_head")
+
+
+class Optimizers:
+    """The optimizers of one stage behind one learning rate."""
+
+    def __init__(self, members: list[tuple[torch.optim.Optimizer, float]]) -> None:
+        self.members = members
+
+    def step(self, learning_rate: float) -> None:
+        """Move by the gradients, each member at its ratio of `learning_rate`, and forget the gradients."""
+        for member, ratio in self.members:
+            for group in member.param_groups:
+                group["lr"] = learning_rate * ratio
+            member.step()
+            member.zero_grad(set_to_none=True)
+
+
+def _adamw(parameters: Parameters, settings: Optimizer) -> AdamW:
+    return AdamW(parameters, betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay, fused=True)
+
+
+def _muon(parameters: Parameters, settings: Optimizer) -> Muon:
+    # updates of AdamW's size, so that one learning rate serves both (Liu et al. 2025, Muon is scalable)
+    return Muon(
+        parameters, weight_decay=settings.weight_decay, momentum=settings.momentum, adjust_lr_fn="match_rms_adamw"
+    )
+
+
+# what moves the layers' matrices
+MATRICES: dict[str, Callable[[Parameters, Optimizer], torch.optim.Optimizer]] = {"adamw": _adamw, "muon": _muon}
+
+
+def make_optimizers(named: dict[str, nn.Parameter], settings: Optimizer) -> Optimizers:
+    """Return the optimizers of a recipe's settings for parameters by name."""
+    groups: dict[str, Parameters] = {"matrices": [], "biases": [], "rest": []}
+    for name, parameter in named.items():
+        if name.endswith(("q_proj.bias", "k_proj.bias")):
+            groups["biases"].append(parameter)
+        elif parameter.ndim == 2 and not any(part in NOT_HIDDEN for part in name.split(".")):
+            groups["matrices"].append(parameter)
+        else:
+            groups["rest"].append(parameter)
+    bias_ratio = settings.adamw_ratio if settings.bias_ratio is None else settings.bias_ratio
+    rows = (
+        (groups["matrices"], MATRICES[settings.kind], 1.0),
+        (groups["rest"], _adamw, settings.adamw_ratio),
+        (groups["biases"], _adamw, bias_ratio),
+    )
+    return Optimizers([(make(parameters, settings), ratio) for parameters, make, ratio in rows if parameters])

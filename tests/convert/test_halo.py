@@ -1,0 +1,164 @@
+"""A conversion end to end on tiny random teachers, with training passed in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sala.convert import halo
+from sala.convert.halo import num_kept
+from sala.errors import ConfigError, RecipeError
+from sala.model import with_mixers
+
+IDS = torch.arange(2 * 24).view(2, 24) % 50
+SPARSE = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8, "window_size": 8, "topk": 2, "dense_len": 8}
+
+
+@dataclass
+class Keep:
+    fraction: float | None = 0.25
+    count: int | None = None
+    layers: tuple[int, ...] | None = None
+    method: str = "halo"
+    first_last: bool = False
+    epsilon: float = 1e-3
+
+
+@dataclass
+class Settings:
+    keep: Keep = field(default_factory=Keep)
+    attention_rope: bool = False
+    gate_init: str = "open"
+    output_norm_init: str = "ones"
+    logits_scaling: float | None = None
+    sparse: Any = field(default_factory=lambda: SimpleNamespace(model_dump=lambda: dict(SPARSE)))
+
+
+@dataclass
+class Stage:
+    name: str
+    loss: str
+    sparse: bool = False
+    logits_scaling: bool = False
+
+
+def convert(teacher: Any, settings: Settings, stages: list[Stage] = [], **changes: Any) -> tuple[Any, Any]:  # noqa: B006
+    arguments = {
+        "run_stage": lambda model, stage, *, teacher: SimpleNamespace(loss=1.0, layer_errors=()),
+        "score_recall": lambda model: 0.0,
+        "score_language": lambda model: 0.0,
+        "sample": IDS,
+    }
+    return halo(teacher, settings, stages, **(arguments | changes))
+
+
+def test_scores_choose_the_layer_and_the_report_says_why(teacher_of: Callable, family: str) -> None:
+    teacher = teacher_of(family)
+    own = [layer.self_attn for layer in teacher.model.layers]
+
+    def recall(model: Any) -> float:
+        swapped = [i for i, layer in enumerate(model.model.layers) if layer.self_attn is not own[i]]
+        assert len(swapped) == 1, "one layer at a time"
+        return {0: 0.9, 1: 0.2, 2: 0.8, 3: 0.9}[swapped[0]]
+
+    hybrid, report = convert(teacher, Settings(), score_recall=recall)
+    assert report.kept == (1,)
+    assert report.mixer_types == ("lightning-attn", "minicpm4", "lightning-attn", "lightning-attn")
+    assert tuple(hybrid.config.mixer_types) == report.mixer_types
+    assert report.scores.recall == (0.9, 0.2, 0.8, 0.9)
+    assert report.importance[1] == max(report.importance)
+    assert [layer.self_attn for layer in teacher.model.layers] == own
+
+
+def test_each_stage_trains_the_model_it_asks_for_and_all_the_same_parameters(teacher_of: Callable) -> None:
+    teacher = teacher_of()
+    seen = []
+
+    def run_stage(model: Any, stage: Stage, *, teacher: Any) -> Any:
+        seen.append((stage.name, type(model).__name__, teacher is not None, model))
+        return SimpleNamespace(loss=1.0, layer_errors=())
+
+    stages = [
+        Stage("align", "align"),
+        Stage("distill", "distill"),
+        Stage("long", "next_token", sparse=True, logits_scaling=True),
+    ]
+    settings = Settings(keep=Keep(fraction=None, count=2), logits_scaling=16)
+    hybrid, report = convert(teacher, settings, stages, run_stage=run_stage)
+    assert [row[:3] for row in seen] == [
+        ("align", "Twins", False),
+        ("distill", "MiniCPMSALAForCausalLM", True),
+        ("long", "MiniCPMSALAForCausalLM", True),
+    ]
+    distilled, lengthened = seen[1][3], seen[2][3]
+    assert "minicpm4" not in distilled.config.mixer_types
+    assert distilled.config.attn_logits_scaling is None
+    assert lengthened.config.mixer_types == hybrid.config.mixer_types
+    assert lengthened.config.attn_logits_scaling == hybrid.config.attn_logits_scaling == 16
+    pointers = {parameter.data_ptr() for parameter in hybrid.parameters()}
+    assert {parameter.data_ptr() for parameter in distilled.parameters()} == pointers
+    assert len(report.stages) == 3
+
+
+def test_open_gates_cost_nothing_and_positions_cost_something(teacher_of: Callable, family: str) -> None:
+    teacher = teacher_of(family)
+    _, report = convert(teacher, Settings())
+    assert report.step_zero["gates"] == pytest.approx(0, abs=1e-5)
+    assert report.step_zero["positions"] > 1e-4
+    assert report.step_zero["linear_layers"] > 1e-4
+
+    _, report = convert(teacher, Settings(gate_init="random", attention_rope=True))
+    assert report.step_zero["gates"] > 1e-4
+    assert report.step_zero["positions"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_divergence_at_step_zero_is_that_of_the_hybrid(teacher_of: Callable) -> None:
+    teacher = teacher_of()
+    hybrid, report = convert(teacher, Settings(logits_scaling=None))
+    dense = [kind.replace("minicpm4", "attention") for kind in hybrid.config.mixer_types]
+    with torch.no_grad():
+        target = teacher(IDS, use_cache=False).logits.log_softmax(-1)
+        own = with_mixers(hybrid, dense)(IDS, use_cache=False).logits.log_softmax(-1)
+    expected = (target.exp() * (target - own)).sum(-1).mean().item()
+    assert report.step_zero["all"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_rope_stays_when_the_ablation_asks(teacher_of: Callable) -> None:
+    assert convert(teacher_of(), Settings())[0].config.attn_use_rope is False
+    assert convert(teacher_of(), Settings(attention_rope=True))[0].config.attn_use_rope is True
+
+
+def test_all_layers_can_be_linear(teacher_of: Callable) -> None:
+    hybrid, report = convert(teacher_of(), Settings(keep=Keep(method="none")))
+    assert set(hybrid.config.mixer_types) == {"lightning-attn"}
+    assert report.kept == ()
+
+
+def test_the_same_seed_gives_the_same_hybrid(teacher_of: Callable) -> None:
+    first, again, other = (convert(teacher_of(), Settings(gate_init="random"), seed=seed)[0] for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+def test_what_the_teacher_does_not_have_is_refused_before_training(teacher_of: Callable) -> None:
+    def run_stage(*_: Any, **__: Any) -> Any:
+        raise AssertionError("nothing may be trained")
+
+    stages = [Stage("align", "align")]
+    with pytest.raises(RecipeError, match="names layer 7; the teacher has 0 to 3"):
+        convert(teacher_of(), Settings(keep=Keep(layers=(1, 7))), stages, run_stage=run_stage)
+    with pytest.raises(RecipeError, match="keep is 9"):
+        convert(teacher_of(), Settings(keep=Keep(fraction=None, count=9)), stages, run_stage=run_stage)
+    hybrid, _ = convert(teacher_of(), Settings())
+    with pytest.raises(ConfigError, match="starts from 'attention' in every layer"):
+        convert(hybrid, Settings(), stages, run_stage=run_stage)
+
+
+def test_a_fraction_is_rounded_down_but_keeps_one() -> None:
+    assert num_kept(Keep(fraction=0.25), 28) == 7
+    assert num_kept(Keep(fraction=0.25), 37) == 9
+    assert num_kept(Keep(fraction=0.25), 3) == 1
+    assert num_kept(Keep(fraction=None, count=5), 28) == 5

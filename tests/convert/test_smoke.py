@@ -1,0 +1,44 @@
+"""The smoke recipe end to end: a teacher becomes a folder that loads as the hybrid it was."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sala.convert import halo
+from sala.data import Document, train_tokenizer
+from sala.model.families import load_model
+from sala.train import load_recipe, read_corpus, run_conversion
+
+TEXT = "def read(path):\n    return open(path).read()\n" * 40
+
+
+def test_a_conversion_writes_what_it_returns(teacher_of: Callable, family: str, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer([Document("a.py", TEXT)], vocab_size=300)
+    teacher = teacher_of(family, vocab_size=len(tokenizer))
+    recipe = load_recipe("smoke")
+    seen: list[tuple[str, int]] = []
+    hybrid, report = run_conversion(
+        recipe,
+        teacher,
+        tmp_path / "hybrid",
+        halo=halo,
+        score_recall=lambda model: 0.5,
+        score_language=lambda model: 0.5,
+        tokenizer=tokenizer,
+        corpus=read_corpus(tokenizer, [Document("a.py", TEXT)]),
+        observer=lambda progress: seen.append((progress.stage, progress.step)),
+    )
+    assert seen == [("align", 1), ("align", 2), ("distill", 1), ("distill", 2), ("long", 1)]
+    assert [path.name for path in tmp_path.iterdir()] == ["hybrid"]
+    loaded = load_model(tmp_path / "hybrid")
+    # long enough for blocks to be left out
+    ids = torch.randint(len(tokenizer), (1, 100), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loaded(ids).logits, hybrid(ids).logits)
+    assert loaded.config.attn_logits_scaling == 64
+    written = json.loads((tmp_path / "hybrid" / "report.json").read_text())
+    assert tuple(written["mixer_types"]) == report.mixer_types
+    assert set(written["step_zero"]) == {"gates", "positions", "linear_layers", "all"}
+    assert load_recipe(tmp_path / "hybrid" / "recipe.yaml").resolved == recipe.resolved
+    assert len((tmp_path / "hybrid" / "metrics.jsonl").read_text().splitlines()) == len(seen)

@@ -1,0 +1,142 @@
+"""Whole runs write whole folders, or nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from sala.data import Document, train_tokenizer
+from sala.errors import InputError, RecipeError
+from sala.model.families import load_model
+from sala.train.batches import Corpus, read_corpus
+from sala.train.recipe import ConversionRecipe, TrainingRecipe, load_recipe, parse_recipe
+from sala.train.run import new_model, run_conversion, train
+
+TEXT = "def read(path):\n    return open(path).read()\n" * 40
+MODEL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer([Document("a.py", TEXT)], vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def corpus(tokenizer: PreTrainedTokenizerFast) -> Corpus:
+    return read_corpus(tokenizer, [Document("a.py", TEXT)])
+
+
+def training_recipe(**changes: Any) -> TrainingRecipe:
+    stage = {
+        "name": "short",
+        "loss": "next_token",
+        "length": 64,
+        "batch": 2,
+        "steps": 2,
+        "learning_rate": {"peak": 1e-3},
+        "data": {"text": 1, "noise_retrieval": 1},
+    }
+    recipe = parse_recipe({"name": "tiny", "compile": "off", "model": MODEL, "stages": [stage | changes]})
+    assert isinstance(recipe, TrainingRecipe)
+    return recipe
+
+
+def test_a_finished_run_is_a_checkpoint_with_its_recipe(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> None:
+    recipe = training_recipe()
+    model = train(recipe, tmp_path / "run", tokenizer=tokenizer, corpus=corpus)
+    final = tmp_path / "run" / "final"
+    loaded = load_model(final)
+    ids = torch.arange(10)[None]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    assert loaded.config.vocab_size == len(tokenizer)
+    assert PreTrainedTokenizerFast.from_pretrained(final).get_vocab() == tokenizer.get_vocab()
+    assert load_recipe(final / "recipe.yaml").resolved == recipe.resolved
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in lines] == [("short", 1), ("short", 2)]
+
+    with pytest.raises(InputError, match="exists already"):
+        train(recipe, tmp_path / "run", tokenizer=tokenizer, corpus=corpus)
+
+
+def test_a_run_is_a_function_of_its_recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> None:
+    first, again = (
+        train(training_recipe(), tmp_path / name, tokenizer=tokenizer, corpus=corpus) for name in ("first", "again")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+
+
+def test_a_recipe_that_cannot_run_leaves_nothing(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> None:
+    with pytest.raises(RecipeError, match="data task 'noise_retreival' is unknown.*did you mean 'noise_retrieval'"):
+        train(training_recipe(data={"noise_retreival": 1}), tmp_path / "run", tokenizer=tokenizer, corpus=corpus)
+    recipe = training_recipe()
+    with pytest.raises(RecipeError, match=r"model\.hiden_size: unknown key; did you mean 'hidden_size'"):
+        train(
+            recipe.model_copy(update={"model": {"hiden_size": 8}}), tmp_path / "run", tokenizer=tokenizer, corpus=corpus
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def smoke() -> ConversionRecipe:
+    recipe = load_recipe("smoke")
+    assert isinstance(recipe, ConversionRecipe)
+    return recipe
+
+
+def convert(tokenizer: Any, corpus: Corpus, out: Path, halo: Callable) -> tuple[Any, Any]:
+    return run_conversion(
+        smoke(),
+        new_model(training_recipe(), tokenizer),
+        out,
+        halo=halo,
+        score_recall=lambda model: 0.0,
+        score_language=lambda model: 0.0,
+        tokenizer=tokenizer,
+        corpus=corpus,
+    )
+
+
+def test_a_conversion_that_fails_leaves_nothing(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> None:
+    def halo(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tokenizer, corpus, tmp_path / "hybrid", halo)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists_is_refused_before_the_work(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> None:
+    (tmp_path / "hybrid").mkdir()
+
+    def halo(*_: Any, **__: Any) -> Any:
+        raise AssertionError("nothing may start")
+
+    with pytest.raises(InputError, match="exists already"):
+        convert(tokenizer, corpus, tmp_path / "hybrid", halo)
+
+
+def test_another_tokenizer_trains_on_text_alone() -> None:
+    corpus = Corpus(np.arange(100), None, begin=7)
+    stage = SimpleNamespace(name="first", data={"text": 1.0}, length=10, batch=3)
+    batch = corpus.batches(stage, seed=0)(4)
+    assert batch.input_ids.shape == (3, 10)
+    assert (batch.input_ids[:, 0] == 7).all()
+    assert (batch.input_ids[:, 1:].diff() == 1).all()
+    assert torch.equal(batch.input_ids, corpus.batches(stage, seed=0)(4).input_ids)
+    with pytest.raises(RecipeError, match="has no words for generated tasks"):
+        corpus.batches(SimpleNamespace(name="first", data={"copy": 1.0}, length=10, batch=3), seed=0)
+    with pytest.raises(InputError, match="the text has 100 tokens"):
+        corpus.batches(SimpleNamespace(name="first", data={"text": 1.0}, length=200, batch=3), seed=0)
