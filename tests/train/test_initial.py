@@ -63,7 +63,7 @@ def test_a_lag_head_looks_that_many_tokens_back() -> None:
         attention.v_proj.weight[:, :24] = torch.eye(24).repeat(3, 1)[:64]
         heads: list[torch.Tensor] = []
         attention.o_proj.register_forward_pre_hook(lambda _, given: heads.append(given[0].view(1, 24, 4, 32)))
-        rows = fresh.model.place(1, 24, 0, torch.device("cpu"))
+        rows = fresh.model.place(torch.eye(24, 64)[None])
         attention(torch.eye(24, 64)[None], rows)
     for head, lag in ((0, 1), (1, 3)):
         seen_TT = heads[0][0, :, head, :24]

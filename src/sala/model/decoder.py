@@ -167,12 +167,16 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Return logits (B, T or logits_to_keep, X) float32 and, with labels (B, T; -100 is skipped), the next-token loss.
 
         logits_to_keep: number of last positions to compute logits for, or their indices; 0 means all.
+        output_attentions: there for callers that pass it to every model; True is refused.
         """
+        if output_attentions:
+            raise InputError("output_attentions = True: no layer here ever forms attention weights; leave it out")
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

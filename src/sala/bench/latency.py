@@ -1,0 +1,118 @@
+"""Time to first token, time of a further token and memory against length, models taking turns in one process."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sala.bench.memory import PeakMemory, peak_memory
+from sala.errors import InputError
+from sala.model import new_cache
+
+CHUNK_SIZE = 2048
+REPEATS = 3
+DECODE_STEPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyPoint:
+    """One model at one length; times are medians over `repeats`.
+
+    first_token_s: from an empty cache to the first token, the whole prompt read in chunks.
+    decode_s: of one further token, over all steps of all repeats.
+    cache_bytes: what the cache holds after the prompt. peak_bytes: the process's peak resident memory above its size
+        before the work, the largest over the repeats; None where the system does not tell.
+    """
+
+    model: str
+    length: int
+    repeats: int
+    first_token_s: float
+    first_token_each_s: tuple[float, ...]
+    decode_s: float
+    cache_bytes: int
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    first_token_s: float
+    decode_each_s: tuple[float, ...]
+    cache_bytes: int
+    memory: PeakMemory
+
+
+def latency(
+    models: Mapping[str, Any],
+    tokens_T: Tensor,
+    lengths: Sequence[int],
+    *,
+    repeats: int = REPEATS,
+    chunk_size: int = CHUNK_SIZE,
+    on_run: Callable[[int, int], None] = lambda done, total: None,
+) -> list[LatencyPoint]:
+    """Measure every model at every length.
+
+    The models take turns, so that a slow spell of the machine meets all of them; each runs once at the shortest length
+    before anything is timed.
+
+    Args:
+        tokens_T: (T,) int64, the prompt; the first `length` of it are read.
+        on_run: called with (runs done, runs).
+
+    Raises:
+        InputError: fewer tokens than the longest length, or no repeats.
+    """
+    if repeats < 1 or not lengths or max(lengths) > len(tokens_T):
+        raise InputError(
+            f"{repeats} repeats at lengths {list(lengths)} with {len(tokens_T)} tokens; right would be at least one "
+            "repeat, one length, and as many tokens as the longest"
+        )
+    for model in models.values():
+        _run(model, tokens_T[: min(lengths)], chunk_size)
+    runs: dict[tuple[int, str], list[_Run]] = {(length, name): [] for length in lengths for name in models}
+    done = 0
+    for length in lengths:
+        for _ in range(repeats):
+            for name, model in models.items():
+                runs[length, name].append(_run(model, tokens_T[:length], chunk_size))
+                done += 1
+                on_run(done, len(runs) * repeats)
+    return [_point(name, length, measured) for (length, name), measured in runs.items()]
+
+
+def _point(name: str, length: int, runs: Sequence[_Run]) -> LatencyPoint:
+    peaks = [run.memory.added_bytes for run in runs if run.memory.added_bytes is not None]
+    return LatencyPoint(
+        model=name,
+        length=length,
+        repeats=len(runs),
+        first_token_s=median(run.first_token_s for run in runs),
+        first_token_each_s=tuple(run.first_token_s for run in runs),
+        decode_s=median(seconds for run in runs for seconds in run.decode_each_s),
+        cache_bytes=runs[0].cache_bytes,
+        peak_bytes=max(peaks, default=None),
+    )
+
+
+@torch.no_grad()
+def _run(model: Any, tokens_T: Tensor, chunk_size: int) -> _Run:
+    with peak_memory() as memory:
+        cache = new_cache(model.config, reserve=len(tokens_T) + DECODE_STEPS)
+        started = perf_counter()
+        for chunk in tokens_T.split(chunk_size):
+            output = model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = output.logits[0, -1].argmax()
+        first_token_s = perf_counter() - started
+        cache_bytes = cache.size_bytes
+        decode_each_s = []
+        for _ in range(DECODE_STEPS):
+            started = perf_counter()
+            output = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token = output.logits[0, -1].argmax()
+            decode_each_s.append(perf_counter() - started)
+    return _Run(first_token_s, tuple(decode_each_s), cache_bytes, memory)

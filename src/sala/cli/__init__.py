@@ -1,0 +1,55 @@
+"""The command line: `sala` and its verbs, one file each."""
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from sala.cli.convert import convert
+from sala.cli.demo import demo
+from sala.cli.generate import generate
+from sala.cli.inspect import inspect
+from sala.cli.select import select
+from sala.cli.train import train
+from sala.errors import SalaError
+
+app = typer.Typer(
+    name="sala",
+    help="Turn a pretrained Transformer into a sparse-linear hybrid that reads a million tokens, and run it.",
+    no_args_is_help=True,
+    # what a user causes is one line of `main`; anything else is ours and keeps its plain traceback
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for verb in (generate, inspect, convert, train, select, demo):
+    app.command()(verb)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from sala import __version__
+
+        typer.echo(f"sala {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Turn a pretrained Transformer into a sparse-linear hybrid that reads a million tokens, and run it."""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command line and exit: 0, 2 for what the user can put right, 130 when interrupted.
+
+    arguments: without the program's name; those of the process when None.
+    """
+    try:
+        app(args=arguments)
+    except SalaError as error:
+        print(f"sala: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(0)

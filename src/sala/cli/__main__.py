@@ -1,0 +1,5 @@
+"""`python -m sala.cli` is `sala`."""
+
+from sala.cli import main
+
+main()

@@ -1,0 +1,26 @@
+"""Running a model: what it reads, how it answers, and whether that fits into memory."""
+
+from sala.engine.generate import Generation, Statistics, generate
+from sala.engine.load import Checkpoint, load, open_checkpoint
+from sala.engine.memory import Need, available_bytes, check_memory, human_bytes
+from sala.engine.prompt import Documents, encode_prompt, join, read_documents
+from sala.engine.sampling import Sampling, sampling_for
+
+__all__ = [
+    "Checkpoint",
+    "Documents",
+    "Generation",
+    "Need",
+    "Sampling",
+    "Statistics",
+    "available_bytes",
+    "check_memory",
+    "encode_prompt",
+    "generate",
+    "human_bytes",
+    "join",
+    "load",
+    "open_checkpoint",
+    "read_documents",
+    "sampling_for",
+]

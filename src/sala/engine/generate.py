@@ -1,0 +1,152 @@
+"""An answer to a prompt: prefill in chunks, then one token at a time."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sala.engine.sampling import Sampler, Sampling
+from sala.engine.transcript import Transcript
+from sala.errors import InputError
+from sala.model import MiniCPMSALAForCausalLM, SalaCache, new_cache
+
+DEFAULT_CHUNK = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What an answer cost; `peak_bytes` is the process's largest resident memory so far, weights included."""
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_s: float
+    first_token_s: float
+    decode_s: float
+    cache_bytes: int
+    peak_bytes: int
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prefill_s
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Of the tokens after the first, which prefill gives; 0 when there are none."""
+        return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """An answer: its text, its tokens, why it ended, and what it cost.
+
+    finish: "end" (the model ended it), "stop" (a stop string), "length" (as many tokens as allowed). `tokens` holds all
+    that were drawn, those of the stop string included, the end token not.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: Literal["end", "stop", "length"]
+    statistics: Statistics
+
+
+@torch.inference_mode()
+def prefill(
+    model: MiniCPMSALAForCausalLM,
+    ids_1T: Tensor,
+    cache: SalaCache,
+    chunk: int,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+) -> Tensor:
+    """Read `ids_1T`, int64 (1, T), into `cache` in chunks and return the last position's logits (1, X) float32.
+
+    on_tokens: called after every chunk with the number of tokens read in it.
+    """
+    if chunk < 1:
+        raise InputError(f"chunk = {chunk}; right would be 1 or above")
+    for part in ids_1T.split(chunk, dim=1):
+        logits_11X = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        on_tokens(part.shape[1])
+    return logits_11X[:, -1]
+
+
+@torch.inference_mode()
+def generate(
+    model: MiniCPMSALAForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    *,
+    chunk: int = DEFAULT_CHUNK,
+    on_prefill: Callable[[int], None] = lambda tokens: None,
+    on_text: Callable[[str], None] = lambda piece: None,
+) -> Generation:
+    """Answer the token ids `prompt`.
+
+    chunk: tokens of the prompt read in one forward pass; it changes memory and speed, not the answer.
+    on_prefill: called after every chunk with its number of tokens.
+    on_text: called with every piece of text that is certain.
+    """
+    device = model.device
+    cache = new_cache(model.config, reserve=len(prompt) + sampling.max_new_tokens)
+    seen_1T = torch.empty(1, len(prompt) + sampling.max_new_tokens, dtype=torch.long, device=device)
+    seen_1T[0, : len(prompt)] = torch.tensor(prompt, device=device)
+    ends = end_tokens(model, tokenizer)
+    sampler, transcript = Sampler(sampling, device), Transcript(tokenizer, sampling.stop)
+    finish: Literal["end", "stop", "length"] = "length"
+    started = time.perf_counter()
+    logits_1X = prefill(model, seen_1T[:, : len(prompt)], cache, chunk, on_prefill)
+    prefill_s = time.perf_counter() - started
+    first_token_s = 0.0
+    length = len(prompt)
+    while length < seen_1T.shape[1]:
+        if length > len(prompt):
+            logits_1X = model(seen_1T[:, length - 1 : length], past_key_values=cache, use_cache=True).logits[:, -1]
+        token = sampler.draw(seen_1T[:, :length], logits_1X)
+        first_token_s = first_token_s or time.perf_counter() - started
+        if token in ends:
+            finish = "end"
+            break
+        seen_1T[0, length] = token
+        length += 1
+        _pass_on(transcript.add(token), on_text)
+        if transcript.stopped:
+            finish = "stop"
+            break
+    _pass_on(transcript.finish(), on_text)
+    new = length - len(prompt)
+    statistics = Statistics(
+        prompt_tokens=len(prompt),
+        # the end token was drawn too
+        new_tokens=new + (finish == "end"),
+        prefill_s=prefill_s,
+        first_token_s=first_token_s,
+        decode_s=time.perf_counter() - started - first_token_s,
+        cache_bytes=cache.size_bytes,
+        peak_bytes=peak_bytes(),
+    )
+    return Generation(transcript.text, tuple(seen_1T[0, len(prompt) : length].tolist()), finish, statistics)
+
+
+def end_tokens(model: MiniCPMSALAForCausalLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids that end an answer: the generation configuration's, else the model's, else the tokenizer's."""
+    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def peak_bytes() -> int:
+    """Return the largest resident memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
+
+
+def _pass_on(piece: str, on_text: Callable[[str], None]) -> None:
+    if piece:
+        on_text(piece)

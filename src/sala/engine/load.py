@@ -1,0 +1,98 @@
+"""A checkpoint in two steps: what is quick to know first, the weights once it is clear that they fit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from sala.data import load_tokenizer
+from sala.engine.memory import check_memory
+from sala.errors import InputError, nearest
+from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from sala.model.checkpoint import find_checkpoint, read_json
+from sala.model.families import load_config, load_model
+from sala.model.report import check_tensors, network_shapes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose weights have not been read yet."""
+
+    folder: Path
+    config: MiniCPMSALAConfig
+    generation: GenerationConfig
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def num_tensors(self) -> int:
+        return len(network_shapes(self.config))
+
+
+def open_checkpoint(name: str | Path, dtype: str = AUTO, device: str = AUTO) -> Checkpoint:
+    """Read configuration, tokenizer and the shards' tables of contents of a folder, a hub name or a model of the package.
+
+    dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own.
+    device: any name of torch's, or "auto" for a GPU where there is one.
+
+    Raises:
+        CheckpointError: nothing usable goes by that name.
+        InputError: the dtype or device is unknown or not on this machine.
+    """
+    folder = find_checkpoint(name)
+    config = load_config(folder)
+    check_tensors(folder, config)
+    path = folder / "generation_config.json"
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        generation=GenerationConfig.from_dict(read_json(path)) if path.is_file() else GenerationConfig(),
+        tokenizer=load_tokenizer(folder),
+        dtype=_dtype(dtype, config),
+        device=_device(device),
+    )
+
+
+def load(
+    checkpoint: Checkpoint, length: int, chunk: int, on_tensor: Callable[[str], None] = lambda name: None
+) -> MiniCPMSALAForCausalLM:
+    """Return the model with its weights, ready to read `length` tokens in chunks of `chunk`.
+
+    on_tensor: called with the name of every tensor that was read.
+
+    Raises:
+        MemoryLimitError: weights and cache would not fit; nothing has been read.
+        CheckpointError: the weights are incomplete or of another shape.
+    """
+    check_memory(checkpoint.config, checkpoint.dtype, checkpoint.device, length, chunk)
+    model = load_model(checkpoint.folder, dtype=checkpoint.dtype, on_tensor=on_tensor)
+    return model.to(checkpoint.device)  # type: ignore[arg-type]
+
+
+def _dtype(name: str, config: MiniCPMSALAConfig) -> torch.dtype:
+    if name == AUTO:
+        return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    if name not in DTYPES:
+        known = (AUTO, *DTYPES)
+        raise InputError(f"dtype {name!r} is unknown; right would be one of {', '.join(known)}{nearest(name, known)}")
+    return DTYPES[name]
+
+
+def _device(name: str) -> torch.device:
+    if name == AUTO:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"device {name!r} is not on this machine ({reason}); right would be cpu, or leave it out"
+        ) from error
+    return device

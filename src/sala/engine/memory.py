@@ -1,0 +1,177 @@
+"""Whether a prompt fits: what weights, cache and one chunk need, against what the machine has."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sala.errors import MemoryLimitError
+from sala.model import MiniCPMSALAConfig
+from sala.model.config import FULL_ROWS
+from sala.model.report import cache_bytes, num_parameters
+from sala.ops.infllm.eager import SELECT_QUERIES
+
+# operators work in tiles of a fixed number of elements: masks, scores, states; and what the allocator keeps
+TILES_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes that reading a prompt takes at its peak."""
+
+    weights: int
+    cache: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.working
+
+
+def estimate(config: MiniCPMSALAConfig, dtype: torch.dtype, length: int, chunk: int, parameters: int) -> Need:
+    """Return what `length` tokens need when a network of `parameters` reads them `chunk` at a time."""
+    itemsize = dtype.itemsize
+    return Need(
+        weights=parameters * itemsize,
+        cache=cache_bytes(config, length, itemsize),
+        # of one layer at a time, and the token ids
+        working=_working_bytes(config, itemsize, min(chunk, length)) + _selection_bytes(config, length) + 8 * length,
+    )
+
+
+def check_memory(
+    config: MiniCPMSALAConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    length: int,
+    chunk: int,
+    available: int | None = None,
+) -> None:
+    """Refuse what would not fit.
+
+    available: bytes, asked of the machine when None.
+
+    Raises:
+        MemoryLimitError: says what is needed, what there is, and how many tokens fit.
+    """
+    available = available_bytes(device) if available is None else available
+    parameters = num_parameters(config)
+    need = estimate(config, dtype, length, chunk, parameters)
+    if need.total <= available:
+        return
+    fits = tokens_that_fit(config, dtype, chunk, parameters, available)
+    advice = f"{fits:,} tokens fit" if fits else "not even the weights fit"
+    raise MemoryLimitError(
+        f"{length:,} tokens (prompt and answer) need {human_bytes(need.total)} of memory: {human_bytes(need.weights)} weights, "
+        f"{human_bytes(need.cache)} cache, {human_bytes(need.working)} to work in; "
+        f"{human_bytes(available)} are available, {advice}"
+    )
+
+
+def tokens_that_fit(config: MiniCPMSALAConfig, dtype: torch.dtype, chunk: int, parameters: int, available: int) -> int:
+    """Return the longest length whose need is at most `available` bytes, 0 when there is none."""
+
+    def fits(length: int) -> bool:
+        return estimate(config, dtype, length, chunk, parameters).total <= available
+
+    longest, too_long = 0, 1
+    while fits(too_long):
+        longest, too_long = too_long, too_long * 2
+    while too_long - longest > 1:
+        middle = (longest + too_long) // 2
+        if fits(middle):
+            longest = middle
+        else:
+            too_long = middle
+    return longest
+
+
+def available_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Return the memory that can still be taken: of the device, or of the machine and its control groups.
+
+    root: where `proc` and `sys` are.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [_machine_bytes(root), *_group_bytes(root)]
+    return min(limits)
+
+
+def human_bytes(size: float) -> str:
+    """Return a size in the unit that fits, by powers of 1024."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _working_bytes(config: MiniCPMSALAConfig, itemsize: int, chunk: int) -> int:
+    """Return the largest sum of tensors alive at a time in one layer, for `chunk` tokens."""
+    assert config.head_dim is not None and config.lightning_head_dim is not None and config.lightning_nh is not None
+    attention = config.num_attention_heads * config.head_dim
+    lightning = config.lightning_nh * config.lightning_head_dim
+    # hidden states, their norm in float32, and the branch's output
+    stream = config.hidden_size * (4 * itemsize + 8)
+    # q, k, v, gate and output in the model's dtype; norms, rotation and the operator's sums in float32
+    mixer = max(attention, lightning) * (6 * itemsize + 24)
+    mlp = config.intermediate_size * 3 * itemsize
+    return chunk * (stream + max(mixer, mlp)) + config.vocab_size * (4 + itemsize) + TILES_BYTES
+
+
+def _selection_bytes(config: MiniCPMSALAConfig, length: int) -> int:
+    """Return what choosing blocks takes for one tile of queries: the only work that grows with the length."""
+    if FULL_ROWS.keys().isdisjoint(config.mixer_types):
+        return 0
+    assert config.num_key_value_heads is not None
+    num_blocks = length // config.sparse_geometry.block_size
+    # a float32 score, its int64 rank, and what a sort makes of it
+    return SELECT_QUERIES * config.num_key_value_heads * num_blocks * (4 + 3 * 8)
+
+
+def _machine_bytes(root: Path) -> int:
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux: all there is, for want of what is free
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _group_bytes(root: Path) -> list[int]:
+    """Return what is left of each memory limit of this process's control groups (version 2, and 1's own hierarchy)."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    left = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        group = base / path.lstrip("/")
+        # inside a container the path may be the host's, and only the base is there
+        for folder in {base, group, *(parent for parent in group.parents if base in parent.parents)}:
+            limit, used = _number(folder / names[0]), _number(folder / names[1])
+            if limit is not None and used is not None:
+                left.append(max(0, limit - used + _reclaimable(folder / "memory.stat")))
+    return left
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None  # "max" is no limit
+
+
+def _reclaimable(statistics: Path) -> int:
+    """Return the bytes of file pages that count as used but are given up when memory is short."""
+    try:
+        lines = statistics.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)

@@ -1,0 +1,104 @@
+"""How the next token is drawn: options, the checkpoint's own defaults, and the draw."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from sala.errors import InputError
+
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Options of one answer.
+
+    temperature 0 takes the likeliest token; top_p 1 and top_k 0 cut nothing; repetition_penalty 1 changes nothing and
+    counts the prompt's tokens, as in transformers. `stop` ends the answer before the first of its strings.
+
+    Raises:
+        InputError: a value is out of range, or has no effect beside the others.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_new_tokens: int = DEFAULT_NEW_TOKENS
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "temperature": (self.temperature >= 0, "0 (the likeliest token) or above"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "top_k": (self.top_k >= 0, "0 (all) or above"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 changes nothing"),
+            "max_new_tokens": (self.max_new_tokens >= 1, "1 or above"),
+            "stop": (all(self.stop), "no empty string"),
+        }
+        for name, (fits, right) in ranges.items():
+            if not fits:
+                raise InputError(f"{name} = {getattr(self, name)}; right would be {right}")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            cut = "top_p" if self.top_p < 1 else "top_k"
+            raise InputError(
+                f"{cut} = {getattr(self, cut)} has no effect at temperature 0; right would be a temperature too, like 0.9"
+            )
+
+
+def sampling_for(checkpoint: GenerationConfig, **given: Any) -> Sampling:
+    """Return the options that a checkpoint's `generation_config.json` recommends, with those `given` (not None) over them.
+
+    A checkpoint that does not ask for sampling gets the likeliest token.
+    """
+    known = {field.name for field in fields(Sampling)}
+    assert given.keys() <= known, given.keys() - known
+    given = {name: value for name, value in given.items() if value is not None}
+    names = ["repetition_penalty", "max_new_tokens"]
+    if checkpoint.do_sample:
+        names += ["temperature", "top_p", "top_k"]
+    own = {name: value for name in names if (value := getattr(checkpoint, name, None)) is not None}
+    if checkpoint.do_sample:
+        own.setdefault("temperature", 1.0)
+    if given.get("temperature") == 0:
+        own = {name: value for name, value in own.items() if name not in ("top_p", "top_k")}
+    return Sampling(**{**own, **given})
+
+
+class Sampler:
+    """Draws tokens by one set of options; equal seeds draw equal tokens."""
+
+    def __init__(self, sampling: Sampling, device: torch.device):
+        self.greedy = sampling.temperature == 0
+        self.generator = torch.Generator(device)
+        if sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(sampling.seed)
+        self.processors = LogitsProcessorList()
+        if sampling.repetition_penalty != 1:
+            self.processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        if not self.greedy and sampling.temperature != 1:
+            self.processors.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            self.processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self.processors.append(TopPLogitsWarper(sampling.top_p))
+
+    def draw(self, seen_1T: Tensor, logits_1X: Tensor) -> int:
+        """Return the next token after `seen_1T`, int64 (1, T), from logits (1, X)."""
+        scores_1X: Tensor = self.processors(seen_1T, logits_1X)  # type: ignore[arg-type]
+        if self.greedy:
+            return int(scores_1X.argmax(dim=-1))
+        return int(torch.multinomial(scores_1X.softmax(dim=-1), 1, generator=self.generator))

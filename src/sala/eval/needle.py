@@ -1,0 +1,108 @@
+"""One needle in a real document, of any length: read in chunks, ask at the end, generate the answer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sala.data import Question, Vocabulary, retrieval_document
+from sala.data.tasks import NEEDLE_SIZE
+from sala.errors import InputError
+from sala.eval.reading import CHUNK_SIZE, logits_at
+from sala.model import new_cache
+
+SEED = 93_000
+
+
+@dataclass(frozen=True, slots=True)
+class NeedleResult:
+    """What happened to one needle.
+
+    read_s: wall time of reading the document and the question, up to the first token of the answer; read_tokens_per_s
+        follows from it. decode_s: wall time of every later token. cache_bytes: of the cache at the end.
+    """
+
+    length: int
+    depth: float
+    answer: tuple[int, ...]
+    wanted: tuple[int, ...]
+    correct: bool
+    read_s: float
+    read_tokens_per_s: float
+    decode_s: float
+    cache_bytes: int
+
+
+def needle_document(
+    vocabulary: Vocabulary, text: NDArray[np.int64], *, length: int, depth: float, seed: int = SEED
+) -> tuple[NDArray[np.int64], Question]:
+    """Return `length` tokens, the text from its start with one held-out needle at `depth`, ending with the question.
+
+    Args:
+        text: (tokens,) the document; at least `length` tokens less the needle and the question.
+        depth: 0 is the start of the document, 1 its end.
+
+    Raises:
+        InputError: the text is too short, or `depth` is not in [0, 1].
+    """
+    # the needle and question of the generated documents, in other surroundings
+    hidden = retrieval_document(4 * NEEDLE_SIZE, haystack="noise", seed=seed, vocabulary=vocabulary, num_needles=1)
+    [question] = hidden.questions
+    needle = hidden.tokens[question.needle_start : question.needle_start + NEEDLE_SIZE]
+    room = length - 1 - NEEDLE_SIZE - len(question.prompt)
+    if not 0 <= room <= len(text):
+        raise InputError(
+            f"a document of {length} tokens with a needle and a question needs {room} tokens of text; there are "
+            f"{len(text)}"
+        )
+    if not 0 <= depth <= 1:
+        raise InputError(f"depth {depth} is not between 0, the start of the document, and 1, its end")
+    cut = round(depth * room)
+    tokens = np.concatenate([[vocabulary.begin], text[:cut], needle, text[cut:room], question.prompt])
+    return tokens, replace(question, answer_start=length, needle_start=1 + cut)
+
+
+@torch.no_grad()
+def find_needle(
+    model: Any,
+    vocabulary: Vocabulary,
+    text: NDArray[np.int64],
+    *,
+    length: int,
+    depth: float,
+    seed: int = SEED,
+    chunk_size: int = CHUNK_SIZE,
+    on_chunk: Callable[[int, int], None] = lambda done, total: None,
+) -> NeedleResult:
+    """Read a document of `length` tokens with one needle and generate the answer greedily, a token at a time.
+
+    Raises:
+        InputError: see `needle_document`.
+    """
+    document, question = needle_document(vocabulary, text, length=length, depth=depth, seed=seed)
+    tokens_T = torch.from_numpy(document)
+    cache = new_cache(model.config, reserve=length + len(question.answer))
+    started = perf_counter()
+    logits_1X = logits_at(
+        model, tokens_T, torch.tensor([length - 1]), chunk_size=chunk_size, cache=cache, on_chunk=on_chunk
+    )
+    answer = [int(logits_1X.argmax())]
+    read_s = perf_counter() - started
+    while len(answer) < len(question.answer):
+        logits_1X = logits_at(model, torch.tensor(answer[-1:]), torch.tensor([0]), cache=cache)
+        answer.append(int(logits_1X.argmax()))
+    return NeedleResult(
+        length=length,
+        depth=depth,
+        answer=tuple(answer),
+        wanted=tuple(question.answer.tolist()),
+        correct=answer == question.answer.tolist(),
+        read_s=read_s,
+        read_tokens_per_s=length / read_s,
+        decode_s=perf_counter() - started - read_s,
+        cache_bytes=cache.size_bytes,
+    )

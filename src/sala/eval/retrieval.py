@@ -1,0 +1,152 @@
+"""Retrieval accuracy against length: how many values a model finds again, exactly, in text and in noise."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sala.data import RetrievalDocument, Vocabulary, retrieval_document
+from sala.data.tasks import Haystack
+from sala.errors import InputError
+from sala.eval.blocks import count_blocks
+from sala.eval.interval import wilson_interval
+from sala.eval.reading import CHUNK_SIZE, logits_at
+
+QUESTIONS = 256
+NEEDLES = 16
+DEPTH_BINS = 4
+# far from the seeds of the documents that layers are chosen by
+EVALUATION_SEED = 90_000
+
+
+@dataclass(frozen=True, slots=True)
+class DepthBin:
+    """Questions whose needle began in this part of the document, 0 its start and 1 its end."""
+
+    from_depth: float
+    to_depth: float
+    questions: int
+    correct: int
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalPoint:
+    """One point of a curve.
+
+    accuracy: share of questions whose whole value, both tokens, was the model's greedy answer; low, high: its 95 %
+        Wilson interval, which takes questions as independent.
+    first_token_accuracy: share with the first token right.
+    unread_share: of the blocks at and before the questions, the share that block-sparse layers did not read; None for
+        a model without such layers.
+    median_read_s: median wall time of reading one document with its questions, the count of blocks included.
+    """
+
+    haystack: str
+    length: int
+    documents: int
+    needles: int
+    questions: int
+    correct: int
+    accuracy: float
+    low: float
+    high: float
+    first_token_accuracy: float
+    depths: tuple[DepthBin, ...]
+    unread_share: float | None
+    median_read_s: float
+
+
+def retrieval(
+    model: Any,
+    vocabulary: Vocabulary,
+    *,
+    haystack: Haystack,
+    length: int,
+    text: NDArray[np.int64] | None = None,
+    questions: int = QUESTIONS,
+    needles: int = NEEDLES,
+    seed: int = EVALUATION_SEED,
+    chunk_size: int | None = CHUNK_SIZE,
+    on_document: Callable[[int, int], None] = lambda done, total: None,
+) -> RetrievalPoint:
+    """Ask `model` at least `questions` questions, `needles` a document, in documents of exactly `length` tokens.
+
+    Keys and values are those held out from training. Documents are the same for every model: a pure function of seed,
+    haystack, length and needles. Each is read once, alone, in chunks (see `logits_at`).
+
+    Args:
+        model: anything `logits_at` reads with.
+        text: (tokens,) a stream that was not trained on, to cut text haystacks from.
+        on_document: called with (documents done, documents) after each.
+
+    Raises:
+        InputError: `questions` below 1, or a document that cannot be made.
+    """
+    if questions < 1:
+        raise InputError(f"{questions} questions; at least 1")
+    documents = -(-questions // needles)
+    right: list[bool] = []
+    first: list[bool] = []
+    depths: list[float] = []
+    seconds: list[float] = []
+    unread: list[float] = []
+    for index in range(documents):
+        document = retrieval_document(
+            length, haystack=haystack, seed=seed + index, vocabulary=vocabulary, text=text, num_needles=needles
+        )
+        started = perf_counter()
+        with count_blocks(model) as count:
+            answers = greedy_answers(model, document, chunk_size)
+        seconds.append(perf_counter() - started)
+        wanted = np.stack([question.answer for question in document.questions])
+        right += (answers == wanted).all(axis=1).tolist()
+        first += (answers[:, 0] == wanted[:, 0]).tolist()
+        depths += [question.needle_start / document.questions_start for question in document.questions]
+        share = count.unread(document.questions_start)
+        if share is not None:
+            unread.append(share)
+        on_document(index + 1, documents)
+    low, high = wilson_interval(sum(right), len(right))
+    return RetrievalPoint(
+        haystack=haystack,
+        length=length,
+        documents=documents,
+        needles=needles,
+        questions=len(right),
+        correct=sum(right),
+        accuracy=sum(right) / len(right),
+        low=low,
+        high=high,
+        first_token_accuracy=sum(first) / len(first),
+        depths=_by_depth(depths, right),
+        unread_share=float(np.mean(unread)) if unread else None,
+        median_read_s=float(np.median(seconds)),
+    )
+
+
+def greedy_answers(model: Any, document: RetrievalDocument, chunk_size: int | None = CHUNK_SIZE) -> NDArray[np.int64]:
+    """Return the model's greedy answers (questions, answer tokens), all from one reading of the document.
+
+    A later token of an answer is predicted after the right earlier ones, which for an exact match is what greedy
+    decoding would do.
+    """
+    size = len(document.questions[0].answer)
+    before_Q = np.array([question.answer_start - 1 for question in document.questions])
+    indices_QA = torch.from_numpy(before_Q[:, None] + np.arange(size))
+    logits_NX = logits_at(model, torch.from_numpy(document.tokens), indices_QA.flatten(), chunk_size=chunk_size)
+    return logits_NX.argmax(dim=-1).view(-1, size).numpy()
+
+
+def _by_depth(depths: Sequence[float], right: Sequence[bool]) -> tuple[DepthBin, ...]:
+    bins = np.minimum((np.asarray(depths) * DEPTH_BINS).astype(int), DEPTH_BINS - 1)
+    hits = np.asarray(right)
+    return tuple(
+        DepthBin(
+            index / DEPTH_BINS, (index + 1) / DEPTH_BINS, int((bins == index).sum()), int(hits[bins == index].sum())
+        )
+        for index in range(DEPTH_BINS)
+    )

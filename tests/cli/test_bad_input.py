@@ -1,0 +1,162 @@
+"""Bad input gets one clear line and exit code 2, and leaves nothing half-written."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sala.model import MiniCPMSALAForCausalLM
+
+
+@pytest.fixture
+def broken(hybrid, tmp_path):
+    """A copy of the hybrid that a test may break."""
+    return shutil.copytree(hybrid, tmp_path / "broken")
+
+
+def edit(folder, change):
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def remove_shard(folder):
+    model = MiniCPMSALAForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def reshape(folder):
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"][:7].clone()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+CHECKPOINTS = {
+    "missing shard": (remove_shard, "lacks model-00002-of-"),
+    "truncated shard": (truncate, "truncated"),
+    "wrong shape": (reshape, "has shape (7,); right would be (32,)"),
+    "unknown model type": (
+        lambda f: edit(f, lambda c: c.update(model_type="mamba")),
+        "model_type 'mamba' is not supported",
+    ),
+    "unknown field": (lambda f: edit(f, lambda c: c.update(scale_dept=1.4)), "did you mean 'scale_depth'"),
+    "no configuration": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    "broken configuration": (lambda f: (f / "config.json").write_text("{"), "is not valid JSON"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
+}
+
+
+def assert_refused(outcome, message):
+    assert outcome.code == 2
+    assert outcome.out == ""
+    lines = outcome.err.splitlines()
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("sala: ")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_a_broken_checkpoint_is_refused(case, sala, broken):
+    damage, message = CHECKPOINTS[case]
+    damage(broken)
+    assert_refused(sala("generate", "--model", broken, "--prompt", "x"), message)
+
+
+@pytest.mark.parametrize("case", [case for case in CHECKPOINTS if case != "no tokenizer"])
+def test_a_broken_checkpoint_is_not_described(case, sala, broken):
+    damage, message = CHECKPOINTS[case]
+    damage(broken)
+    assert_refused(sala("inspect", broken), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("empty.txt", b"", "is empty"), ("image.png", b"PNG\0", "binary file"), (None, b"", "no file or folder")],
+)
+def test_a_file_that_is_no_text_is_refused(name, content, message, sala, hybrid, tmp_path):
+    path = tmp_path / (name or "nowhere.txt")
+    if name:
+        path.write_bytes(content)
+    assert_refused(sala("generate", "--model", hybrid, "--file", path), message)
+
+
+def test_a_prompt_longer_than_memory_is_refused(sala, hybrid, tmp_path, monkeypatch):
+    monkeypatch.setattr("sala.engine.memory.available_bytes", lambda device: 280 * 2**20)
+    path = tmp_path / "book.txt"
+    path.write_text("a word and another\n" * 10_000)
+    outcome = sala("generate", "--model", hybrid, "--file", path)
+    assert_refused(outcome, "280 MiB are available")
+    assert "tokens fit" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top-p", "0.5"], "no effect at temperature 0"),
+        (["--temperature", "-1"], "temperature = -1.0"),
+        (["--dtype", "float31"], "did you mean 'float32'"),
+        (["--device", "gpu"], "device 'gpu' is not on this machine"),
+        (["--chat"], "has none"),
+    ],
+)
+def test_options_without_meaning_are_refused(options, message, sala, hybrid):
+    assert_refused(sala("generate", "--model", hybrid, "--prompt", "x", *options), message)
+
+
+def test_an_unknown_option_exits_with_two(sala):
+    assert sala("generate", "--promt", "x").code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "smok"], "did you mean 'smoke'"),
+        (["--recipe", "smoke", "--set", "stages.align.step=3"], "did you mean 'steps'"),
+        (["--recipe", "smoke", "--set", "stages.align.steps"], "has no '='"),
+        (["--recipe", "nowhere.yaml"], "no such recipe file"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(options, message, sala, teacher, tmp_path):
+    assert_refused(sala("convert", "--teacher", teacher, "--out", tmp_path / "out", *options), message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_exists_is_refused(sala, teacher, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    assert_refused(
+        sala("convert", "--teacher", teacher, "--recipe", "smoke", "--out", tmp_path / "out"), "exists already"
+    )
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_recipes_of_the_other_verb_are_refused(sala, teacher, tmp_path):
+    assert_refused(sala("train", "smoke", "--out", tmp_path / "out"), "sala convert")
+    assert_refused(
+        sala("convert", "--teacher", teacher, "--recipe", "teacher", "--out", tmp_path / "out"), "sala train"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "hypenet", "--keep", "3"], "did you mean"),
+        (["--model", "m", "--keep", "9"], "keep is 9"),
+        (["--model", "m", "--keep", "1", "--first-last"], "first and last"),
+        (["--model", "m", "--keep", "1", "--eps", "0"], "above 0"),
+    ],
+)
+def test_scores_that_give_no_choice_are_refused(options, message, sala, tmp_path):
+    path = tmp_path / "scores.json"
+    rows = [{"layer": i, "retrieval": {"avg": 1.0 - i}, "commonsense": {"avg": 0.5}} for i in range(3)]
+    path.write_text(json.dumps({"models": {"m": {"layers": rows}, "hypenet-2b": {"layers": rows}}}))
+    assert_refused(sala("select", "--scores", path, *options), message)

@@ -1,0 +1,170 @@
+"""Each verb does what its help says, as a user calls it."""
+
+import io
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+import sala as package
+from sala.cli.inspect import layer_strip, ranges
+from sala.cli.progress import Display, counting, duration
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("def area(radius):\n    return 3.14 * radius ** 2\n" * 4)
+    return path
+
+
+def test_help_names_every_verb(sala):
+    outcome = sala("--help")
+    assert outcome.code == 0
+    assert all(verb in outcome.out for verb in ("generate", "inspect", "convert", "train", "select", "demo"))
+
+
+def test_the_version_is_the_package_s(sala):
+    assert sala("--version").out == f"sala {package.__version__}\n"
+
+
+def test_the_answer_alone_goes_to_standard_output(sala, hybrid, book):
+    arguments = ("generate", "--model", hybrid, "--file", book, "--prompt", "and", "-n", "8")
+    plain, counted = sala(*arguments), sala(*arguments, "--stats", "--chunk", "16")
+    assert plain.code == 0
+    assert plain.err == ""
+    assert counted.out == plain.out
+    for fact in ("tokens read", "prefill", "time to first token", "decoding", "cache", "peak memory"):
+        assert fact in counted.err
+
+
+def test_a_seed_repeats_an_answer(sala, hybrid):
+    def answer(seed):
+        return sala(
+            *("generate", "--model", hybrid, "--prompt", "x", "-n", "12", "--temperature", "0.9", "--top-p", "0.9"),
+            *("--top-k", "50", "--repetition-penalty", "1.1", "--seed", seed),
+        ).out
+
+    assert answer(1) == answer(1) != answer(2)
+
+
+def test_standard_input_is_a_file_called_dash(sala, hybrid, book, monkeypatch):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(book.read_bytes())))
+    typed = sala("generate", "--model", hybrid, "--file", "-", "-n", "8")
+    assert typed.out == sala("generate", "--model", hybrid, "--file", book, "-n", "8").out
+
+
+def test_files_passed_over_are_counted(sala, hybrid, book):
+    (book.parent / "blob").write_bytes(b"\0")
+    assert "passed over 1 " in sala("generate", "--model", hybrid, "--file", book.parent, "-n", "1").err
+
+
+def test_inspect_shows_and_prints_the_same_facts(sala, hybrid):
+    shown, printed = sala("inspect", hybrid), sala("inspect", hybrid, "--json")
+    facts = json.loads(printed.out)
+    assert facts["mixer_types"] == ["minicpm4", "lightning-attn", "lightning-attn", "attention"]
+    assert f"{facts['total_parameters']:,} parameters" in shown.out
+    for reason in facts["sglang"]:
+        assert reason in shown.out
+    for name, reason in facts["backends"].values():
+        assert name in shown.out
+        assert reason in shown.out
+
+
+def test_select_prints_the_kept_layers_last(sala, tmp_path):
+    recall = (0.9, 0.1, 0.8, 0.2)
+    rows = [{"layer": i, "retrieval": {"avg": r}, "commonsense": {"avg": 0.5}} for i, r in enumerate(recall)]
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps({"models": {"m": {"layers": rows}}}))
+    assert sala("select", "--scores", path, "--model", "m", "--keep", "2").out.splitlines()[-1] == "1 3"
+    kept = sala("select", "--scores", path, "--model", "m", "--keep", "3", "--first-last").out.splitlines()[-1]
+    assert kept == "0 1 3"
+
+
+def test_layers_are_drawn_and_counted():
+    assert layer_strip(("minicpm4", "lightning-attn", "attention")).plain == "0 ▓░█ 2"
+    assert ranges([0, 2, 3, 4, 9]) == "0, 2-4, 9"
+
+
+def step(number, **changes):
+    fields = {"stage": "align", "step": number, "steps": 3, "loss": 0.5, "tokens_per_s": 1234.0, "seconds_left": 65.0}
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def lines(console_file):
+    return console_file.getvalue().splitlines()
+
+
+def test_a_log_gets_the_first_and_the_last_step_of_a_stage():
+    file = io.StringIO()
+    with Display(Console(file=file, width=200)) as display:
+        display.say("[set] is no markup")
+        for number in (1, 2, 3):
+            display.observe(step(number))
+    assert lines(file) == [
+        "[set] is no markup",
+        "align: step 1 of 3, loss 0.5000, 1,234 tokens/s, 1 min 5 s left",
+        "align: step 3 of 3, loss 0.5000, 1,234 tokens/s",
+    ]
+
+
+def test_a_terminal_sees_stage_step_loss_speed_and_time_left():
+    file = io.StringIO()
+    with Display(Console(file=file, width=120, force_terminal=True)) as display:
+        display.observe(step(2))
+        display.observe(step(1, stage="teacher", loss=None, tokens_per_s=None), phase="Measure")
+    for fact in ("align", "2/3", "loss 0.5000", "1,234 tokens/s", "1 min 5 s left", "Measure: teacher"):
+        assert fact in file.getvalue()
+
+
+def test_a_bar_is_gone_when_all_is_done():
+    file = io.StringIO()
+    console = Console(file=file, width=120, force_terminal=True)
+    with counting(console, "reading", 10, "tokens") as read:
+        read(4)
+        read(6)
+        length = len(file.getvalue())
+        console.print("answer")
+    assert file.getvalue()[length:] == "answer\n"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(42.4, "42 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")])
+def test_durations_read_well(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_an_interrupted_run_exits_with_130_and_other_errors_keep_their_traceback(sala, hybrid, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sala.engine.generate", interrupted)
+    assert sala("generate", "--model", hybrid, "--prompt", "x").code == 130
+
+    def broken(*arguments, **options):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr("sala.engine.generate", broken)
+    with pytest.raises(RuntimeError, match="ours"):
+        sala("generate", "--model", hybrid, "--prompt", "x")
+
+
+def test_verbs_load_nothing_heavy_before_they_run():
+    # the package itself registers the model with transformers; the command line adds nothing to that
+    program = "import sys, sala; before = set(sys.modules); import sala.cli; print(*sorted(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert not {name for name in loaded if name.startswith(("torch", "transformers", "matplotlib"))}
+    assert not {name for name in loaded if name.startswith("sala.") and not name.startswith("sala.cli")}
+
+
+def test_convert_makes_a_hybrid_that_generates(sala, teacher, tmp_path):
+    out = tmp_path / "hybrid"
+    uniform = ("--set", "conversion.keep.method=uniform")
+    outcome = sala("convert", "--teacher", teacher, "--recipe", "smoke", "--out", out, *uniform)
+    assert (outcome.code, outcome.out) == (0, f"{out}\n")
+    assert "align: step 2 of 2" in outcome.err
+    assert (out / "recipe.yaml").is_file()
+    assert sala("generate", "--model", out, "--prompt", "x", "-n", "3").code == 0
+    assert json.loads(sala("inspect", out, "--json").out)["mixer_types"].count("minicpm4") == 1

@@ -1,0 +1,113 @@
+"""An answer is the same whatever the chunks; it ends where it should; its statistics are what happened."""
+
+import pytest
+import torch
+
+from sala.engine import Sampling, encode_prompt, generate, load, open_checkpoint
+from sala.engine.generate import end_tokens
+from sala.errors import CheckpointError, InputError, MemoryLimitError
+
+TEXT = "def area(radius):\n    return 3.14 * radius ** 2\n" * 4
+
+
+@pytest.fixture(scope="module")
+def prompt(tokenizer):
+    return encode_prompt(tokenizer, TEXT, len(tokenizer))
+
+
+def answer(model, tokenizer, prompt, chunk=2048, **options):
+    return generate(model, tokenizer, prompt, Sampling(**{"max_new_tokens": 12, **options}), chunk=chunk)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 10_000])
+def test_chunks_change_nothing(model, tokenizer, prompt, chunk):
+    assert answer(model, tokenizer, prompt, chunk).tokens == answer(model, tokenizer, prompt).tokens
+
+
+def test_the_answer_is_the_one_of_transformers(model, tokenizer, prompt):
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert list(answer(model, tokenizer, prompt).tokens) == expected[0, len(prompt) :].tolist()
+
+
+def test_a_repetition_penalty_is_the_one_of_transformers(model, tokenizer, prompt):
+    options = {"repetition_penalty": 1.8, "max_new_tokens": 12}
+    expected = model.generate(torch.tensor([prompt]), do_sample=False, eos_token_id=None, **options)
+    assert list(answer(model, tokenizer, prompt, **options).tokens) == expected[0, len(prompt) :].tolist()
+
+
+def test_pieces_are_the_answer_and_every_token_of_the_prompt_is_counted(model, tokenizer, prompt):
+    pieces, read = [], []
+    result = generate(
+        model, tokenizer, prompt, Sampling(max_new_tokens=9), chunk=50, on_prefill=read.append, on_text=pieces.append
+    )
+    assert "".join(pieces) == result.text == tokenizer.decode(result.tokens, skip_special_tokens=True)
+    assert sum(read) == len(prompt) == result.statistics.prompt_tokens
+    assert max(read) == 50
+    assert (result.finish, result.statistics.new_tokens) == ("length", 9)
+
+
+def test_statistics_are_those_of_the_run(model, tokenizer, prompt):
+    statistics = answer(model, tokenizer, prompt).statistics
+    assert 0 < statistics.prefill_s <= statistics.first_token_s
+    assert statistics.prefill_tokens_per_s == statistics.prompt_tokens / statistics.prefill_s
+    assert statistics.decode_tokens_per_s > 0
+    assert statistics.cache_bytes > 0
+    assert statistics.peak_bytes > 50 * 2**20
+
+
+def test_one_token_needs_no_decoding(model, tokenizer, prompt):
+    result = answer(model, tokenizer, prompt, max_new_tokens=1)
+    assert len(result.tokens) == 1
+    assert result.statistics.decode_tokens_per_s == 0
+
+
+def test_a_stop_string_ends_the_answer_before_it(model, tokenizer, prompt):
+    whole = answer(model, tokenizer, prompt).text
+    stop = whole[4:7]
+    result = answer(model, tokenizer, prompt, stop=(stop,))
+    assert result.finish == "stop"
+    assert result.text == whole[: whole.index(stop)]
+
+
+def test_any_of_the_end_tokens_ends_the_answer(model, tokenizer, prompt, monkeypatch):
+    tokens = answer(model, tokenizer, prompt).tokens
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [3, tokens[2]])
+    result = answer(model, tokenizer, prompt)
+    assert result.finish == "end"
+    assert result.tokens == tokens[: tokens.index(tokens[2])]
+
+
+def test_end_tokens_come_from_the_first_place_that_names_one(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    assert end_tokens(model, tokenizer) == {tokenizer.eos_token_id}
+    monkeypatch.setattr(model.config, "eos_token_id", [2, 73440])
+    assert end_tokens(model, tokenizer) == {2, 73440}
+
+
+def test_a_checkpoint_opens_without_its_weights_and_loads_with_them(folder, model, tokenizer, prompt):
+    checkpoint = open_checkpoint(folder)
+    names = []
+    loaded = load(checkpoint, len(prompt) + 12, 64, names.append)
+    assert len(names) == checkpoint.num_tensors
+    assert answer(loaded, checkpoint.tokenizer, prompt).tokens == answer(model, tokenizer, prompt).tokens
+
+
+def test_weights_that_do_not_fit_are_not_read(folder, monkeypatch):
+    monkeypatch.setattr("sala.engine.memory.available_bytes", lambda device: 300 * 2**20)
+    names = []
+    with pytest.raises(MemoryLimitError, match="tokens fit"):
+        load(open_checkpoint(folder), 10**7, 64, names.append)
+    assert not names
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dtype": "bfloat61"}, InputError, "did you mean 'bfloat16'"),
+        ({"device": "gpu"}, InputError, "device 'gpu' is not on this machine"),
+        ({"name": "nope"}, CheckpointError, "no folder 'nope'"),
+    ],
+)
+def test_what_is_not_there_is_refused(options, error, message, folder):
+    with pytest.raises(error, match=message):
+        open_checkpoint(**{"name": folder, **options})

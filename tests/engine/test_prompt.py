@@ -1,0 +1,133 @@
+"""What is read, in which order, and what is refused."""
+
+import io
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sala.engine import encode_prompt, join, read_documents
+from sala.errors import InputError
+
+NOTHING = io.BytesIO()
+
+
+def written(folder, **files):
+    for name, content in files.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def test_a_single_file_is_read_as_it_is(tmp_path):
+    written(tmp_path, a_txt="grüß\n  dich\n")
+    assert read_documents([str(tmp_path / "a.txt")], NOTHING).text == "grüß\n  dich\n"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    written(tmp_path, a_txt="\ufeffhello".encode())
+    assert read_documents([str(tmp_path / "a.txt")], NOTHING).text == "hello"
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths_and_counts_what_it_passes_over(tmp_path):
+    written(
+        tmp_path, z_py="z", a__b_py="ab", a_py="a", blob_bin=b"\0\1", bad_txt=b"\xff\xfe", empty_txt="", _hidden__x="h"
+    )
+    documents = read_documents([str(tmp_path)], NOTHING)
+    assert [text.text for text in documents.texts] == ["ab", "a", "z"]
+    assert documents.skipped == 4
+    assert f"# {tmp_path / 'a.py'}\na\n" in documents.text
+
+
+def test_globs_files_and_standard_input_keep_the_order_given(tmp_path):
+    written(tmp_path, b_py="b", a_py="a", c_txt="c")
+    sources = [str(tmp_path / "c.txt"), "-", str(tmp_path / "**" / "*.py")]
+    documents = read_documents(sources, io.BytesIO(b"typed"))
+    assert [text.text for text in documents.texts] == ["c", "typed", "a", "b"]
+
+
+def test_no_file_is_read_twice(tmp_path):
+    written(tmp_path, a_py="a", b_py="b")
+    documents = read_documents([str(tmp_path / "b.py"), str(tmp_path), str(tmp_path / "*.py")][:2], NOTHING)
+    assert [text.text for text in documents.texts] == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty", b" \n", "'.*empty' is empty"),
+        ("binary", b"PNG\0\1", "binary file"),
+        ("latin", b"gr\xfc\xdf", "is not UTF-8 .byte 2 is 0xfc"),
+    ],
+)
+def test_a_named_file_that_is_no_text_is_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_documents([str(tmp_path / name)], NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"), [("nope.txt", "no file or folder"), ("*.nope", "no text in"), (".", "no text in")]
+)
+def test_a_source_without_text_is_refused(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        read_documents([source], NOTHING)
+
+
+def test_empty_standard_input_is_refused():
+    with pytest.raises(InputError, match="standard input"):
+        read_documents(["-"], io.BytesIO())
+
+
+def test_the_document_comes_first_and_the_prompt_last():
+    assert join("text\n\n\n", "question") == "text\n\nquestion"
+    assert join("", "question") == "question"
+    assert join("text\n", "") == "text\n"
+    with pytest.raises(InputError, match="nothing to read"):
+        join("", "")
+
+
+def test_the_start_token_is_put_first_once(tokenizer):
+    ids = encode_prompt(tokenizer, "hello", len(tokenizer))
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.bos_token_id not in ids[1:]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello"
+
+
+def words(**settings):
+    vocabulary = {word: index for index, word in enumerate(["[UNK]", "<s>", "user:", "hello", "bot:"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="[UNK]", **settings)
+
+
+def test_a_start_token_is_added_only_where_the_configuration_says_so():
+    # Qwen names a start token and never writes it; MiniCPM's numbers are wrong without it
+    assert encode_prompt(words(), "hello", 5) == [3]
+    tokenizer = words()
+    tokenizer.add_bos_token = True
+    assert encode_prompt(tokenizer, "hello", 5) == [1, 3]
+
+
+@pytest.mark.parametrize("begin", ["", "<s> "])
+def test_a_chat_template_is_applied_with_one_start_token(begin):
+    template = (
+        begin
+        + "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %} bot:{% endif %}"
+    )
+    tokenizer = words(chat_template=template)
+    tokenizer.add_bos_token = True
+    assert encode_prompt(tokenizer, "hello", 5, chat=True) == [1, 2, 3, 4]
+
+
+def test_chat_without_a_template_is_refused(tokenizer):
+    with pytest.raises(InputError, match="chat template"):
+        encode_prompt(tokenizer, "hello", len(tokenizer), chat=True)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+    with pytest.raises(InputError, match="embeddings for 0 to 99"):
+        encode_prompt(tokenizer, "hello", 100)

@@ -1,0 +1,56 @@
+"""The count of blocks that sparse layers read."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from sala.errors import InputError
+from sala.eval import count_blocks, logits_at
+from sala.model import with_mixers
+
+NO_INDICES = torch.zeros(0, dtype=torch.int64)
+
+
+def read(model: Any, length: int, chunk_size: int, every: int = 1) -> Any:
+    tokens_T = torch.arange(length) % 50
+    with count_blocks(model, every=every) as count:
+        logits_at(model, tokens_T, NO_INDICES, chunk_size=chunk_size)
+    return count
+
+
+@pytest.mark.parametrize("chunk_size", [1, 63, 200])
+def test_the_share_unread_is_what_the_geometry_says(tiny_hybrid: Any, chunk_size: int) -> None:
+    # blocks of 8: two by score, of them one at the start, and two before the query's own; dense below 32 tokens
+    count = read(tiny_hybrid, 130, chunk_size)
+    causal = torch.arange(130) // 8 + 1
+    kept = causal.clamp(max=4)
+    torch.testing.assert_close(torch.cat(count.positions), torch.arange(130))
+    torch.testing.assert_close(torch.cat(count.causal), causal.double())
+    torch.testing.assert_close(torch.cat(count.read), kept.double())
+    assert count.unread() == pytest.approx(1 - float(kept.sum() / causal.sum()))
+    assert count.unread(since=129) == pytest.approx(1 - 4 / 17)
+
+
+def test_looking_at_some_positions_gives_theirs(tiny_hybrid: Any) -> None:
+    count = read(tiny_hybrid, 130, 63, every=16)
+    assert torch.cat(count.positions).tolist() == list(range(0, 130, 16))
+
+
+def test_counting_changes_no_logits_and_leaves_no_trace(tiny_hybrid: Any) -> None:
+    tokens_T, indices_N = torch.arange(100) % 50, torch.tensor([60, 99])
+    before = logits_at(tiny_hybrid, tokens_T, indices_N)
+    with count_blocks(tiny_hybrid):
+        counted = logits_at(tiny_hybrid, tokens_T, indices_N)
+    torch.testing.assert_close(before, counted, rtol=0, atol=0)
+    assert all("attend" not in vars(module) for module in tiny_hybrid.modules())
+
+
+def test_full_attention_has_nothing_to_count(tiny_hybrid: Any) -> None:
+    full = with_mixers(tiny_hybrid, ["attention", "lightning-attn", "attention"])
+    assert read(full, 70, 70).unread() is None
+
+
+def test_a_count_without_a_cache_is_refused(tiny_hybrid: Any) -> None:
+    with count_blocks(tiny_hybrid), pytest.raises(InputError, match="cache"):
+        tiny_hybrid(input_ids=torch.zeros(1, 40, dtype=torch.int64), use_cache=False)
