@@ -15,6 +15,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"attention_qk_norm": True},
     "minicpm": {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 8},
 }
+# latent attention has projections of its own, and tests of its own
+LATENT: dict[str, dict[str, Any]] = {
+    "minicpm3": {
+        "mixer_types": ["latent-attention"] * LAYERS,
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 10,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    },
+}
 
 
 def make_teacher(family: str = "llama", **changes: Any) -> MiniCPMSALAForCausalLM:
@@ -32,7 +45,7 @@ def make_teacher(family: str = "llama", **changes: Any) -> MiniCPMSALAForCausalL
         "mixer_types": ["attention"] * LAYERS,
         "initializer_range": 0.3,
     }
-    model = MiniCPMSALAForCausalLM(MiniCPMSALAConfig(**(fields | FAMILIES[family] | changes)))
+    model = MiniCPMSALAForCausalLM(MiniCPMSALAConfig(**(fields | (FAMILIES | LATENT)[family] | changes)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
@@ -42,6 +55,11 @@ def make_teacher(family: str = "llama", **changes: Any) -> MiniCPMSALAForCausalL
 
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[*FAMILIES, *LATENT])
+def any_family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 

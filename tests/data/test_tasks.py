@@ -39,7 +39,7 @@ def test_held_out_pairs_are_a_fifth_and_never_train(role: Literal["key", "value"
     assert 0.19 < len(held_out) / 128**2 < 0.21
 
 
-@pytest.mark.parametrize("task", ["text_retrieval", "noise_retrieval"])
+@pytest.mark.parametrize("task", ["text_retrieval", "noise_retrieval", "similar_keys"])
 @settings(max_examples=25)
 @given(seed=SEEDS, length=LENGTHS)
 def test_held_out_keys_and_values_are_never_in_training_windows(
@@ -52,7 +52,7 @@ def test_held_out_keys_and_values_are_never_in_training_windows(
             assert not is_held_out(words, "value", value)
 
 
-@pytest.mark.parametrize("task", ["text_retrieval", "noise_retrieval"])
+@pytest.mark.parametrize("task", ["text_retrieval", "noise_retrieval", "similar_keys"])
 @settings(max_examples=25)
 @given(seed=SEEDS, length=LENGTHS)
 def test_every_key_is_set_once_and_asked_once_later(

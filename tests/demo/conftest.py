@@ -6,22 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from small_plan import PLAN
 
 from sala.data import Document, load_tokenizer
-from sala.demo import Amount, Moment, Plan, run_demo
+from sala.demo import Moment, run_demo
 from sala.demo import measure as demo_measure
 from sala.eval import scores
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.train import batches
 
-PLAN = Plan(
-    recipe="smoke",
-    questions={96: Amount(2, 4), 160: Amount(2, 4)},
-    latency_lengths=(64, 160),
-    needle_length=200,
-    needles=2,
-    repeats=1,
-)
 DOCUMENTS = [Document(f"{name}.py", f"{name} = [{name}, 1]\nprint({name})\n" * 40) for name in ("one", "two", "three")]
 
 
@@ -60,7 +53,9 @@ def few_documents() -> Any:
 
 
 @pytest.fixture(scope="session")
-def demo(teacher: Path, few_documents: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[Moment]]:
+def demo(
+    teacher: Path, few_documents: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Any, list[Moment]]:
     """A finished demo: its folder, its results, and everything it told."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("demo") / "report"

@@ -2,10 +2,12 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_plan import PLAN
 
 from sala.data import load_tokenizer
 from sala.demo import PHASES, Moment, run_demo
@@ -13,8 +15,6 @@ from sala.demo.measure import HYBRID_FULL, HYBRID_SPARSE, TEACHER
 from sala.demo.plots import PLOTS
 from sala.errors import InputError, RecipeError
 from sala.model.families import load_model
-
-from .conftest import PLAN
 
 Demo = tuple[Path, Any, list[Moment]]
 
@@ -54,7 +54,7 @@ def test_every_plotted_number_is_in_the_results(demo: Demo) -> None:
         assert point["questions"] == sum(part["questions"] for part in point["depths"])
         assert (point["unread_share"] is None) == (point["model"] != HYBRID_SPARSE)
     timed = {(p["model"], p["length"]) for p in results["latency"]}
-    assert timed == {(m, n) for m in models for n in PLAN.latency_lengths}
+    assert timed == {(m, n) for m in models for n in PLAN.repeats}
     assert {row["stage"] for row in results["conversion"]["steps"]} == {"align", "distill", "long"}
 
 
@@ -94,4 +94,4 @@ def test_a_recipe_that_trains_from_scratch_is_refused(tmp_path: Path, teacher: P
         " learning_rate: {peak: 0.001}, data: {text: 1}}\n"
     )
     with pytest.raises(RecipeError, match="needs a conversion"):
-        run_demo(tmp_path / "report", teacher=teacher, plan=PLAN.__class__(str(recipe), PLAN.questions, (64,), 200))
+        run_demo(tmp_path / "report", teacher=teacher, plan=replace(PLAN, recipe=str(recipe)))

@@ -1,11 +1,17 @@
 """An answer is the same whatever the chunks; it ends where it should; its statistics are what happened."""
 
+import shutil
+
 import pytest
 import torch
 
 from sala.engine import Sampling, encode_prompt, generate, load, open_checkpoint
 from sala.engine.generate import end_tokens
 from sala.errors import CheckpointError, InputError, MemoryLimitError
+from sala.model import MiniCPMSALAForCausalLM
+from sala.model.checkpoint import BUILTIN
+
+MODEL_FILES = {"config.json", "model.safetensors", "generation_config.json"}
 
 TEXT = "def area(radius):\n    return 3.14 * radius ** 2\n" * 4
 
@@ -90,6 +96,17 @@ def test_a_checkpoint_opens_without_its_weights_and_loads_with_them(folder, mode
     loaded = load(checkpoint, len(prompt) + 12, 64, names.append)
     assert len(names) == checkpoint.num_tensors
     assert answer(loaded, checkpoint.tokenizer, prompt).tokens == answer(model, tokenizer, prompt).tokens
+
+
+def test_weights_keep_the_checkpoint_s_precision_but_those_of_the_package(folder, monkeypatch):
+    assert open_checkpoint(folder).dtype == torch.float32
+    half = MiniCPMSALAForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained(folder.parent / "half")
+    shutil.copytree(folder, folder.parent / "half", dirs_exist_ok=True, ignore=lambda _, names: MODEL_FILES & {*names})
+    monkeypatch.setitem(BUILTIN, "embedded-hybrid", folder.parent / "half")
+    assert open_checkpoint(folder.parent / "half").dtype == torch.bfloat16
+    assert open_checkpoint("embedded-hybrid").dtype == torch.float32
+    assert open_checkpoint("embedded-hybrid", dtype="bfloat16").dtype == torch.bfloat16
 
 
 def test_weights_that_do_not_fit_are_not_read(folder, monkeypatch):

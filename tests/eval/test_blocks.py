@@ -12,9 +12,9 @@ from sala.model import with_mixers
 NO_INDICES = torch.zeros(0, dtype=torch.int64)
 
 
-def read(model: Any, length: int, chunk_size: int, every: int = 1) -> Any:
+def read(model: Any, length: int, chunk_size: int, since: int = 0) -> Any:
     tokens_T = torch.arange(length) % 50
-    with count_blocks(model, every=every) as count:
+    with count_blocks(model, since=since) as count:
         logits_at(model, tokens_T, NO_INDICES, chunk_size=chunk_size)
     return count
 
@@ -28,13 +28,13 @@ def test_the_share_unread_is_what_the_geometry_says(tiny_hybrid: Any, chunk_size
     torch.testing.assert_close(torch.cat(count.positions), torch.arange(130))
     torch.testing.assert_close(torch.cat(count.causal), causal.double())
     torch.testing.assert_close(torch.cat(count.read), kept.double())
-    assert count.unread() == pytest.approx(1 - float(kept.sum() / causal.sum()))
-    assert count.unread(since=129) == pytest.approx(1 - 4 / 17)
+    assert count.unread == pytest.approx(1 - float(kept.sum() / causal.sum()))
 
 
-def test_looking_at_some_positions_gives_theirs(tiny_hybrid: Any) -> None:
-    count = read(tiny_hybrid, 130, 63, every=16)
-    assert torch.cat(count.positions).tolist() == list(range(0, 130, 16))
+def test_only_queries_since_a_position_are_looked_at(tiny_hybrid: Any) -> None:
+    count = read(tiny_hybrid, 130, 63, since=128)
+    assert torch.cat(count.positions).tolist() == [128, 129]
+    assert count.unread == pytest.approx(1 - 4 / 17)
 
 
 def test_counting_changes_no_logits_and_leaves_no_trace(tiny_hybrid: Any) -> None:
@@ -48,7 +48,7 @@ def test_counting_changes_no_logits_and_leaves_no_trace(tiny_hybrid: Any) -> Non
 
 def test_full_attention_has_nothing_to_count(tiny_hybrid: Any) -> None:
     full = with_mixers(tiny_hybrid, ["attention", "lightning-attn", "attention"])
-    assert read(full, 70, 70).unread() is None
+    assert read(full, 70, 70).unread is None
 
 
 def test_a_count_without_a_cache_is_refused(tiny_hybrid: Any) -> None:

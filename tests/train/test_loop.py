@@ -103,15 +103,36 @@ def test_a_student_learns_its_teacher_and_the_teacher_stays(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("loss", ["distill", "next_token"])
-def test_micro_batches_are_the_whole_batch(loss: str) -> None:
+@pytest.mark.parametrize("loss", [{"loss": "distill"}, {"loss": "distill", "weighted": True}, {"loss": "next_token"}])
+def test_micro_batches_are_the_whole_batch(loss: dict) -> None:
     losses = []
     for micro_batch in (None, 2, 1):
         model = tiny("attention", "lightning-attn")
-        seen = run(model, stage(loss=loss, micro_batch=micro_batch), teacher=tiny("attention", seed=2))
+        seen = run(model, stage(**loss, micro_batch=micro_batch), teacher=tiny("attention", seed=2))
         losses.append([(step.loss, step.gradient_norm) for step in seen])
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(torch.tensor(losses[2]), torch.tensor(losses[0]), rtol=1e-4, atol=1e-6)
+
+
+def test_a_weighted_distillation_follows_the_weights_and_drops_no_token() -> None:
+    def loss(weight: float, weighted: bool, other: int) -> float:
+        def batch(step: int) -> Batch:
+            plain = batches()(step)
+            weights = torch.zeros(4, 12)
+            weights[:, 5] = weight
+            ids = plain.input_ids.clone()
+            ids[:, 6:] = other
+            return Batch(ids, weights, plain.names)
+
+        row = stage(loss="distill", weighted=weighted, steps=1)
+        teacher = tiny("attention", seed=2)
+        return run(tiny("attention", "lightning-attn"), row, teacher=teacher, batches=batch)[0].loss
+
+    # what stands where nothing is to be predicted moves the loss, the less the more the rest weighs
+    far = [abs(loss(weight, True, 0) - loss(weight, True, 1)) for weight in (1.0, 100.0)]
+    assert far[0] > far[1] > 0
+    assert loss(1.0, False, 0) == loss(100.0, False, 0)
+    assert loss(1.0, True, 0) != pytest.approx(loss(100.0, True, 0), rel=1e-4)
 
 
 def test_every_step_is_reported_with_its_learning_rate() -> None:

@@ -56,6 +56,7 @@ def test_the_kind_follows_from_the_content() -> None:
         (changed(TRAINING, "stages.0.loss=distill"), r"needs a teacher"),
         (changed(TRAINING, "stages.0.micro_batch=3"), r"batch 2 is not a multiple of micro_batch 3"),
         (changed(TRAINING, "stages.0.clip_per_layer=true"), r"clip_per_layer is for loss 'align'"),
+        (changed(TRAINING, "stages.0.weighted=true"), r"weighted is for loss 'distill'"),
         (changed(CONVERSION, "stages.0.logits_scaling=true"), r"needs conversion\.logits_scaling"),
         (changed(TRAINING, "optimizer.momentum=0.9"), r"no effect with kind 'adamw'"),
         (changed(TRAINING, "stages.0.learning_rate.curve=cosine"), r"needs 'final'"),
@@ -98,3 +99,9 @@ def test_an_unknown_name_lists_the_recipes(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(RecipeError, match="is not YAML"):
         load_recipe(tmp_path / "broken.yaml")
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "twice.yaml").write_text("name: tiny\nseed: 1\nseed: 2\n")
+    with pytest.raises(RecipeError, match=r"key 'seed' stands twice .*line 3"):
+        load_recipe(tmp_path / "twice.yaml")

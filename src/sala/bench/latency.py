@@ -14,7 +14,6 @@ from sala.errors import InputError
 from sala.model import new_cache
 
 CHUNK_SIZE = 2048
-REPEATS = 3
 DECODE_STEPS = 8
 
 
@@ -49,13 +48,12 @@ class _Run:
 def latency(
     models: Mapping[str, Any],
     tokens_T: Tensor,
-    lengths: Sequence[int],
+    repeats: Mapping[int, int],
     *,
-    repeats: int = REPEATS,
     chunk_size: int = CHUNK_SIZE,
     on_run: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LatencyPoint]:
-    """Measure every model at every length.
+    """Measure every model at every length, as often as `repeats` says for it.
 
     The models take turns, so that a slow spell of the machine meets all of them; each runs once at the shortest length
     before anything is timed.
@@ -65,23 +63,23 @@ def latency(
         on_run: called with (runs done, runs).
 
     Raises:
-        InputError: fewer tokens than the longest length, or no repeats.
+        InputError: fewer tokens than the longest length, no length, or a length without repeats.
     """
-    if repeats < 1 or not lengths or max(lengths) > len(tokens_T):
+    if not repeats or min(repeats.values()) < 1 or max(repeats) > len(tokens_T):
         raise InputError(
-            f"{repeats} repeats at lengths {list(lengths)} with {len(tokens_T)} tokens; right would be at least one "
-            "repeat, one length, and as many tokens as the longest"
+            f"repeats {dict(repeats)} by length with {len(tokens_T)} tokens; right would be at least one length, one "
+            "repeat of each, and as many tokens as the longest"
         )
     for model in models.values():
-        _run(model, tokens_T[: min(lengths)], chunk_size)
-    runs: dict[tuple[int, str], list[_Run]] = {(length, name): [] for length in lengths for name in models}
-    done = 0
-    for length in lengths:
-        for _ in range(repeats):
+        _run(model, tokens_T[: min(repeats)], chunk_size)
+    runs: dict[tuple[int, str], list[_Run]] = {(length, name): [] for length in repeats for name in models}
+    done, total = 0, sum(repeats.values()) * len(models)
+    for length, times in repeats.items():
+        for _ in range(times):
             for name, model in models.items():
                 runs[length, name].append(_run(model, tokens_T[:length], chunk_size))
                 done += 1
-                on_run(done, len(runs) * repeats)
+                on_run(done, total)
     return [_point(name, length, measured) for (length, name), measured in runs.items()]
 
 

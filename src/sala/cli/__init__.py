@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     arguments: without the program's name; those of the process when None.
     """
     try:
-        app(args=arguments)
+        app(args=arguments, prog_name="sala")
     except SalaError as error:
         print(f"sala: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -10,7 +10,7 @@ from sala.cli.options import Threads, prepare
 from sala.cli.progress import counting, error_console
 
 if TYPE_CHECKING:
-    from sala.engine import Statistics
+    from sala.engine import Checkpoint, Generation
 
 READING, SAMPLING, MACHINE = "What is read", "How the answer is drawn", "Machine"
 
@@ -108,18 +108,20 @@ def generate(
     if not answer.text.endswith("\n"):
         write("\n")
     if stats:
-        console.print(statistics_table(answer.statistics, answer.finish))
+        console.print(statistics_table(checkpoint, answer))
 
 
-def statistics_table(statistics: "Statistics", finish: str) -> Table:
+def statistics_table(checkpoint: "Checkpoint", answer: "Generation") -> Table:
     from sala.engine import human_bytes
 
+    statistics = answer.statistics
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     rows = {
+        "computed in": f"{str(checkpoint.dtype).removeprefix('torch.')} on {checkpoint.device}",
         "tokens read": f"{statistics.prompt_tokens:,}",
         "prefill": f"{statistics.prefill_tokens_per_s:,.0f} tokens/s",
         "time to first token": f"{statistics.first_token_s:.2f} s",
-        "tokens written": f"{statistics.new_tokens:,} (ended by {finish})",
+        "tokens written": f"{statistics.new_tokens:,} (ended by {answer.finish})",
         "decoding": f"{statistics.decode_tokens_per_s:,.1f} tokens/s",
         "cache": human_bytes(statistics.cache_bytes),
         "peak memory": human_bytes(statistics.peak_bytes),

@@ -82,7 +82,7 @@ class Display:
         self.console = console
         self._bars = Progress(
             TextColumn("{task.description}", style="bold"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}"),
             console=console,
@@ -108,15 +108,14 @@ class Display:
     def observe(self, step: Step, phase: str | None = None) -> None:
         """Show where a stage is.
 
-        phase: many short stages share its row, so that the last one is seen; None gives the stage a row that stays.
+        phase: its short stages share one row; None gives the stage a row of its own that stays.
         """
         facts = ", ".join(_facts(step))
         if self.console.is_terminal:
             row = phase or step.stage
             if row not in self._rows:
                 self._rows[row] = self._bars.add_task(row, total=step.steps, facts="")
-            name = row if phase is None else f"{phase}: {step.stage}"
-            self._bars.update(self._rows[row], description=name, completed=step.step, total=step.steps, facts=facts)
+            self._bars.update(self._rows[row], completed=step.step, total=step.steps, facts=facts)
             return
         now, name = time.monotonic(), f"{phase}: {step.stage}" if phase else step.stage
         first, last = name != self._shown, phase is None and step.step == step.steps

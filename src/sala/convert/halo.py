@@ -20,8 +20,9 @@ from sala.convert.transfer import (
     require_teacher,
 )
 from sala.errors import RecipeError
+from sala.model.mixers import sparse_mixers
 
-SPARSE, DENSE, LINEAR = "minicpm4", "attention", "lightning-attn"
+LINEAR = "lightning-attn"
 
 Score = Callable[[Any], float]
 Say = Callable[[str], None]
@@ -187,7 +188,7 @@ def halo(
     kept = select_layers(settings, num_layers, scores)
     say(f"layers that stay attention: {', '.join(map(str, kept)) or 'none'}")
 
-    kinds = [DENSE if layer in kept else LINEAR for layer in range(num_layers)]
+    kinds = [kind if layer in kept else LINEAR for layer, kind in enumerate(teacher.config.mixer_types)]
     config = hybrid_config(
         teacher.config, kinds, rope=settings.attention_rope, gates=True, sparse_config=settings.sparse.model_dump()
     )
@@ -201,7 +202,7 @@ def halo(
     def switched(sparse: bool, scaling: bool) -> Any:
         return reconfigured(
             hybrid,
-            mixer_types=[SPARSE if sparse and kind == DENSE else kind for kind in kinds],
+            mixer_types=sparse_mixers(kinds, sparse),
             attn_logits_scaling=settings.logits_scaling if scaling else None,
         )
 
@@ -239,7 +240,7 @@ def _step_zero(
     teacher: Any, settings: Settings, kinds: Sequence[str], mixers: dict[int, nn.Module], sample: Tensor
 ) -> dict[str, float]:
     """Return what each kind of change alone costs the teacher, and all of them together."""
-    kept = [layer for layer, kind in enumerate(kinds) if kind == DENSE]
+    kept = [layer for layer, kind in enumerate(kinds) if kind != LINEAR]
     linear = {layer: mixer for layer, mixer in mixers.items() if layer not in kept}
 
     def attention(rope: bool, gates: bool) -> dict[int, nn.Module]:

@@ -87,16 +87,24 @@ def text_window(rng: np.random.Generator, length: int, vocabulary: Vocabulary, t
 
 
 def retrieval_window(
-    rng: np.random.Generator, length: int, vocabulary: Vocabulary, text: Ints, haystack: Haystack
+    rng: np.random.Generator,
+    length: int,
+    vocabulary: Vocabulary,
+    text: Ints,
+    haystack: Haystack,
+    similar_keys: bool = False,
 ) -> Window:
     """Up to 16 needles at random offsets; each asked once after it was set, at the end or anywhere later.
 
     Random offsets and single questions matter: on a grid, or with repeated keys, position and recency predict answers
     and no lookup is learnt. In a third of the windows keys share symbols, so that both symbols of a key count. Half of
     the keys also stand in a noise haystack with no needle around them, as they do by chance in a long one.
+
+    similar_keys: all keys share one of few symbols on one side, as very many pairs of a long noise haystack do. Else one
+    symbol of a key is nearly always enough, and only that one is looked at.
     """
     num_needles = int(rng.integers(1, min(MOST_NEEDLES, (length - 1) // (2 * NEEDLE_SIZE)) + 1))
-    keys = _keys(rng, num_needles, look_alike=rng.random() < 1 / 3)
+    keys = _similar_keys(rng, num_needles) if similar_keys else _keys(rng, num_needles, rng.random() < 1 / 3)
     values = rng.choice(pairs("value", held_out=False), num_needles)
     room = length - 1 - 2 * NEEDLE_SIZE * num_needles
     if rng.random() < 0.5:
@@ -273,6 +281,14 @@ def _keys(rng: np.random.Generator, num: int, look_alike: bool) -> Ints:
     return allowed[rng.choice(len(allowed), min(num, len(allowed)), replace=False)]
 
 
+def _similar_keys(rng: np.random.Generator, num: int) -> Ints:
+    """Return `num` different training keys (num, 2) with one of a few symbols on the same side."""
+    allowed = pairs("key", held_out=False)
+    shared = rng.permutation(NUM_SYMBOLS)[: 1 + num // 4]
+    allowed = allowed[np.isin(allowed[:, rng.integers(2)], shared)]
+    return allowed[rng.choice(len(allowed), num, replace=False)]
+
+
 @cache
 def _training_key_table() -> NDArray[np.bool_]:
     table = np.zeros((NUM_SYMBOLS, NUM_SYMBOLS), bool)
@@ -302,6 +318,9 @@ TASKS: dict[str, Callable[[np.random.Generator, int, Vocabulary, Ints], Window]]
     "text": text_window,
     "text_retrieval": lambda rng, length, words, text: retrieval_window(rng, length, words, text, "text"),
     "noise_retrieval": lambda rng, length, words, text: retrieval_window(rng, length, words, text, "noise"),
+    "similar_keys": lambda rng, length, words, text: retrieval_window(
+        rng, length, words, text, "noise", similar_keys=True
+    ),
     "copy": lambda rng, length, words, text: copy_window(rng, length, words),
     "variable_tracking": lambda rng, length, words, text: variable_window(rng, length, words),
 }

@@ -17,6 +17,8 @@ from sala.demo.plots import PLOTS, length_label
 MIXER_NAMES = {
     "attention": "full attention",
     "minicpm4": "block-sparse attention",
+    "latent-attention": "full latent attention",
+    "latent-minicpm4": "block-sparse latent attention",
     "lightning-attn": "linear attention",
 }
 STEP_ZERO_NAMES = {
@@ -252,11 +254,13 @@ def _costs(results: Results) -> dict[str, str]:
         rows.append(("<small>a further token</small>", *(duration(p["decode_s"]) for p in row)))
         rows.append(("<small>cache</small>", *(size(p["cache_bytes"]) for p in row)))
         rows.append(("<small>peak of the process above its start</small>", *(size(p["peak_bytes"]) for p in row)))
-    repeats = points[0]["repeats"]
-    runs = "one run each" if repeats == 1 else f"medians of {repeats} runs, the models taking turns"
+    repeats = {point["length"]: point["repeats"] for point in points}
+    rows.append(
+        ("<small>runs, models taking turns; the figure is their median</small>", *(str(repeats[n]) for n in lengths))
+    )
     return {
         "caption_first_token": escape(
-            f"The time from an empty cache to the first token of the answer ({runs}). Full attention grows with the square "
+            "The time from an empty cache to the first token of the answer. Full attention grows with the square "
             "of the length in every layer that has it; linear layers grow with the length."
         ),
         "caption_memory": escape(

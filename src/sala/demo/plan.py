@@ -21,17 +21,16 @@ class Plan:
     recipe: name or file of the conversion.
     questions: length -> questions a point, in each haystack.
     needles: needles and questions in one document.
-    latency_lengths, repeats: where time and memory are measured, how often.
+    repeats: length -> how often time and memory are measured there.
     needle_length, needle_depth: the one needle in a real document.
     """
 
     recipe: str
     questions: dict[int, Amount]
-    latency_lengths: tuple[int, ...]
+    repeats: dict[int, int]
     needle_length: int
     needle_depth: float = 0.35
     needles: int = 16
-    repeats: int = 3
     haystacks: tuple[str, ...] = field(default=("text", "noise"))
 
     @property
@@ -49,15 +48,14 @@ FULL = Plan(
         8192: Amount(64, 128),
         16384: Amount(64, 128),
     },
-    latency_lengths=(512, 1024, 2048, 4096, 8192, 16384),
+    repeats={512: 3, 1024: 3, 2048: 3, 4096: 3, 8192: 3, 16384: 1},
     needle_length=65536,
 )
 QUICK = Plan(
     recipe="demo-quick",
     questions={512: Amount(64, 64), 2048: Amount(64, 64), 8192: Amount(64, 64)},
-    latency_lengths=(512, 2048, 8192),
+    repeats={512: 1, 2048: 1, 8192: 1},
     needle_length=16384,
-    repeats=1,
 )
 
 

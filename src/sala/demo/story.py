@@ -194,7 +194,7 @@ def needle_line(needle: dict[str, Any]) -> str:
 
 
 def _latency(models: Mapping[str, Any], ground: Ground, plan: Plan, observer: Observer) -> list[dict[str, Any]]:
-    runs = [(length, name) for length in plan.latency_lengths for _ in range(plan.repeats) for name in models]
+    runs = [(length, name) for length, times in plan.repeats.items() for _ in range(times) for name in models]
     costs = [work_of(length, layer_weight(models[name])) for length, name in runs]
     meter = Meter(observer, "latency", len(runs), sum(costs))
 
@@ -202,8 +202,8 @@ def _latency(models: Mapping[str, Any], ground: Ground, plan: Plan, observer: Ob
         length, name = runs[done - 1]
         meter.advance(f"{name}, {length:,} tokens", costs[done - 1])
 
-    tokens_T = torch.from_numpy(ground.text[: max(plan.latency_lengths)])
-    points = latency(models, tokens_T, plan.latency_lengths, repeats=plan.repeats, on_run=note)
+    tokens_T = torch.from_numpy(ground.text[: max(plan.repeats)])
+    points = latency(models, tokens_T, plan.repeats, on_run=note)
     return [asdict(point) for point in points]
 
 

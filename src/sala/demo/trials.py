@@ -7,7 +7,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter
@@ -33,7 +33,9 @@ Values = dict[str, Any]
 Change = Callable[[Values], None]
 
 SEEDS = (0, 1, 2)
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS = (512, 1024, 4096, 16384)
+# where an ablation is asked: inside the training length, and far beyond it
+ABLATION_LENGTHS = (512, 16384)
 # bars that the summary compares with: haystack, model -> share at the longest length
 BARS = {("text", HYBRID_FULL): 0.97, ("noise", HYBRID_FULL): 0.90, ("text", HYBRID_SPARSE): 0.88}
 # of the teacher's accuracy at its training length
@@ -41,12 +43,12 @@ SHORT_BAR = 0.98
 UNREAD_BAR = 0.75
 
 
-def full_plan(recipe: str, questions: int = 256) -> Plan:
+def full_plan(recipe: str, questions: int = 256, lengths: Sequence[int] = LENGTHS) -> Plan:
     """Return the plan of a trial: the same number of questions everywhere."""
     return Plan(
         recipe=recipe,
-        questions={length: Amount(questions, questions) for length in LENGTHS},
-        latency_lengths=(),
+        questions={length: Amount(questions, questions) for length in lengths},
+        repeats={},
         needle_length=0,
     )
 
@@ -96,6 +98,15 @@ class Trial:
     seed: int = 0
     second_teacher: bool = False
 
+    @property
+    def ablates(self) -> bool:
+        return self.change is not _unchanged
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether its teacher is measured too: once each, for it does not depend on the conversion."""
+        return not self.ablates and self.seed == 0
+
 
 TRIALS: dict[str, Trial] = {f"seed-{seed}": Trial("the recipe as it is", seed=seed) for seed in SEEDS} | {
     "second-teacher": Trial("another teacher, of another seed and depth", second_teacher=True),
@@ -144,22 +155,32 @@ def run_trials(
     for name in names:
         trial = TRIALS[name]
         source = second_teacher if trial.second_teacher and second_teacher is not None else teacher
-        resolved = trial_recipe(trial, plan.recipe)
+        resolved, own_plan = trial_recipe(trial, plan.recipe), trial_plan(trial, plan)
         path = work / f"{name}.json"
         if path.exists():
-            _require_same(path, Path(source).name, resolved, plan)
+            _require_same(path, Path(source).name, resolved, own_plan)
             say(f"{name}: done before")
             continue
         say(f"{name}: {trial.about}")
-        run = {"name": name, "about": trial.about} | _run(source, resolved, plan, work / name, observer, say)
-        _write(path, run)
+        run = {"name": name, "about": trial.about} | _run(
+            trial, source, resolved, own_plan, work / name, observer, say
+        )
+        write_json(path, run)
         for line in summary_lines(run["retrieval"]):
             say(f"  {line}")
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in work.glob("*.json")}
     summary = summarize([found[name] for name in TRIALS if name in found])
     out.parent.mkdir(parents=True, exist_ok=True)
-    _write(out, summary)
+    write_json(out, summary)
     return summary
+
+
+def trial_plan(trial: Trial, plan: Plan) -> Plan:
+    """Return what the trial measures: an ablation is asked where the difference would show."""
+    if not trial.ablates:
+        return plan
+    ends = {length: amount for length, amount in plan.questions.items() if length in ABLATION_LENGTHS}
+    return replace(plan, questions=ends or plan.questions)
 
 
 def trial_recipe(trial: Trial, recipe: str) -> ConversionRecipe:
@@ -177,7 +198,7 @@ def trial_recipe(trial: Trial, recipe: str) -> ConversionRecipe:
 
 
 def _run(
-    teacher: str, recipe: ConversionRecipe, plan: Plan, folder: Path, observer: Observer, say: Say
+    trial: Trial, teacher: str, recipe: ConversionRecipe, plan: Plan, folder: Path, observer: Observer, say: Say
 ) -> dict[str, Any]:
     model = load_model(teacher, dtype=torch.float32)
     tokenizer = load_tokenizer(find_checkpoint(teacher))
@@ -190,7 +211,11 @@ def _run(
         conversion = convert(model, tokenizer, recipe, folder, observer, say)
     converted_s = perf_counter() - started
     hybrid = load_model(folder, dtype=torch.float32)
-    models = {TEACHER: model} | hybrid_variants(hybrid)
+    models = hybrid_variants(hybrid)
+    if trial.ablates:
+        models = {HYBRID_FULL: models[HYBRID_FULL]}
+    if trial.asks_teacher:
+        models = {TEACHER: model} | models
     started = perf_counter()
     points = measure_retrieval(models, ground, plan, observer)
     return {
@@ -222,7 +247,7 @@ def _plain(plan: Plan) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(plan)))
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write JSON so that the file is whole or not there."""
     working = path.with_suffix(".json.part")
     working.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

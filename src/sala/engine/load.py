@@ -11,7 +11,7 @@ from sala.data import load_tokenizer
 from sala.engine.memory import check_memory
 from sala.errors import InputError, nearest
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
-from sala.model.checkpoint import find_checkpoint, read_json
+from sala.model.checkpoint import BUILTIN, find_checkpoint, read_json
 from sala.model.families import load_config, load_model
 from sala.model.report import check_tensors, network_shapes
 
@@ -38,7 +38,7 @@ class Checkpoint:
 def open_checkpoint(name: str | Path, dtype: str = AUTO, device: str = AUTO) -> Checkpoint:
     """Read configuration, tokenizer and the shards' tables of contents of a folder, a hub name or a model of the package.
 
-    dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own.
+    dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own, float32 for the models of the package.
     device: any name of torch's, or "auto" for a GPU where there is one.
 
     Raises:
@@ -49,6 +49,9 @@ def open_checkpoint(name: str | Path, dtype: str = AUTO, device: str = AUTO) -> 
     config = load_config(folder)
     check_tensors(folder, config)
     path = folder / "generation_config.json"
+    if dtype == AUTO and str(name) in BUILTIN:
+        # they are stored in half the bytes for the package's size, and were trained and measured in float32
+        dtype = "float32"
     return Checkpoint(
         folder=folder,
         config=config,

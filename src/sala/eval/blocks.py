@@ -14,36 +14,32 @@ from sala.model.infllm import SparseAttention
 from sala.model.rows import Rows
 from sala.ops.infllm import select_blocks
 
-# selection is computed once more for the queries that are counted: one in so many
-EVERY = 16
-
 
 @dataclass
 class BlockCount:
-    """Blocks that were read and blocks that lie before or at the query, of the queries that were looked at.
+    """Blocks that were read, and blocks that lie before or at the query, of the queries that were looked at.
 
-    Each entry is one query of one layer, as a mean over its groups of heads.
+    Each entry of a tensor is one query of one layer, as a mean over its groups of heads.
     """
 
     positions: list[Tensor] = field(default_factory=list)
     read: list[Tensor] = field(default_factory=list)
     causal: list[Tensor] = field(default_factory=list)
 
-    def unread(self, since: int = 0) -> float | None:
-        """Return the share of blocks that queries at position `since` and later left unread; None: none was seen."""
+    @property
+    def unread(self) -> float | None:
+        """The share of blocks left unread; None when no block-sparse layer ran."""
         if not self.positions:
             return None
-        wanted = torch.cat(self.positions) >= since
-        causal = torch.cat(self.causal)[wanted].sum()
-        return float(1 - torch.cat(self.read)[wanted].sum() / causal) if causal else None
+        return float(1 - torch.cat(self.read).sum() / torch.cat(self.causal).sum())
 
 
 @contextmanager
-def count_blocks(model: Any, every: int = EVERY) -> Iterator[BlockCount]:
-    """Count, inside `with`, what the block-sparse layers of `model` read; every `every`-th position is looked at.
+def count_blocks(model: Any, since: int = 0) -> Iterator[BlockCount]:
+    """Count, inside `with`, what the block-sparse layers of `model` read for queries at position `since` and later.
 
     The count is of the selection that the layer's own operator makes, from the layer's own queries and compressed keys;
-    a query that attends densely reads everything.
+    a query that attends densely reads everything. Selection is computed once more for the queries that are looked at.
 
     Raises:
         InputError: inside `with` the model runs without a cache, or on padded rows.
@@ -52,7 +48,7 @@ def count_blocks(model: Any, every: int = EVERY) -> Iterator[BlockCount]:
     layers = [module for module in model.modules() if isinstance(module, SparseAttention)]
     for layer in layers:
         # an attribute of the instance hides the method until it is deleted again
-        object.__setattr__(layer, "attend", _counted(layer, count, every))
+        object.__setattr__(layer, "attend", _counted(layer, count, since))
     try:
         yield count
     finally:
@@ -60,7 +56,7 @@ def count_blocks(model: Any, every: int = EVERY) -> Iterator[BlockCount]:
             object.__delattr__(layer, "attend")
 
 
-def _counted(layer: SparseAttention, count: BlockCount, every: int) -> Any:
+def _counted(layer: SparseAttention, count: BlockCount, since: int) -> Any:
     original, geometry, scale = layer.attend, layer.geometry, layer.width**-0.5
 
     def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows, cache: Any) -> Tensor:
@@ -68,7 +64,9 @@ def _counted(layer: SparseAttention, count: BlockCount, every: int) -> Any:
         if rows.start is None or not isinstance(cache, SparseCache):
             raise InputError("blocks are counted for rows without padding that are read through a cache")
         last = rows.start + q_BTHK.shape[1] - 1
-        chosen_N = torch.arange(-(-rows.start // every) * every, last + 1, every)
+        if last < since:
+            return out_BTHV
+        chosen_N = torch.arange(max(rows.start, since), last + 1)
         causal_N = chosen_N // geometry.block_size + 1
         fine, coarse = (tier.filled for tier in cache.tiers)
         sparse_N = chosen_N >= geometry.first_sparse_position(last)

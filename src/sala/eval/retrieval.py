@@ -40,7 +40,7 @@ class RetrievalPoint:
     accuracy: share of questions whose whole value, both tokens, was the model's greedy answer; low, high: its 95 %
         Wilson interval, which takes questions as independent.
     first_token_accuracy: share with the first token right.
-    unread_share: of the blocks at and before the questions, the share that block-sparse layers did not read; None for
+    unread_share: of the blocks at and before each token of the questions, the share that block-sparse layers did not read; None for
         a model without such layers.
     median_read_s: median wall time of reading one document with its questions, the count of blocks included.
     """
@@ -99,16 +99,15 @@ def retrieval(
             length, haystack=haystack, seed=seed + index, vocabulary=vocabulary, text=text, num_needles=needles
         )
         started = perf_counter()
-        with count_blocks(model) as count:
+        with count_blocks(model, since=document.questions_start) as count:
             answers = greedy_answers(model, document, chunk_size)
         seconds.append(perf_counter() - started)
         wanted = np.stack([question.answer for question in document.questions])
         right += (answers == wanted).all(axis=1).tolist()
         first += (answers[:, 0] == wanted[:, 0]).tolist()
         depths += [question.needle_start / document.questions_start for question in document.questions]
-        share = count.unread(document.questions_start)
-        if share is not None:
-            unread.append(share)
+        if count.unread is not None:
+            unread.append(count.unread)
         on_document(index + 1, documents)
     low, high = wilson_interval(sum(right), len(right))
     return RetrievalPoint(

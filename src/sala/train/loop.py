@@ -48,17 +48,23 @@ class Progress:
 Observer = Callable[[Progress], None]
 
 
+# of a token that nothing predicts, in a weighted distillation
+LEAST_DISTILLATION_WEIGHT = 0.1
+
+
 class NonFiniteError(SalaError):
     """A loss or gradient that is not a finite number; the parameters are those from before the step."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A micro-batch: `share` is its part of the batch's loss."""
+    """A micro-batch: `share` is its part of the batch's loss; `loss_weights` (B, T) belong to the tokens as targets."""
 
     input_ids: Tensor
     loss_weights: Tensor
     share: float
+    # of a distillation that weighs its tokens
+    weighted: bool
 
 
 def _align(model: nn.Module, teacher: nn.Module | None, part: _Part) -> tuple[Tensor, Tensor | None]:
@@ -74,12 +80,19 @@ def _chunk(model: Any) -> int:
     return max(1, losses.CHUNK_LOGITS // model.config.vocab_size)
 
 
+def _distillation_weights(loss_weights_BT: Tensor) -> Tensor:
+    """Return the weight of each position's distribution: that of the token after it, and never none."""
+    shifted = torch.nn.functional.pad(loss_weights_BT[:, 1:], (0, 1))
+    return shifted.clamp(min=LEAST_DISTILLATION_WEIGHT)
+
+
 def _distill(model: Any, teacher: Any, part: _Part) -> tuple[Tensor, Tensor | None]:
     with torch.no_grad():
         teacher_BTD = _hidden(teacher, part.input_ids)
     student_BTD = _hidden(model, part.input_ids)
     chunk = _chunk(model)
-    return losses.distill(student_BTD, model.logits, teacher_BTD, teacher.logits, chunk=chunk), None
+    weights_BT = _distillation_weights(part.loss_weights) if part.weighted else None
+    return losses.distill(student_BTD, model.logits, teacher_BTD, teacher.logits, weights_BT, chunk=chunk), None
 
 
 def _next_token(model: Any, teacher: nn.Module | None, part: _Part) -> tuple[Tensor, Tensor | None]:
@@ -99,16 +112,20 @@ def _parts(batch: Batch, stage: Stage) -> list[_Part]:
     """Split a batch into micro-batches whose losses, by share, add up to the whole batch's loss."""
     size = stage.micro_batch or stage.batch
     rows = [(batch.input_ids[i : i + size], batch.loss_weights[i : i + size]) for i in range(0, stage.batch, size)]
+    # the loss is a weighted mean, so parts count by their weight
     if stage.loss == "next_token":
-        # the loss is a weighted mean, so parts count by their weight
         totals = [float(weights[:, 1:].sum()) for _, weights in rows]
+    elif stage.weighted:
+        totals = [float(_distillation_weights(weights).sum()) for _, weights in rows]
     else:
         totals = [float(ids.numel()) for ids, _ in rows]
     if not sum(totals):
         # a mean over nothing: the loss is not a number, and the loop stops at it
-        return [_Part(*rows[0], math.nan)]
+        return [_Part(*rows[0], math.nan, stage.weighted)]
     shares = [part / sum(totals) for part in totals]
-    return [_Part(ids, weights, share) for (ids, weights), share in zip(rows, shares, strict=True) if share]
+    return [
+        _Part(ids, weights, share, stage.weighted) for (ids, weights), share in zip(rows, shares, strict=True) if share
+    ]
 
 
 def trainable_parameters(model: nn.Module, what: str) -> dict[str, nn.Parameter]:

@@ -98,6 +98,8 @@ class Stage(Part):
     # train the kept layers with block-sparse attention, and with the conversion's logit scale
     sparse: bool = False
     logits_scaling: bool = False
+    # distillation counts a token by the data's weight for it, none below a tenth; HALO counts all alike
+    weighted: bool = False
     # HALO aligns with one loss over all layers; clipping each layer by itself keeps a layer with a large gradient
     # from slowing the others
     clip_per_layer: bool = False
@@ -115,6 +117,8 @@ class Stage(Part):
             raise ValueError(f"warmup_steps {self.learning_rate.warmup_steps} leaves nothing of {self.steps} steps")
         if self.loss == "align" and (given := self.changed("trainable", "sparse", "logits_scaling")):
             raise ValueError(f"{given} has no effect with loss 'align', which trains the linear twins")
+        if self.loss != "distill" and self.weighted:
+            raise ValueError(f"weighted is for loss 'distill'; {self.loss!r} has it fixed")
         if self.loss != "align" and self.clip_per_layer:
             raise ValueError("clip_per_layer is for loss 'align', where the layers are independent problems")
         return self
@@ -328,6 +332,19 @@ def _text(name_or_path: str | Path) -> str:
     return resources.files("sala").joinpath("recipes", f"{name_or_path}.yaml").read_text(encoding="utf-8")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as it is, but of two equal keys the second is an error and not the winner."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def parse_recipe(values: Any, origin: str = "recipe") -> TrainingRecipe | ConversionRecipe:
     """Check plain YAML values as a recipe: with `conversion` one for a teacher, with `model` one from scratch.
 
@@ -354,7 +371,7 @@ def load_recipe(name_or_path: str | Path, settings: Iterable[str] = ()) -> Train
         RecipeError: no such recipe, not YAML, or a field that is unknown or cannot be so.
     """
     try:
-        values = yaml.safe_load(_text(name_or_path))
+        values = yaml.load(_text(name_or_path), _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{name_or_path} is not YAML: {' '.join(str(error).split())}") from None
     if isinstance(values, dict):
