@@ -47,7 +47,10 @@ def full_plan(recipe: str, questions: int = 256, lengths: Sequence[int] = LENGTH
     """Return the plan of a trial: the same number of questions everywhere."""
     return Plan(
         recipe=recipe,
-        questions={length: Amount(questions, questions) for length in lengths},
+        # the teacher, all softmax, is slow to ask at the longest and has long forgotten there
+        questions={
+            length: Amount(min(questions, 64) if length == max(lengths) else questions, questions) for length in lengths
+        },
         repeats={},
         needle_length=0,
     )
@@ -176,8 +179,8 @@ def run_trials(
 
 
 def trial_plan(trial: Trial, plan: Plan) -> Plan:
-    """Return what the trial measures: an ablation is asked where the difference would show."""
-    if not trial.ablates:
+    """Return what the trial measures: all but the seeds are asked where a difference would show."""
+    if not (trial.ablates or trial.second_teacher):
         return plan
     ends = {length: amount for length, amount in plan.questions.items() if length in ABLATION_LENGTHS}
     return replace(plan, questions=ends or plan.questions)
