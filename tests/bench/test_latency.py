@@ -58,6 +58,18 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
     assert 60 * MIB <= memory.added_bytes < 200 * MIB
 
 
+def test_memory_that_was_freed_before_counts_again() -> None:
+    # small pieces, which the C library keeps when they are freed
+    pieces = [bytearray(64 * 1024) for _ in range(512)]
+    del pieces
+    with peak_memory() as memory:
+        pieces = [bytearray(64 * 1024) for _ in range(512)]
+        del pieces
+    if memory.added_bytes is None:
+        pytest.skip("this system does not tell a process's peak")
+    assert memory.added_bytes >= 28 * MIB
+
+
 def test_the_environment_says_where_and_with_what() -> None:
     told = environment()
     assert told["versions"]["torch"] == torch.__version__

@@ -8,10 +8,11 @@ from torch.nn.functional import normalize
 
 from sala.convert.align import swapped, watch_mixers
 from sala.convert.latent import plain_projections
-from sala.convert.transfer import assemble, hybrid_config, kept_attention, linear_twin, reconfigured, require_teacher
+from sala.convert.transfer import assemble, hybrid_config, kept_attention, linear_twin, require_teacher
 from sala.model import MiniCPMSALAForCausalLM
 from sala.model.config import SPARSE_ROWS
 from sala.model.latent import LatentAttention
+from sala.model.mixers import reconfigured
 
 HEADS, WIDTH, ROTATED, VALUES = 4, 12, 4, 8
 LINEAR = ["lightning-attn"] * 4

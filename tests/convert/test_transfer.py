@@ -12,12 +12,11 @@ from sala.convert.transfer import (
     hybrid_config,
     kept_attention,
     linear_twin,
-    reconfigured,
     require_teacher,
 )
 from sala.errors import ConfigError
 from sala.model import MIXERS, MiniCPMSALAConfig
-from sala.model.mixers import config_fields
+from sala.model.mixers import config_fields, reconfigured
 
 LINEAR = ["lightning-attn"] * 4
 IDS = torch.arange(2 * 20).view(2, 20) % 50

@@ -47,6 +47,19 @@ def training_recipe(**changes: Any) -> TrainingRecipe:
     return recipe
 
 
+def test_weights_stored_in_bfloat16_are_computed_in_float32(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> None:
+    recipe = training_recipe().model_copy(update={"stored_as": "bfloat16"})
+    model = train(recipe, tmp_path / "run", tokenizer=tokenizer, corpus=corpus)
+    loaded = load_model(tmp_path / "run" / "final")
+    halved = 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert (tmp_path / "run" / "final" / "model.safetensors").stat().st_size < 1.2 * halved
+    assert loaded.dtype == loaded.config.dtype == model.dtype == torch.float32
+    for ours, read in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours.bfloat16().float(), read)
+
+
 def test_a_finished_run_is_a_checkpoint_with_its_recipe(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
 ) -> None:

@@ -1,6 +1,8 @@
 """The peak of this process's memory over a piece of work, where the system tells it."""
 
+import ctypes
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ class PeakMemory:
 
     @property
     def added_bytes(self) -> int | None:
-        """What the work took on top of what was there; a process that holds freed memory makes it too low."""
+        """What the work took on top of what was there; too low where the C library keeps memory that was freed."""
         if self.start_bytes is None or self.peak_bytes is None:
             return None
         return self.peak_bytes - self.start_bytes
@@ -30,6 +32,7 @@ def peak_memory() -> Iterator[PeakMemory]:
     """Measure the resident memory of the work inside `with`; on Linux only, elsewhere the fields stay None."""
     measured = PeakMemory()
     gc.collect()
+    _give_back_freed()
     try:
         CLEAR.write_text(RESET_PEAK)
         measured.start_bytes = _resident("VmRSS")
@@ -38,6 +41,13 @@ def peak_memory() -> Iterator[PeakMemory]:
         return
     yield measured
     measured.peak_bytes = _resident("VmHWM")
+
+
+def _give_back_freed() -> None:
+    """Hand memory that was freed back to the system, with glibc; else work that fits into it would seem to take none."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _resident(name: str) -> int:

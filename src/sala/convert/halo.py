@@ -16,11 +16,10 @@ from sala.convert.transfer import (
     hybrid_config,
     kept_attention,
     linear_twin,
-    reconfigured,
     require_teacher,
 )
 from sala.errors import RecipeError
-from sala.model.mixers import sparse_mixers
+from sala.model.mixers import reconfigured, sparse_mixers
 
 LINEAR = "lightning-attn"
 

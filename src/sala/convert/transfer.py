@@ -131,13 +131,3 @@ def assemble(teacher: MiniCPMSALAForCausalLM, config: MiniCPMSALAConfig, mixers:
         state |= {f"model.layers.{layer}.self_attn.{name}": tensor for name, tensor in mixer.state_dict().items()}
     hybrid.load_state_dict(state)
     return cast(nn.Module, hybrid).to(teacher.dtype).eval()
-
-
-def reconfigured(model: MiniCPMSALAForCausalLM, **changes: Any) -> MiniCPMSALAForCausalLM:
-    """Return a model on the same parameter tensors with other values of fields that own no parameters."""
-    config = MiniCPMSALAConfig(**(config_fields(model.config) | changes))
-    with torch.device("meta"):
-        view = MiniCPMSALAForCausalLM(config)
-    view.load_state_dict(model.state_dict(keep_vars=True), assign=True)
-    view.tie_weights()
-    return view.train(model.training)

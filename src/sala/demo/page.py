@@ -15,11 +15,11 @@ from sala.demo.measure import HYBRID_FULL, HYBRID_SPARSE, TEACHER
 from sala.demo.plots import PLOTS, length_label
 
 MIXER_NAMES = {
-    "attention": "full attention",
-    "minicpm4": "block-sparse attention",
-    "latent-attention": "full latent attention",
-    "latent-minicpm4": "block-sparse latent attention",
-    "lightning-attn": "linear attention",
+    "attention": "full",
+    "minicpm4": "sparse",
+    "latent-attention": "full, latent",
+    "latent-minicpm4": "sparse, latent",
+    "lightning-attn": "linear",
 }
 STEP_ZERO_NAMES = {
     "gates": "output gates on the kept layers",

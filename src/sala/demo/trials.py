@@ -165,9 +165,7 @@ def run_trials(
             say(f"{name}: done before")
             continue
         say(f"{name}: {trial.about}")
-        run = {"name": name, "about": trial.about} | _run(
-            trial, source, resolved, own_plan, work / name, observer, say
-        )
+        run = {"name": name, "about": trial.about} | _run(trial, source, resolved, own_plan, work / name, observer, say)
         write_json(path, run)
         for line in summary_lines(run["retrieval"]):
             say(f"  {line}")

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from sala.model.attention import FullAttention
-from sala.model.cache import AttentionCache, SparseCache, compression_tiers
+from sala.model.cache import AttentionCache, SparseCache
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.rows import Rows
-from sala.ops.infllm import compress, infllm_attention
+from sala.ops.infllm import infllm_attention
 
 
 class SparseAttention(FullAttention):
@@ -19,10 +19,8 @@ class SparseAttention(FullAttention):
     def attend(
         self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows, cache: AttentionCache | None
     ) -> Tensor:
-        if cache is None:
-            k, v = k_BTGK, v_BTGV
-            fine, coarse = (compress(k, size, stride) for size, stride in compression_tiers(self.geometry))
-        else:
+        k, v, fine, coarse = k_BTGK, v_BTGV, None, None
+        if cache is not None:
             assert isinstance(cache, SparseCache)
             k, v = cache.append(k_BTGK, v_BTGV, rows)
             fine, coarse = cache.compressed(k, rows)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -39,6 +39,26 @@ def new_cache(config: MiniCPMSALAConfig, reserve: int = 0) -> SalaCache:
     return SalaCache([MIXERS[name].cache(config, reserve) for name in config.mixer_types])
 
 
+def reconfigured(model: "MiniCPMSALAForCausalLM", **changes: Any) -> "MiniCPMSALAForCausalLM":
+    """Return a model on the same parameter tensors with other values of fields that own no parameters.
+
+    Raises:
+        ConfigError: the changes need other parameters.
+    """
+    config = MiniCPMSALAConfig(**(config_fields(model.config) | changes))
+    with torch.device("meta"):
+        view = type(model)(config)
+    parameters, wanted = model.state_dict(keep_vars=True), view.state_dict()
+    if {k: v.shape for k, v in parameters.items()} != {k: v.shape for k, v in wanted.items()}:
+        raise ConfigError(
+            f"{changes} need other parameters than the model has; mixers can be exchanged only between "
+            f"{' or '.join(f'{a!r} and {b!r}' for a, b in SPARSE_ROWS.items())}"
+        )
+    view.load_state_dict(parameters, assign=True)
+    view.tie_weights()
+    return view.train(model.training)
+
+
 def with_mixers(model: "MiniCPMSALAForCausalLM", mixer_types: Sequence[str]) -> "MiniCPMSALAForCausalLM":
     """Return a model on the same parameter tensors whose layers are of other kinds.
 
@@ -47,18 +67,7 @@ def with_mixers(model: "MiniCPMSALAForCausalLM", mixer_types: Sequence[str]) -> 
     Raises:
         ConfigError: a layer's new kind has other parameters than its old one.
     """
-    config = MiniCPMSALAConfig(**{**config_fields(model.config), "mixer_types": list(mixer_types)})
-    with torch.device("meta"):
-        view = type(model)(config)
-    parameters, wanted = model.state_dict(keep_vars=True), view.state_dict()
-    if {k: v.shape for k, v in parameters.items()} != {k: v.shape for k, v in wanted.items()}:
-        raise ConfigError(
-            f"mixer_types {list(mixer_types)} need other parameters than {list(model.config.mixer_types)}; "
-            f"right would be to exchange only {' or '.join(f'{a!r} and {b!r}' for a, b in SPARSE_ROWS.items())}"
-        )
-    view.load_state_dict(parameters, assign=True)
-    view.tie_weights()
-    return view.train(model.training)
+    return reconfigured(model, mixer_types=list(mixer_types))
 
 
 def sparse_mixers(mixer_types: Sequence[str], sparse: bool) -> tuple[str, ...]:

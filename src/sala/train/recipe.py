@@ -191,6 +191,8 @@ class Recipe(Part):
     optimizer: Optimizer = Optimizer()
     # auto: compile when a C compiler is there, else run eagerly and say so in one log line
     compile: Literal["auto", "on", "off"] = "auto"
+    # of the parameters in the finished folder; they are trained, and loaded again, in float32
+    stored_as: Literal["float32", "bfloat16"] = "float32"
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
 
     @field_validator("compile", mode="before")

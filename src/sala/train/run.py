@@ -1,5 +1,6 @@
 """Whole runs: a model from scratch, or a conversion around the function that is passed in."""
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -68,7 +69,11 @@ def _require_absent(path: Path) -> None:
 
 
 def _write_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    model.save_pretrained(folder)
+    stored = copy.deepcopy(model).to(torch.bfloat16) if recipe.stored_as == "bfloat16" else model
+    stored.save_pretrained(folder)
+    # its dtype is the one to compute in, whatever the file holds
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     recipe.save(folder / "recipe.yaml")
 
