@@ -1,33 +1,53 @@
 """Which implementation of an operator runs: the table of backends, and the choice among them."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType, ModuleType
 
+from torch import Tensor
+
 from sala.errors import BackendError, nearest
+from sala.ops import native
+
+
+def _never(*_: object) -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One implementation of an operator: where it lives and why one would run it."""
+    """One implementation of an operator: where it lives, why one would run it, and what keeps it from running.
+
+    unavailable: returns why this machine cannot run it, or None.
+    refuses: takes a call's tensors and returns why it does not take them, or None.
+    """
 
     module: str
     reason: str
     # the definition is for tests and for doubt: correct, slow, and never what a user wants by default
     automatic: bool = True
+    unavailable: Callable[[], str | None] = _never
+    refuses: Callable[[Sequence[Tensor | None]], str | None] = _never
+
+
+# operators with C++ of their own
+NATIVE: tuple[str, ...] = ()
 
 
 def _rows(op: str) -> Mapping[str, Backend]:
-    return MappingProxyType(
-        {
-            "eager": Backend(f"sala.ops.{op}.eager", "plain torch: differentiable, on every device"),
-            "reference": Backend(
-                f"sala.ops.{op}.reference", "the definition: token by token in float64", automatic=False
-            ),
-        }
-    )
+    rows = {
+        "cpu": Backend(
+            f"sala.ops.{op}.cpu",
+            "C++ for this processor: the fastest on a CPU, without gradients",
+            unavailable=native.unavailable,
+            refuses=native.refuses,
+        ),
+        "eager": Backend(f"sala.ops.{op}.eager", "plain torch: differentiable, on every device"),
+        "reference": Backend(f"sala.ops.{op}.reference", "the definition: token by token in float64", automatic=False),
+    }
+    return MappingProxyType({name: row for name, row in rows.items() if name != "cpu" or op in NATIVE})
 
 
 # a row's key is the backend's file, its `backend=` value and its test id; the best stands first
@@ -35,22 +55,42 @@ BACKENDS: Mapping[str, Mapping[str, Backend]] = MappingProxyType({op: _rows(op) 
 
 
 def explain(op: str) -> tuple[str, str]:
-    """Return the name of the backend that `backend="auto"` runs for `op`, and the reason in words."""
-    name, row = next((name, row) for name, row in BACKENDS[op].items() if row.automatic)
-    return name, row.reason
+    """Return the backend that `backend="auto"` runs for `op` on CPU tensors without gradients, and the reason in words.
+
+    The reason says too why a better one cannot run on this machine.
+    """
+    passed_over = []
+    for name, row in BACKENDS[op].items():
+        if row.automatic:
+            why_not = row.unavailable()
+            if why_not is None:
+                return name, "; ".join([row.reason, *passed_over])
+            passed_over.append(f"{name} cannot run here: {why_not}")
+    raise BackendError(f"{op} has no backend for this machine: {'; '.join(passed_over)}")
 
 
-def choose(op: str, backend: str = "auto") -> ModuleType:
-    """Return the module that implements `op`: the best automatic one for "auto", else the one named.
+def unavailable(op: str, backend: str) -> str | None:
+    """Return why `backend` of `op` cannot run on this machine, None when it can."""
+    return BACKENDS[op][backend].unavailable()
+
+
+def choose(op: str, backend: str = "auto", tensors: Sequence[Tensor | None] = ()) -> ModuleType:
+    """Return the module that implements `op` for these tensors: the best automatic one for "auto", else the one named.
 
     Raises:
-        BackendError: no backend of that name; the message names those there are, and the nearest.
+        BackendError: no backend of that name (the message names those there are, and the nearest), or the one named
+            cannot run on this machine or on these tensors.
     """
     rows = BACKENDS[op]
-    name = explain(op)[0] if backend == "auto" else backend
-    if name not in rows:
+    if backend == "auto":
+        row = next(r for r in rows.values() if r.automatic and not r.unavailable() and not r.refuses(tensors))
+    elif backend in rows:
+        row = rows[backend]
+        why_not = row.unavailable() or row.refuses(tensors)
+        if why_not:
+            raise BackendError(f"{op}: backend {backend!r} cannot run: {why_not}")
+    else:
         known = ("auto", *rows)
         raise BackendError(f"{op} has no backend {backend!r}; it has {', '.join(known)}{nearest(str(backend), known)}")
-    module = rows[name].module
     # torch.compile can trace a look-up, not an import
-    return sys.modules[module] if module in sys.modules else import_module(module)
+    return sys.modules[row.module] if row.module in sys.modules else import_module(row.module)

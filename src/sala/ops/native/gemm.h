@@ -1,0 +1,389 @@
+// Products of small matrices that stay in the cache: C (m x n, float32) = A (m x k) B (k x n), or C += A B.
+//
+// An engine is how a machine multiplies: `Fma` in float32 on any vector width, `Dot` in bfloat16 with AVX-512's dot
+// product, `Amx` in bfloat16 on tiles. All three have one interface, so an operator is written once:
+//
+//   Element          what A and B hold
+//   K_STEP, M_STEP   A's buffer has k rounded up to K_STEP, with zeros there, and m rounded up to M_STEP (any content)
+//   Session          lives while a task multiplies
+//   multiply<ADD>(m, n, k, A, lda, B, C, ldc)      ADD: C += A B; C's buffer has m rounded up to M_STEP, n to N_STEP
+//
+// B is packed: panels of PANEL columns (the last one narrower, rounded up to N_STEP), each [k / PAIR][columns][PAIR], in
+// zeros where k or n was rounded up. `pack` takes B as it is, row-major (k, n); `pack_transposed` takes its transpose,
+// row-major (n, k): the keys of q k^T.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "amx.h"
+#include "simd.h"
+
+namespace sala {
+
+// columns of a panel: as many vectors as leave room for six rows of sums in the registers
+constexpr int64_t PANEL = (SALA_VECTOR_BYTES == 64 ? 4 : 2) * W;
+// rows of a block of sums
+constexpr int64_t BLOCK_ROWS = 6;
+
+// Run body(std::integral_constant<N>) for the n in 1..N that is n: a number of rows or vectors becomes a constant.
+template <int64_t N, class Body>
+inline void with_constant(int64_t n, const Body& body) {
+  if constexpr (N > 1) {
+    if (n < N) return with_constant<N - 1>(n, body);
+  }
+  body(std::integral_constant<int64_t, N>{});
+}
+
+#if defined(__AVX512F__)
+// dst[c][r] = src[r][c] for 16 x 16 numbers of four bytes (or pairs of two); rows are so many bytes apart.
+inline void transpose_16x16(const void* src, int64_t src_bytes, void* dst, int64_t dst_bytes) {
+  __m512i r[16], t[16];
+  const char* s = static_cast<const char*>(src);
+  char* d = static_cast<char*>(dst);
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(s + i * src_bytes);
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    _mm512_storeu_si512(d + i * dst_bytes, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_si512(d + (i + 8) * dst_bytes, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+  }
+}
+#endif
+
+// dst[r][0..cols) = src[r][0..cols) as `To`, zero from there to `padded`; rows one after another.
+template <class To, class From>
+inline void convert_rows(const From* src, int64_t lds, int64_t rows, int64_t cols, To* dst, int64_t ldd,
+                         int64_t padded) {
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t c = 0;
+    for (; c + W <= cols; c += W) store(dst + r * ldd + c, load(src + r * lds + c));
+    for (; c < cols; ++c) dst[r * ldd + c] = from_float<To>(to_float(src[r * lds + c]));
+    for (; c < padded; ++c) dst[r * ldd + c] = from_float<To>(0.0f);
+  }
+}
+
+struct Fma {
+  using Element = float;
+  static constexpr int64_t K_STEP = 1, M_STEP = 1, N_STEP = W;
+  struct Session {};
+
+  static constexpr int64_t packed_size(int64_t k, int64_t n) { return k * round_up(n, N_STEP); }
+
+  template <class From>
+  static void pack(const From* src, int64_t ld, int64_t k, int64_t n, float* dst) {
+    for (int64_t first = 0; first < n; first += PANEL) {
+      int64_t here = std::min(PANEL, n - first), width = round_up(here, N_STEP);
+      convert_rows(src + first, ld, k, here, dst, width, width);
+      dst += k * width;
+    }
+  }
+
+  template <class From>
+  static void pack_transposed(const From* src, int64_t ld, int64_t n, int64_t k, float* dst) {
+    for (int64_t first = 0; first < n; first += PANEL) {
+      int64_t here = std::min(PANEL, n - first), width = round_up(here, N_STEP);
+      const From* rows = src + first * ld;
+      int64_t done = 0;  // of k
+#if defined(__AVX512F__)
+      for (; done + 16 <= k; done += 16)
+        for (int64_t row = 0; row < width; row += 16) {
+          alignas(64) float block[16][16];
+          int64_t there = std::min<int64_t>(16, here - row);
+          for (int64_t i = 0; i < 16; ++i) store(block[i], i < there ? load(rows + (row + i) * ld + done) : vf{});
+          transpose_16x16(block, 64, dst + done * width + row, width * 4);
+        }
+#endif
+      for (; done < k; ++done)
+        for (int64_t row = 0; row < width; ++row)
+          dst[done * width + row] = row < here ? to_float(rows[row * ld + done]) : 0.0f;
+      dst += k * width;
+    }
+  }
+
+  template <bool ADD>
+  static void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, float* c,
+                       int64_t ldc) {
+    const int64_t blocks = ceil_div(m, BLOCK_ROWS);
+    for (int64_t first = 0; first < n; first += PANEL) {
+      int64_t width = round_up(std::min(PANEL, n - first), N_STEP);
+      with_constant<PANEL / W>(width / W, [&](auto vectors) {
+        for (int64_t block = 0; block < blocks; ++block) {
+          // blocks of nearly equal height: sixteen rows as 6, 5, 5 and not as 6, 6, 4
+          int64_t top = block * m / blocks, rows = (block + 1) * m / blocks - top;
+          with_constant<BLOCK_ROWS>(rows, [&](auto height) {
+            multiply_block<ADD, height, vectors>(k, a + top * lda, lda, b, c + top * ldc + first, ldc);
+          });
+        }
+      });
+      b += k * width;
+    }
+  }
+
+ private:
+  template <bool ADD, int64_t ROWS, int64_t VECTORS>
+  static void multiply_block(int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
+    vf sums[ROWS][VECTORS];
+    for (int64_t i = 0; i < ROWS; ++i)
+      for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] = ADD ? load(c + i * ldc + j * W) : vf{};
+    for (int64_t p = 0; p < k; ++p) {
+      vf row[VECTORS];
+      for (int64_t j = 0; j < VECTORS; ++j) row[j] = load(b + (p * VECTORS + j) * W);
+      for (int64_t i = 0; i < ROWS; ++i) {
+        vf left = broadcast(a[i * lda + p]);
+        for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] += left * row[j];
+      }
+    }
+    for (int64_t i = 0; i < ROWS; ++i)
+      for (int64_t j = 0; j < VECTORS; ++j) store(c + i * ldc + j * W, sums[i][j]);
+  }
+};
+
+#if defined(__AVX512BF16__)
+
+// Packing of B for both engines in bfloat16: pairs of k side by side, which is what their instructions multiply.
+struct PairsOfBf16 {
+  using Element = bf16;
+  static constexpr int64_t N_STEP = 16;
+
+  // two rows (k, k + 1) of 16 numbers each -> 16 pairs
+  static void interleave(vf even, vf odd, bf16* dst) {
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
+    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
+    _mm512_storeu_si512(dst, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  static void interleave(const bf16* even, const bf16* odd, bf16* dst) {
+    __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+    __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
+    _mm512_storeu_si512(dst, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+
+  template <class From>
+  static void pack(const From* src, int64_t ld, int64_t k, int64_t n, bf16* dst, int64_t k_step) {
+    for (int64_t first = 0; first < n; first += PANEL) {
+      int64_t here = std::min(PANEL, n - first), width = round_up(here, N_STEP);
+      for (int64_t p = 0; p < round_up(k, k_step); p += 2)
+        for (int64_t c = 0; c < width; c += 16, dst += 32) {
+          const From* even = src + p * ld + first + c;
+          int64_t there = here - c;
+          if (std::is_same_v<From, bf16> && p + 1 < k && there >= 16) {
+            if constexpr (std::is_same_v<From, bf16>) interleave(even, even + ld, dst);
+            continue;
+          }
+          vf rows[2] = {};
+          for (int64_t i = 0; i < 2; ++i)
+            if (p + i < k) rows[i] = there >= 16 ? load(even + i * ld) : load_part(even + i * ld, there);
+          interleave(rows[0], rows[1], dst);
+        }
+    }
+  }
+
+  template <class From>
+  static void pack_transposed(const From* src, int64_t ld, int64_t n, int64_t k, bf16* dst, int64_t k_step) {
+    const int64_t padded = round_up(k, k_step);
+    for (int64_t first = 0; first < n; first += PANEL) {
+      int64_t here = std::min(PANEL, n - first), width = round_up(here, N_STEP);
+      for (int64_t row = 0; row < width; row += 16) {
+        int64_t there = std::min<int64_t>(16, here - row);
+        const From* rows = src + (first + row) * ld;
+        for (int64_t p = 0; p < padded; p += 32) {
+          // 32 numbers of k are 16 pairs
+          int64_t pairs = std::min<int64_t>(32, padded - p) / 2;
+          bf16* out = dst + p * width + row * 2;
+          if (std::is_same_v<From, bf16> && there == 16 && p + 32 <= k) {
+            transpose_16x16(rows + p, ld * 2, out, width * 4);
+            continue;
+          }
+          alignas(64) bf16 block[16][32], turned[16][32];
+          for (int64_t i = 0; i < 16; ++i)
+            convert_rows(rows + i * ld + p, 0, 1, i < there ? std::min<int64_t>(32, k - p) : 0, block[i], 0, 32);
+          transpose_16x16(block, 64, turned, 64);
+          for (int64_t i = 0; i < pairs; ++i) std::memcpy(out + i * width * 2, turned[i], 64);
+        }
+      }
+      dst += padded * width;
+    }
+  }
+};
+
+struct Dot : PairsOfBf16 {
+  static constexpr int64_t K_STEP = 2, M_STEP = 1;
+  struct Session {};
+
+  static constexpr int64_t packed_size(int64_t k, int64_t n) { return round_up(k, K_STEP) * round_up(n, N_STEP); }
+  template <class From>
+  static void pack(const From* src, int64_t ld, int64_t k, int64_t n, bf16* dst) {
+    PairsOfBf16::pack(src, ld, k, n, dst, K_STEP);
+  }
+  template <class From>
+  static void pack_transposed(const From* src, int64_t ld, int64_t n, int64_t k, bf16* dst) {
+    PairsOfBf16::pack_transposed(src, ld, n, k, dst, K_STEP);
+  }
+
+  template <bool ADD>
+  static void multiply(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t lda, const bf16* b, float* c,
+                       int64_t ldc) {
+    const int64_t blocks = ceil_div(m, BLOCK_ROWS), pairs = ceil_div(k, 2);
+    for (int64_t first = 0; first < n; first += PANEL) {
+      int64_t width = round_up(std::min(PANEL, n - first), N_STEP);
+      with_constant<PANEL / W>(width / W, [&](auto vectors) {
+        for (int64_t block = 0; block < blocks; ++block) {
+          int64_t top = block * m / blocks, rows = (block + 1) * m / blocks - top;
+          with_constant<BLOCK_ROWS>(rows, [&](auto height) {
+            multiply_block<ADD, height, vectors>(pairs, a + top * lda, lda, b, c + top * ldc + first, ldc);
+          });
+        }
+      });
+      b += pairs * 2 * width;
+    }
+  }
+
+ private:
+  template <bool ADD, int64_t ROWS, int64_t VECTORS>
+  static void multiply_block(int64_t pairs, const bf16* a, int64_t lda, const bf16* b, float* c, int64_t ldc) {
+    __m512 sums[ROWS][VECTORS];
+    for (int64_t i = 0; i < ROWS; ++i)
+      for (int64_t j = 0; j < VECTORS; ++j)
+        sums[i][j] = ADD ? _mm512_loadu_ps(c + i * ldc + j * 16) : _mm512_setzero_ps();
+    for (int64_t p = 0; p < pairs; ++p) {
+      __m512bh row[VECTORS];
+      for (int64_t j = 0; j < VECTORS; ++j)
+        row[j] = (__m512bh)_mm512_loadu_si512(b + (p * VECTORS + j) * 32);
+      for (int64_t i = 0; i < ROWS; ++i) {
+        int32_t pair;
+        std::memcpy(&pair, a + i * lda + 2 * p, 4);
+        __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+        for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], left, row[j]);
+      }
+    }
+    for (int64_t i = 0; i < ROWS; ++i)
+      for (int64_t j = 0; j < VECTORS; ++j) _mm512_storeu_ps(c + i * ldc + j * 16, sums[i][j]);
+  }
+};
+
+#if defined(__AMX_BF16__) || defined(SALA_EMULATE_AMX)
+
+struct Amx : PairsOfBf16 {
+  static constexpr int64_t K_STEP = 32, M_STEP = 16;
+  using Session = amx::Session;
+
+  static constexpr int64_t packed_size(int64_t k, int64_t n) { return round_up(k, K_STEP) * round_up(n, N_STEP); }
+  template <class From>
+  static void pack(const From* src, int64_t ld, int64_t k, int64_t n, bf16* dst) {
+    PairsOfBf16::pack(src, ld, k, n, dst, K_STEP);
+  }
+  template <class From>
+  static void pack_transposed(const From* src, int64_t ld, int64_t n, int64_t k, bf16* dst) {
+    PairsOfBf16::pack_transposed(src, ld, n, k, dst, K_STEP);
+  }
+
+  template <bool ADD>
+  static void multiply(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t lda, const bf16* b, float* c,
+                       int64_t ldc) {
+    const int64_t padded = round_up(k, K_STEP);
+    for (int64_t first = 0; first < n; first += PANEL) {
+      int64_t width = round_up(std::min(PANEL, n - first), N_STEP);
+      int64_t top = 0;
+      for (; top + 16 < m; top += 32) {
+        int64_t col = 0;
+        for (; col + 32 <= width; col += 32)
+          multiply_tiles<ADD, 2, 2>(padded, a + top * lda, lda, b + 2 * col, width, c + top * ldc + first + col, ldc);
+        if (col < width)
+          multiply_tiles<ADD, 2, 1>(padded, a + top * lda, lda, b + 2 * col, width, c + top * ldc + first + col, ldc);
+      }
+      if (top < m)
+        with_constant<4>(width / 16, [&](auto columns) {
+          multiply_tiles<ADD, 1, columns>(padded, a + top * lda, lda, b, width, c + top * ldc + first, ldc);
+        });
+      b += padded * width;
+    }
+  }
+
+ private:
+  // Tiles 0-3 are sums; 4 and 5 hold A, 6 and 7 take turns with B.
+  template <bool ADD, int ROWS, int COLUMNS>
+  static void multiply_tiles(int64_t k, const bf16* a, int64_t lda, const bf16* b, int64_t width, float* c,
+                             int64_t ldc) {
+    constexpr bool two = ROWS == 2;
+    for_each_sum<ROWS, COLUMNS>([&](auto tile, int64_t row, int64_t column) {
+      if (ADD)
+        amx::load<tile>(c + row * 16 * ldc + column * 16, ldc * 4);
+      else
+        amx::zero<tile>();
+    });
+    for (int64_t p = 0; p < k; p += 32, b += 32 * width) {
+      amx::load<4>(a + p, lda * 2);
+      if constexpr (two) amx::load<5>(a + 16 * lda + p, lda * 2);
+      amx::load<6>(b, width * 4);
+      amx::multiply<0, 4, 6>();
+      if constexpr (two) amx::multiply<2, 5, 6>();
+      if constexpr (COLUMNS > 1) {
+        amx::load<7>(b + 32, width * 4);
+        amx::multiply<1, 4, 7>();
+        if constexpr (two) amx::multiply<3, 5, 7>();
+      }
+      if constexpr (COLUMNS > 2) {
+        amx::load<6>(b + 64, width * 4);
+        amx::multiply<2, 4, 6>();
+      }
+      if constexpr (COLUMNS > 3) {
+        amx::load<7>(b + 96, width * 4);
+        amx::multiply<3, 4, 7>();
+      }
+    }
+    for_each_sum<ROWS, COLUMNS>([&](auto tile, int64_t row, int64_t column) {
+      amx::store<tile>(c + row * 16 * ldc + column * 16, ldc * 4);
+    });
+  }
+
+  // body(tile, row, column): a second row of sums starts at tile 2
+  template <int ROWS, int COLUMNS, class Body>
+  static void for_each_sum(const Body& body) {
+    static_assert(ROWS == 1 || (ROWS == 2 && COLUMNS <= 2));
+    body(std::integral_constant<int, 0>{}, 0, 0);
+    if constexpr (COLUMNS > 1) body(std::integral_constant<int, 1>{}, 0, 1);
+    if constexpr (COLUMNS > 2) body(std::integral_constant<int, 2>{}, 0, 2);
+    if constexpr (COLUMNS > 3) body(std::integral_constant<int, 3>{}, 0, 3);
+    if constexpr (ROWS > 1) body(std::integral_constant<int, 2>{}, 1, 0);
+    if constexpr (ROWS > 1 && COLUMNS > 1) body(std::integral_constant<int, 3>{}, 1, 1);
+  }
+};
+
+#endif
+#endif
+
+// The engine for tensors of T: bfloat16 is multiplied as such where the machine can.
+template <class T>
+struct EngineFor {
+  using type = Fma;
+};
+#if defined(__AMX_BF16__) || defined(SALA_EMULATE_AMX)
+template <>
+struct EngineFor<bf16> {
+  using type = Amx;
+};
+#elif defined(__AVX512BF16__)
+template <>
+struct EngineFor<bf16> {
+  using type = Dot;
+};
+#endif
+template <class T>
+using Engine = typename EngineFor<T>::type;
+
+}  // namespace sala

@@ -1,0 +1,131 @@
+// One text for every vector width: GCC's and Clang's vector types, at the width that the build's flags allow.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define SALA_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define SALA_VECTOR_BYTES 32
+#else
+#define SALA_VECTOR_BYTES 16
+#endif
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace sala {
+
+// floats in a vector
+constexpr int64_t W = SALA_VECTOR_BYTES / 4;
+
+typedef float vf __attribute__((vector_size(SALA_VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(SALA_VECTOR_BYTES)));
+typedef uint32_t vu __attribute__((vector_size(SALA_VECTOR_BYTES)));
+typedef uint16_t vh __attribute__((vector_size(SALA_VECTOR_BYTES / 2)));
+// the same at any address
+typedef float vf_any __attribute__((vector_size(SALA_VECTOR_BYTES), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(SALA_VECTOR_BYTES / 2), aligned(2), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+constexpr int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
+
+inline vf broadcast(float x) { return x - vf{}; }
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+// round to nearest even, as torch does; NaN stays NaN
+inline bf16 to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return {0x7fc0};
+  return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) { return x; }
+template <>
+inline bf16 from_float<bf16>(float x) { return to_bf16(x); }
+
+inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+inline void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
+
+inline vf load(const bf16* p) {
+  vh half = *reinterpret_cast<const vh_any*>(p);
+  vu bits = __builtin_convertvector(half, vu) << 16;
+  return (vf)bits;
+}
+
+inline void store(bf16* p, vf x) {
+#if defined(__AVX512BF16__)
+  *reinterpret_cast<vh_any*>(p) = (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
+  vu bits = (vu)x;
+  vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  vu kept = (x == x) ? rounded : (vu{} + 0x7fc0);
+  *reinterpret_cast<vh_any*>(p) = __builtin_convertvector(kept, vh);
+#endif
+}
+
+// The first n < W numbers; the others are zero and their memory is not touched.
+template <class T>
+inline vf load_part(const T* p, int64_t n) {
+  vf out{};
+  for (int64_t i = 0; i < n; ++i) out[i] = to_float(p[i]);
+  return out;
+}
+template <class T>
+inline void store_part(T* p, vf x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(x[i]);
+}
+
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+inline float sum(vf x) {
+  float parts[W];
+  store(parts, x);
+  for (int64_t width = W / 2; width; width /= 2)
+    for (int64_t i = 0; i < width; ++i) parts[i] += parts[i + width];
+  return parts[0];
+}
+inline float max(vf x) {
+  float best = x[0];
+  for (int64_t i = 1; i < W; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// exp with a relative error below 2e-7; zero below -87, where float32 leaves its normal numbers. x must be at most 88.
+inline vf exp(vf x) {
+  const vf rounder = broadcast(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  vf y = x * 1.44269504088896341f;
+  vf shifted = y + rounder;
+  vf whole = shifted - rounder;
+  // the fraction in two steps, so that a large x does not cost its last bits (Cody and Waite)
+  vf f = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  vf p = broadcast(1.9875691500e-4f);
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * (f * f) + f + 1.0f;
+  vf out = (vf)((vi)p + ((vi)shifted << 23));
+  return x < broadcast(-87.0f) ? vf{} : out;
+}
+
+}  // namespace sala
