@@ -1,5 +1,6 @@
 """Options that several verbs share, and what they do before the work starts."""
 
+import logging
 import warnings
 from typing import Annotated
 
@@ -12,12 +13,14 @@ Threads = Annotated[
 
 
 def prepare(threads: int | None) -> None:
-    """Set the number of threads and keep the remarks of libraries, which are for programmers, off the terminal."""
+    """Set the number of threads, show what `sala` says of its own choices, and keep other libraries' remarks out."""
     import torch
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("sala").setLevel(logging.INFO)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(torch|transformers)\b")
     if threads is not None:
         torch.set_num_threads(threads)

@@ -83,10 +83,10 @@ def choose(op: str, backend: str = "auto", tensors: Sequence[Tensor | None] = ()
     """
     rows = BACKENDS[op]
     if backend == "auto":
-        row = next(r for r in rows.values() if r.automatic and not r.unavailable() and not r.refuses(tensors))
+        row = next(r for r in rows.values() if r.automatic and not r.refuses(tensors) and not r.unavailable())
     elif backend in rows:
         row = rows[backend]
-        why_not = row.unavailable() or row.refuses(tensors)
+        why_not = row.refuses(tensors) or row.unavailable()
         if why_not:
             raise BackendError(f"{op}: backend {backend!r} cannot run: {why_not}")
     else:
