@@ -206,7 +206,8 @@ def _cache() -> Path:
 def _build(level: str, compiler: str, version: str) -> Path:
     """Return the library's file, compiled unless the same sources were before with the same compiler and flags."""
     sources = sorted(SOURCES.glob("*.cpp"))
-    flags = [*FLAGS, *LEVELS[level].flags]
+    # more of them from the environment: sanitizers, debugging
+    flags = [*FLAGS, *LEVELS[level].flags, *os.environ.get("SALA_CXXFLAGS", "").split()]
     content = hashlib.sha256("\0".join([version, platform.machine(), *flags]).encode())
     for path in [*sources, *sorted(SOURCES.glob("*.h"))]:
         content.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
