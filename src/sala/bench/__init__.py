@@ -1,7 +1,22 @@
-"""Benchmarks: what a model costs. Time to first token and memory against length, and where they were measured."""
+"""Benchmarks: what operators and models cost. Time and memory against length, and where they were measured."""
 
 from sala.bench.environment import environment
 from sala.bench.latency import LatencyPoint, latency
+from sala.bench.length import length_label, parse_length
 from sala.bench.memory import PeakMemory, peak_memory
+from sala.bench.ops import OpsPlan, ParityError, run_ops
+from sala.bench.results import write_results
 
-__all__ = ["LatencyPoint", "PeakMemory", "environment", "latency", "peak_memory"]
+__all__ = [
+    "LatencyPoint",
+    "OpsPlan",
+    "ParityError",
+    "PeakMemory",
+    "environment",
+    "latency",
+    "length_label",
+    "parse_length",
+    "peak_memory",
+    "run_ops",
+    "write_results",
+]

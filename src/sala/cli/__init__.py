@@ -5,6 +5,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from sala.cli.bench import bench
 from sala.cli.convert import convert
 from sala.cli.demo import demo
 from sala.cli.generate import generate
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for verb in (generate, inspect, convert, train, select, demo):
     app.command()(verb)
+app.add_typer(bench)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,127 @@
+"""`sala bench`: what the operators and whole models cost on this machine."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from sala.cli.options import Threads, prepare
+from sala.cli.progress import error_console
+
+bench = typer.Typer(
+    name="bench", help="Measure operators and whole models against torch, and plot it.", no_args_is_help=True
+)
+
+DEFAULT_LENGTHS = ("4K", "16K")
+# of a table in a file or a pipe, which has no width of its own
+PIPE_WIDTH = 160
+
+Lengths = Annotated[
+    list[str] | None, typer.Option("--length", metavar="N", help="Tokens, such as 512, 16K or 1M; may be repeated.")
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="FILE.json", help="Also write everything measured.")]
+
+
+@bench.command()
+def ops(
+    shape: Annotated[str, typer.Option(help="A named shape.")] = "minicpm-sala-9b",
+    op: Annotated[list[str] | None, typer.Option(help="Only this operator; may be repeated.")] = None,
+    phase: Annotated[list[str] | None, typer.Option(help="Only prefill, selection or step; may be repeated.")] = None,
+    length: Lengths = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Only this backend; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    repeats: Annotated[int, typer.Option(min=1, help="Samples of each competitor, taken in turns.")] = 5,
+    independent: Annotated[
+        bool, typer.Option("--independent", help="Tokens that have nothing in common; else neighbours select alike.")
+    ] = False,
+    clock: Annotated[
+        str, typer.Option(help="wall, or cpu: the process's own time, for a machine that others use.")
+    ] = "wall",
+    limit: Annotated[float, typer.Option(help="Seconds that one sample may take.")] = 300.0,
+    threads: Threads = None,
+    out: Out = None,
+) -> None:
+    """Time every operator and backend beside torch's SDPA and the machine's ceilings, where it computes the right thing."""
+    prepare(threads)
+    from sala.bench import OpsPlan, parse_length, run_ops, write_results
+    from sala.bench.ops import OPS_DTYPES, choice
+
+    plan = OpsPlan(
+        shape=shape,
+        lengths=tuple(parse_length(text) for text in length or DEFAULT_LENGTHS),
+        ops=tuple(op or ()),
+        phases=tuple(phase or ()),
+        only=tuple(backend or ()),
+        dtype=choice("dtype", dtype, OPS_DTYPES),
+        repeats=repeats,
+        independent=independent,
+        clock=clock,
+        limit_s=limit,
+    )
+    progress = error_console()
+    results = run_ops(plan, say=lambda line: progress.print(line, soft_wrap=True, markup=False))
+    if out is not None:
+        write_results(out, results)
+    show_ops(results, output_console())
+
+
+def output_console() -> Console:
+    """Return the console of results: as wide as the terminal, or as a table needs."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+
+
+def show_ops(results: Mapping[str, Any], console: Console) -> None:
+    """Print one row a case and competitor."""
+    from sala.bench.length import length_label
+
+    settings, ceilings = results["settings"], results["ceilings"]
+    matmul = ", ".join(f"{dtype} {speed / 1e9:,.0f}" for dtype, speed in ceilings["matmul_flops_s"].items())
+    console.print(
+        f"{results['shape']['name']}, {settings['dtype']}, {settings['threads']} threads, {settings['clock']} clock; "
+        f"ceilings: matmul {matmul} GFLOP/s, memory {max(ceilings['read_bytes_s'], ceilings['copy_bytes_s']) / 1e9:.1f} GB/s",
+        soft_wrap=True,
+    )
+    for case, reasons in results["unavailable"].items():
+        for name, reason in reasons.items():
+            console.print(f"{case}: {name} cannot run here: {reason}", soft_wrap=True, markup=False)
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("case", "length", "who"):
+        table.add_column(name, no_wrap=True)
+    for name in ("median", "min", "GFLOP/s", "GB/s", "of ceiling", "x SDPA", "x eager"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in results["cases"]:
+        case, length = f"{row['op']} {row['phase']}", length_label(row["length"])
+        if "skipped" in row:
+            console.print(row["skipped"], soft_wrap=True)
+            continue
+        for name, facts in row["competitors"].items():
+            table.add_row(case, length, *_ops_cells(name, facts, row))
+            case = length = ""
+        table.add_section()
+    console.print(table)
+
+
+def _ops_cells(name: str, facts: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+    if "skipped" in facts:
+        return [name, f"skipped ({facts['expected_s']:,.0f} s)"]
+    if facts.get("heads_measured", 0) != facts.get("heads", 0):
+        name += f", {facts['heads_measured']}/{facts['heads']} heads"
+    cells = [name, _time(facts["median_s"]), _time(facts["min_s"])]
+    if "share_of_ceiling" not in facts:
+        return cells
+    cells += [f"{facts['flops_s'] / 1e9:,.1f}", f"{facts['bytes_s'] / 1e9:,.2f}", f"{facts['share_of_ceiling']:.1%}"]
+    for other in ("sdpa", "eager"):
+        ratios = row.get(f"times_faster_than_{other}", {})
+        cells.append(f"{ratios[name]:.2f}" if name in ratios else "")
+    return cells
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:,.0f} us"
+    return f"{seconds * 1e3:,.2f} ms" if seconds < 1 else f"{seconds:,.2f} s"

@@ -1,0 +1,45 @@
+"""`sala bench` as a user calls it."""
+
+import json
+
+import pytest
+
+import sala.bench.ops
+from sala.bench.ceilings import Ceilings
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    speeds = {"float32": 1e11, "bfloat16": 2e11}
+    monkeypatch.setattr(sala.bench.ops, "measure_ceilings", lambda: Ceilings(speeds, 3e10, 2e10))
+    monkeypatch.setattr(sala.bench.ops, "FLUSH_BYTES", 1024)
+
+
+def test_ops_prints_a_table_and_writes_what_it_measured(sala, tmp_path):
+    out = tmp_path / "ops.json"
+    options = ("--shape", "small-32x4", "--length", "1K", "--repeats", "1", "--dtype", "float32", "--backend", "eager")
+    outcome = sala("bench", "ops", *options, "--op", "dense", "--op", "infllm", "--out", out)
+    assert outcome.code == 0
+    for fact in ("small-32x4, float32", "infllm prefill", "dense step", "sdpa", "of ceiling", "x SDPA", "1K"):
+        assert fact in outcome.out
+    assert "nothing is selected" not in outcome.out
+    results = json.loads(out.read_text())
+    assert results["kind"] == "ops"
+    assert results["settings"]["dtype"] == "float32"
+    assert results["environment"]["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("ops", "--shape", "small"), "no shape 'small'"),
+        (("ops", "--length", "long"), "512, 16K or 1M"),
+        (("ops", "--dtype", "bf16"), "did you mean 'bfloat16'"),
+        (("ops", "--op", "infllms"), "did you mean 'infllm'"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(options, message, sala):
+    outcome = sala("bench", *options)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert len(outcome.err.splitlines()) == 1
