@@ -43,3 +43,15 @@ def test_what_cannot_be_measured_is_one_line(options, message, sala):
     assert outcome.code == 2
     assert message in outcome.err
     assert len(outcome.err.splitlines()) == 1
+
+
+def test_latency_prints_a_table_and_writes_what_it_measured(sala, tmp_path):
+    out = tmp_path / "latency.json"
+    options = ("--shape", "sala-10m", "--length", "64", "--repeats", "1", "--new-tokens", "1", "--dtype", "float32")
+    outcome = sala("bench", "latency", *options, "--out", out)
+    assert outcome.code == 0
+    for fact in ("sala-10m-full-attention", "parameters", "first token", "tokens/s", "cache"):
+        assert fact in outcome.out
+    results = json.loads(out.read_text())
+    assert results["kind"] == "latency"
+    assert [point["status"] for point in results["points"]] == ["measured", "measured"]

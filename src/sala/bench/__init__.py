@@ -5,9 +5,11 @@ from sala.bench.latency import LatencyPoint, latency
 from sala.bench.length import length_label, parse_length
 from sala.bench.memory import PeakMemory, peak_memory
 from sala.bench.ops import OpsPlan, ParityError, run_ops
+from sala.bench.pair import LatencyPlan, run_latency
 from sala.bench.results import write_results
 
 __all__ = [
+    "LatencyPlan",
     "LatencyPoint",
     "OpsPlan",
     "ParityError",
@@ -17,6 +19,7 @@ __all__ = [
     "length_label",
     "parse_length",
     "peak_memory",
+    "run_latency",
     "run_ops",
     "write_results",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sala.bench.memory import PeakMemory, peak_memory
+from sala.engine.generate import prefill
 from sala.errors import InputError
 from sala.model import new_cache
 
@@ -38,11 +39,12 @@ class LatencyPoint:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Timing:
+    """One run; `cache_bytes` is taken after the prompt."""
+
     first_token_s: float
     decode_each_s: tuple[float, ...]
     cache_bytes: int
-    memory: PeakMemory
 
 
 def latency(
@@ -72,7 +74,9 @@ def latency(
         )
     for model in models.values():
         _run(model, tokens_T[: min(repeats)], chunk_size)
-    runs: dict[tuple[int, str], list[_Run]] = {(length, name): [] for length in repeats for name in models}
+    runs: dict[tuple[int, str], list[tuple[Timing, PeakMemory]]] = {
+        (length, name): [] for length in repeats for name in models
+    }
     done, total = 0, sum(repeats.values()) * len(models)
     for length, times in repeats.items():
         for _ in range(times):
@@ -83,34 +87,54 @@ def latency(
     return [_point(name, length, measured) for (length, name), measured in runs.items()]
 
 
-def _point(name: str, length: int, runs: Sequence[_Run]) -> LatencyPoint:
-    peaks = [run.memory.added_bytes for run in runs if run.memory.added_bytes is not None]
+@torch.inference_mode()
+def timed_answer(
+    model: Any,
+    cache: Any,
+    tokens_T: Tensor,
+    *,
+    chunk: int,
+    steps: int,
+    cache_bytes: Callable[[Any], int],
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+) -> Timing:
+    """Read a prompt into an empty cache and decode `steps` tokens, one at a time.
+
+    model: any that takes input_ids, past_key_values, use_cache and logits_to_keep as those of transformers do.
+    on_tokens: called after every chunk of the prompt with its number of tokens.
+    """
+    started = perf_counter()
+    logits_1X = prefill(model, tokens_T[None], cache, chunk, on_tokens)
+    token = logits_1X.argmax()
+    first_token_s, size = perf_counter() - started, cache_bytes(cache)
+    decode_each_s = []
+    for _ in range(steps):
+        started = perf_counter()
+        output = model(token.view(1, 1), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = output.logits[0, -1].argmax()
+        decode_each_s.append(perf_counter() - started)
+    return Timing(first_token_s, tuple(decode_each_s), size)
+
+
+def _point(name: str, length: int, runs: Sequence[tuple[Timing, PeakMemory]]) -> LatencyPoint:
+    timings = [timing for timing, _ in runs]
+    peaks = [memory.added_bytes for _, memory in runs if memory.added_bytes is not None]
     return LatencyPoint(
         model=name,
         length=length,
         repeats=len(runs),
-        first_token_s=median(run.first_token_s for run in runs),
-        first_token_each_s=tuple(run.first_token_s for run in runs),
-        decode_s=median(seconds for run in runs for seconds in run.decode_each_s),
-        cache_bytes=runs[0].cache_bytes,
+        first_token_s=median(timing.first_token_s for timing in timings),
+        first_token_each_s=tuple(timing.first_token_s for timing in timings),
+        decode_s=median(seconds for timing in timings for seconds in timing.decode_each_s),
+        cache_bytes=timings[0].cache_bytes,
         peak_bytes=max(peaks, default=None),
     )
 
 
-@torch.no_grad()
-def _run(model: Any, tokens_T: Tensor, chunk_size: int) -> _Run:
+def _run(model: Any, tokens_T: Tensor, chunk_size: int) -> tuple[Timing, PeakMemory]:
     with peak_memory() as memory:
         cache = new_cache(model.config, reserve=len(tokens_T) + DECODE_STEPS)
-        started = perf_counter()
-        for chunk in tokens_T.split(chunk_size):
-            output = model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token = output.logits[0, -1].argmax()
-        first_token_s = perf_counter() - started
-        cache_bytes = cache.size_bytes
-        decode_each_s = []
-        for _ in range(DECODE_STEPS):
-            started = perf_counter()
-            output = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token = output.logits[0, -1].argmax()
-            decode_each_s.append(perf_counter() - started)
-    return _Run(first_token_s, tuple(decode_each_s), cache_bytes, memory)
+        timing = timed_answer(
+            model, cache, tokens_T, chunk=chunk_size, steps=DECODE_STEPS, cache_bytes=lambda cache: cache.size_bytes
+        )
+    return timing, memory

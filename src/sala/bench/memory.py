@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): resets VmHWM to the present resident size
@@ -41,6 +42,46 @@ def peak_memory() -> Iterator[PeakMemory]:
         return
     yield measured
     measured.peak_bytes = _resident("VmHWM")
+
+
+class MemorySample(NamedTuple):
+    """Resident size after `tokens` tokens, and its peak since the sample before."""
+
+    tokens: int
+    resident_bytes: int
+    peak_bytes: int
+
+
+class MemoryCurve:
+    """Resident memory against tokens read; its `samples` stay empty where the system does not tell."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        _give_back_freed()
+        self.samples: list[MemorySample] = []
+        self.tokens = 0
+        self._measurable = True
+        self.start_bytes: int | None = None
+        self.sample(0)
+        if self.samples:
+            self.start_bytes = self.samples[0].resident_bytes
+
+    def sample(self, more_tokens: int) -> None:
+        """Take a sample after `more_tokens` further tokens."""
+        self.tokens += more_tokens
+        if self._measurable:
+            try:
+                sample = MemorySample(self.tokens, _resident("VmRSS"), _resident("VmHWM"))
+                CLEAR.write_text(RESET_PEAK)
+            except OSError:
+                self._measurable = False
+                return
+            # before the first sample there was no work of ours
+            self.samples.append(sample if self.samples else sample._replace(peak_bytes=sample.resident_bytes))
+
+    @property
+    def peak_bytes(self) -> int | None:
+        return max((sample.peak_bytes for sample in self.samples), default=None)
 
 
 def _give_back_freed() -> None:

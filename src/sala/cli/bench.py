@@ -69,6 +69,81 @@ def ops(
     show_ops(results, output_console())
 
 
+@bench.command()
+def latency(
+    shape: Annotated[
+        str, typer.Option(help="A named pair: minicpm-sala-9b, sala-1b, sala-100m, sala-10m.")
+    ] = "sala-100m",
+    only: Annotated[str | None, typer.Option(help="Only the hybrid or only its twin.")] = None,
+    length: Lengths = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens of one forward pass.")] = 2048,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after the prompt.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each model at each length, in turns.")] = 3,
+    limit: Annotated[float, typer.Option(help="Seconds for one model at one length.")] = 600.0,
+    threads: Threads = None,
+    out: Out = None,
+) -> None:
+    """Time to first token, decoding and memory of a hybrid and of a full-attention model of its size, random weights."""
+    prepare(threads)
+    from sala.bench import LatencyPlan, parse_length, run_latency, write_results
+    from sala.bench.ops import OPS_DTYPES, choice
+
+    plan = LatencyPlan(
+        shape=shape,
+        lengths=tuple(parse_length(text) for text in length or DEFAULT_LENGTHS),
+        only=() if only is None else (only,),
+        dtype=choice("dtype", dtype, OPS_DTYPES),
+        chunk=chunk,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        limit_s=limit,
+    )
+    progress = error_console()
+    results = run_latency(
+        plan,
+        say=lambda line: progress.print(line, soft_wrap=True, markup=False),
+        # what is measured in hours is kept as it comes
+        keep=lambda results: None if out is None else write_results(out, results),
+    )
+    show_latency(results, output_console())
+
+
+def show_latency(results: Mapping[str, Any], console: Console) -> None:
+    """Print one row a length and model."""
+    from sala.bench.length import length_label
+    from sala.bench.pair import times_faster
+    from sala.engine import human_bytes
+
+    settings = results["settings"]
+    console.print(
+        f"{settings['dtype']}, {settings['threads']} threads, chunks of {settings['chunk']:,}; "
+        + ", ".join(f"{model['name']} {model['parameters']:,} parameters" for model in results["models"].values()),
+        soft_wrap=True,
+    )
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("length", "model"):
+        table.add_column(name, no_wrap=True)
+    for name in ("first token", "decoding", "weights and work", "cache", "first token x", "decoding x"):
+        table.add_column(name, justify="right", no_wrap=True)
+    faster = {(length, figure): times for length, figure, times in times_faster(results["points"])}
+    for point in results["points"]:
+        cells = [length_label(point["length"]), point["model"]]
+        if point["status"] != "measured":
+            expected = f" (about {point['expected_s']:,.0f} s)" if "expected_s" in point else ""
+            table.add_row(*cells, point["status"] + expected)
+            continue
+        added = point["added_bytes"]
+        cells += [f"{point['first_token_s']:,.2f} s", f"{point['decode_tokens_s']:,.1f} tokens/s"]
+        cells.append("" if added is None else human_bytes(point["weights_bytes"] + added))
+        cells.append(human_bytes(point["cache_bytes"]))
+        if point["who"] == "hybrid":
+            ratios = (faster.get((point["length"], figure)) for figure in ("first_token_s", "decode_s"))
+            cells += ["" if times is None else f"{times:.2f}" for times in ratios]
+        table.add_row(*cells)
+    console.print(table)
+
+
 def output_console() -> Console:
     """Return the console of results: as wide as the terminal, or as a table needs."""
     console = Console(highlight=False)

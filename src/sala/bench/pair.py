@@ -1,0 +1,360 @@
+"""A hybrid against a full-attention model of its size: first token, decoding and memory by length, taking turns."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from sala.bench.cost import keys_read, windows_scored
+from sala.bench.environment import environment
+from sala.bench.latency import Timing, timed_answer
+from sala.bench.length import length_label
+from sala.bench.memory import MemoryCurve
+from sala.bench.shapes import HYBRIDS, AttentionShape, hybrid_config, twin_config, twin_name
+from sala.engine.generate import DEFAULT_CHUNK
+from sala.engine.memory import Need, available_bytes, estimate, human_bytes
+from sala.errors import InputError, nearest
+from sala.model import MiniCPMSALAConfig, new_cache
+from sala.model.config import FULL_ROWS
+from sala.model.families import config_from
+from sala.model.report import num_parameters
+
+HYBRID, TWIN = "hybrid", "twin"
+WHO = (HYBRID, TWIN)
+# prompt chunks of the probe that decides how the twin reads
+PROBE_CHUNKS = 4
+SAY_EVERY_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyPlan:
+    """What to measure.
+
+    only: "hybrid" or "twin"; empty: both, in turns. limit_s: a run that would take longer, judged by the operations it has
+    more than the length before, is not made; and no run is repeated beyond it.
+    """
+
+    shape: str = "sala-100m"
+    lengths: tuple[int, ...] = (1024, 4096, 16384)
+    only: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.bfloat16
+    chunk: int = DEFAULT_CHUNK
+    new_tokens: int = 16
+    repeats: int = 3
+    limit_s: float = 600.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """A model with random weights.
+
+    config: its numbers in our terms, for forecasts. chunk: tokens that it reads at a time, None: the whole prompt at once.
+    """
+
+    who: str
+    name: str
+    model: Any
+    config: MiniCPMSALAConfig
+    parameters: int
+    chunk: int | None
+    empty_cache: Callable[[int], Any]
+    cache_bytes: Callable[[Any], int]
+
+    def need(self, length: int, dtype: torch.dtype) -> Need:
+        return estimate(self.config, dtype, length, self.chunk or length, self.parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    timing: Timing
+    memory: MemoryCurve
+
+
+def run_latency(
+    plan: LatencyPlan,
+    say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict[str, Any]], None] = lambda results: None,
+    available: Callable[[], int] = lambda: available_bytes(torch.device("cpu")),
+) -> dict[str, Any]:
+    """Measure and return what `docs/benchmarks.md` describes.
+
+    say: told what starts. keep: given the results so far after every length, for long runs.
+    available: bytes that can still be taken.
+
+    Raises:
+        InputError: no such shape or contestant, numbers below one, or weights that do not fit together.
+    """
+    _check(plan, available())
+    generator = torch.Generator().manual_seed(plan.seed)
+    contestants, reading = [], {}
+    for who in plan.only or WHO:
+        say(f"random weights of {plan.shape if who == HYBRID else twin_name(plan.shape)}")
+        contestants.append(_hybrid(plan) if who == HYBRID else _twin(plan))
+    vocabulary = min(contestant.config.vocab_size for contestant in contestants)
+    tokens_T = torch.randint(vocabulary, (max(plan.lengths),), generator=generator)
+    for index, contestant in enumerate(contestants):
+        _run_once(contestant, tokens_T[: min(plan.chunk, len(tokens_T))], plan)  # the first run of a process is slower
+        if contestant.who == TWIN:
+            probe = min(len(tokens_T), PROBE_CHUNKS * plan.chunk)
+            say(f"{contestant.name}: {length_label(probe)} in chunks and at once")
+            reading = _reading(contestant, tokens_T[:probe], plan)
+            contestants[index] = _with_chunk(contestant, plan.chunk if reading["chosen"] == "chunks" else None)
+    points: list[dict[str, Any]] = []
+    results = {
+        "kind": "latency",
+        "environment": environment(),
+        "shape": plan.shape,
+        "models": {
+            contestant.who: {
+                "name": contestant.name,
+                "parameters": contestant.parameters,
+                "chunk": contestant.chunk,
+                "config": contestant.model.config.to_diff_dict(),
+            }
+            for contestant in contestants
+        },
+        "twin_reading": reading,
+        "settings": {
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "chunk": plan.chunk,
+            "new_tokens": plan.new_tokens,
+            "repeats": plan.repeats,
+            "limit_s": plan.limit_s,
+            "seed": plan.seed,
+        },
+        "points": points,
+    }
+    for length in sorted(plan.lengths):
+        points += _measure(contestants, tokens_T[:length], plan, points, say, available)
+        keep(results)
+    return results
+
+
+def _check(plan: LatencyPlan, available: int) -> None:
+    if plan.shape not in HYBRIDS:
+        raise InputError(f"no shape {plan.shape!r}; there are {', '.join(HYBRIDS)}{nearest(plan.shape, HYBRIDS)}")
+    for who in plan.only:
+        if who not in WHO:
+            raise InputError(f"no contestant {who!r}; there are {', '.join(WHO)}{nearest(who, WHO)}")
+    if not plan.lengths or min(plan.repeats, plan.chunk, plan.new_tokens, *plan.lengths) < 1:
+        raise InputError(
+            f"{plan.repeats} repeats, chunks of {plan.chunk}, {plan.new_tokens} new tokens; right would be at least one"
+        )
+    configs = {HYBRID: hybrid_config, TWIN: lambda name: our_config(twin_config(name))}
+    weights = sum(num_parameters(configs[who](plan.shape)) for who in plan.only or WHO) * plan.dtype.itemsize
+    if weights > available:
+        raise InputError(
+            f"the weights of {' and '.join(plan.only or WHO)} of {plan.shape} take {human_bytes(weights)}, "
+            f"{human_bytes(available)} are available; right would be a smaller shape, or one of them with --only"
+        )
+
+
+def our_config(config: Any) -> MiniCPMSALAConfig:
+    """Return a source family's configuration in our terms."""
+    return config_from({k: v for k, v in config.to_diff_dict().items() if k != "attn_implementation"})
+
+
+def _hybrid(plan: LatencyPlan) -> Contestant:
+    config = hybrid_config(plan.shape)
+    torch.manual_seed(plan.seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=plan.dtype).eval()
+    return Contestant(
+        HYBRID,
+        plan.shape,
+        model,
+        config,
+        num_parameters(config),
+        plan.chunk,
+        lambda reserve: new_cache(config, reserve),
+        lambda cache: cache.size_bytes,
+    )
+
+
+def _twin(plan: LatencyPlan) -> Contestant:
+    config = twin_config(plan.shape)
+    torch.manual_seed(plan.seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=plan.dtype, attn_implementation="sdpa").eval()
+    ours = our_config(config)
+    return Contestant(
+        TWIN,
+        twin_name(plan.shape),
+        model,
+        ours,
+        num_parameters(ours),
+        plan.chunk,
+        lambda reserve: DynamicCache(config=config),
+        _dynamic_cache_bytes,
+    )
+
+
+def _dynamic_cache_bytes(cache: Any) -> int:
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _with_chunk(contestant: Contestant, chunk: int | None) -> Contestant:
+    return Contestant(**{name: getattr(contestant, name) for name in Contestant.__slots__} | {"chunk": chunk})
+
+
+def _reading(twin: Contestant, tokens_T: Tensor, plan: LatencyPlan) -> dict[str, Any]:
+    """Return which way of reading a prompt is the faster for the twin, both measured."""
+    seconds = {
+        name: _run_once(_with_chunk(twin, chunk), tokens_T, plan).timing.first_token_s
+        for name, chunk in (("chunks", plan.chunk), ("at once", None))
+    }
+    return {
+        "length": len(tokens_T),
+        "chunks_s": seconds["chunks"],
+        "at_once_s": seconds["at once"],
+        "chosen": min(seconds, key=lambda name: seconds[name]),
+    }
+
+
+def _measure(
+    contestants: Sequence[Contestant],
+    tokens_T: Tensor,
+    plan: LatencyPlan,
+    earlier: Sequence[dict[str, Any]],
+    say: Callable[[str], None],
+    available: Callable[[], int],
+) -> list[dict[str, Any]]:
+    """Return a point for each contestant at one length."""
+    length = len(tokens_T)
+    obstacles = {c.who: _obstacle(c, length, plan, earlier, available()) for c in contestants}
+    runs: dict[str, list[Run]] = {contestant.who: [] for contestant in contestants}
+    for _ in range(plan.repeats):
+        for contestant in contestants:
+            spent_s = sum(run.timing.first_token_s for run in runs[contestant.who])
+            if obstacles[contestant.who] or (spent_s and spent_s * (1 + 1 / len(runs[contestant.who])) > plan.limit_s):
+                continue
+            say(f"{contestant.name}, {length_label(length)}")
+            try:
+                runs[contestant.who].append(_run_once(contestant, tokens_T, plan, say))
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "memory" not in str(error):
+                    raise
+                obstacles[contestant.who] = {"status": "OOM", "reason": "caught: an allocation failed"}
+    points = []
+    for contestant in contestants:
+        point = {"who": contestant.who, "model": contestant.name, "length": length}
+        point |= {"predicted": asdict(contestant.need(length, plan.dtype))}
+        point |= obstacles[contestant.who] or _figures(contestant, runs[contestant.who], plan)
+        if point["status"] != "measured":
+            say(f"{contestant.name}, {length_label(length)}: {point['status']}, {point['reason']}")
+        points.append(point)
+    return points
+
+
+def _obstacle(
+    contestant: Contestant, length: int, plan: LatencyPlan, earlier: Sequence[dict[str, Any]], available: int
+) -> dict[str, Any]:
+    """Return why a run is not made, empty when it is."""
+    need = contestant.need(length, plan.dtype)
+    missing = need.cache + need.working - available  # the weights are there already
+    if missing > 0:
+        return {
+            "status": "OOM",
+            "reason": f"foretold: {human_bytes(need.cache)} cache and {human_bytes(need.working)} to work in, "
+            f"{human_bytes(available)} are available",
+        }
+    before = next((point for point in reversed(earlier) if point["who"] == contestant.who), None)
+    if before is None or before["status"] == "OOM":
+        return {}
+    seconds = before.get("first_token_s", before.get("expected_s", 0.0))
+    expected_s = seconds * prefill_flops(contestant, length) / prefill_flops(contestant, before["length"])
+    if expected_s <= plan.limit_s:
+        return {}
+    return {
+        "status": "skipped",
+        "reason": f"over the limit of {plan.limit_s:g} s",
+        "expected_s": expected_s,
+        "expected_from": f"{seconds:.4g} s at {before['length']:,} tokens, by the number of operations",
+    }
+
+
+def prefill_flops(contestant: Contestant, T: int) -> int:
+    """Return the operations of reading T tokens: two a weight and token, and those of the attention layers."""
+    config = contestant.config
+    assert config.num_key_value_heads is not None and config.head_dim is not None
+    products = 2 * T * (contestant.parameters - 2 * config.vocab_size * config.hidden_size)
+    heads_width = config.num_attention_heads * config.head_dim
+    kinds = list(config.mixer_types)
+    full = kinds.count("attention") * 4 * heads_width * T * (T + 1) // 2
+    sparse = 0
+    if not FULL_ROWS.keys().isdisjoint(kinds):
+        shape = AttentionShape(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.num_attention_heads,
+            config.head_dim,
+            config.sparse_geometry,
+        )
+        sparse = kinds.count("minicpm4") * heads_width * (4 * keys_read(shape, T) + 2 * windows_scored(shape, T))
+    linear = kinds.count("lightning-attn") * 4 * T * heads_width * config.head_dim
+    return products + full + sparse + linear
+
+
+def _run_once(
+    contestant: Contestant, tokens_T: Tensor, plan: LatencyPlan, say: Callable[[str], None] = lambda line: None
+) -> Run:
+    memory, said = MemoryCurve(), perf_counter()
+
+    def note(tokens: int) -> None:
+        nonlocal said
+        memory.sample(tokens)
+        if perf_counter() - said > SAY_EVERY_S:
+            said = perf_counter()
+            say(f"  {memory.tokens:,} of {len(tokens_T):,} tokens")
+
+    timing = timed_answer(
+        contestant.model,
+        contestant.empty_cache(len(tokens_T) + plan.new_tokens),
+        tokens_T,
+        chunk=contestant.chunk or len(tokens_T),
+        steps=plan.new_tokens,
+        cache_bytes=contestant.cache_bytes,
+        on_tokens=note,
+    )
+    memory.sample(plan.new_tokens)
+    return Run(timing, memory)
+
+
+def _figures(contestant: Contestant, runs: Sequence[Run], plan: LatencyPlan) -> dict[str, Any]:
+    timings = [run.timing for run in runs]
+    decode_each_s = [seconds for timing in timings for seconds in timing.decode_each_s]
+    # the run with the highest peak, for the curve that belongs to it
+    highest = max(runs, key=lambda run: run.memory.peak_bytes or 0).memory
+    start, peak = highest.start_bytes, highest.peak_bytes
+    added = None if start is None or peak is None else peak - start
+    weights = contestant.parameters * plan.dtype.itemsize
+    return {
+        "status": "measured",
+        "first_token_s": median(timing.first_token_s for timing in timings),
+        "first_token_each_s": [timing.first_token_s for timing in timings],
+        "decode_s": median(decode_each_s),
+        "decode_each_s": decode_each_s,
+        "decode_tokens_s": 1 / median(decode_each_s),
+        "cache_bytes": timings[0].cache_bytes,
+        "weights_bytes": weights,
+        "start_bytes": start,
+        "peak_bytes": peak,
+        "added_bytes": added,
+        "curve": {"columns": ["tokens", "resident_bytes", "peak_bytes"], "samples": highest.samples},
+    }
+
+
+def times_faster(points: Sequence[dict[str, Any]]) -> Iterator[tuple[int, str, float]]:
+    """Yield (length, figure, twin / hybrid) wherever both were measured."""
+    found = {(point["who"], point["length"]): point for point in points if point["status"] == "measured"}
+    for who, length in found:
+        if who == HYBRID and (TWIN, length) in found:
+            for figure in ("first_token_s", "decode_s"):
+                yield length, figure, found[TWIN, length][figure] / found[HYBRID, length][figure]
