@@ -151,7 +151,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
         model.model.embed_tokens.weight[3] = torch.inf
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with pytest.raises(
-        NonFiniteError, match=r"the loss is nan at step 0 of stage 'first'.*document 0, document 1"
+        NonFiniteError,
+        match=r"the loss is nan at step 0 of stage 'first'.*document 0 in window 0; document 1 in window 1",
     ) as error:
         run(model, stage(), batches=lambda step: Batch(torch.full((4, 12), 3), torch.ones(4, 12), batches()(0).names))
     assert error.value.exit_code == 2

@@ -75,6 +75,10 @@ def _hidden(model: Any, input_ids: Tensor) -> Tensor:
     return model.model(input_ids, use_cache=False).last_hidden_state
 
 
+def _head(model: Any) -> losses.Head:
+    return losses.Head(model.lm_head.weight, model.logits_divisor)
+
+
 def _chunk(model: Any) -> int:
     """Tokens whose logits are held at once."""
     return max(1, losses.CHUNK_LOGITS // model.config.vocab_size)
@@ -90,15 +94,15 @@ def _distill(model: Any, teacher: Any, part: _Part) -> tuple[Tensor, Tensor | No
     with torch.no_grad():
         teacher_BTD = _hidden(teacher, part.input_ids)
     student_BTD = _hidden(model, part.input_ids)
-    chunk = _chunk(model)
     weights_BT = _distillation_weights(part.loss_weights) if part.weighted else None
-    return losses.distill(student_BTD, model.logits, teacher_BTD, teacher.logits, weights_BT, chunk=chunk), None
+    loss = losses.distill(student_BTD, _head(model), teacher_BTD, _head(teacher), weights_BT, chunk=_chunk(model))
+    return loss, None
 
 
 def _next_token(model: Any, teacher: nn.Module | None, part: _Part) -> tuple[Tensor, Tensor | None]:
     hidden_BTD = _hidden(model, part.input_ids)
-    chunk = _chunk(model)
-    return losses.next_token(hidden_BTD, model.logits, part.input_ids, part.loss_weights, chunk=chunk), None
+    loss = losses.next_token(hidden_BTD, _head(model), part.input_ids, part.loss_weights, chunk=_chunk(model))
+    return loss, None
 
 
 LOSSES: dict[str, Callable[[Any, Any, _Part], tuple[Tensor, Tensor | None]]] = {
@@ -155,9 +159,13 @@ def _groups_to_clip(named: dict[str, nn.Parameter], stage: Stage) -> list[list[n
 
 def _require_finite(what: str, value: float, stage: Stage, step: int, batch: Batch) -> None:
     if not math.isfinite(value):
+        windows: dict[str, list[str]] = {}
+        for index, name in enumerate(batch.names):
+            windows.setdefault(name, []).append(str(index))
+        held = "; ".join(f"{name} in window {', '.join(indices)}" for name, indices in windows.items())
         raise NonFiniteError(
             f"{what} is {value} at step {step} of stage {stage.name!r}, before the optimizer moved; the batch holds "
-            f"{', '.join(dict.fromkeys(batch.names))}. Lower the learning rate, or look at these documents"
+            f"{held}. Lower the learning rate, or look at these documents"
         )
 
 

@@ -1,16 +1,34 @@
 """The three losses, in float32: alignment of hidden states, distillation, next token."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 # float32 logits of one model that are held at once: 128 MiB
 CHUNK_LOGITS = 2**25
 
-Head = Callable[[Tensor], Tensor]
+
+class Head(NamedTuple):
+    """What makes logits of final hidden states: weight_XD (h / divisor)."""
+
+    weight_XD: Tensor
+    divisor: float = 1.0
+
+    def scaled(self, hidden_CD: Tensor) -> Tensor:
+        return hidden_CD if self.divisor == 1 else hidden_CD / self.divisor
+
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        """Return logits (C, X), float32 unless the states are float64."""
+        logits_CX = self.scaled(hidden_CD) @ self.weight_XD.T
+        return logits_CX.to(torch.promote_types(logits_CX.dtype, torch.float32))
+
+
+# (rows, their logits) -> their losses; the logits are overwritten by the losses' gradients to them
+Terms = Callable[[Tensor, Tensor], Tensor]
 
 
 def align(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -31,16 +49,54 @@ def align(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(errors).mean(), torch.stack(relative)
 
 
-def _in_chunks(terms: Callable[..., Tensor], *rows: Tensor, chunk: int) -> Tensor:
-    """Sum `terms` over chunks of rows; each chunk's logits are computed again in the backward pass and never kept."""
-    total_rows = rows[0].shape[0]
-    if total_rows <= chunk:
-        return terms(*rows)
-    parts = [
-        checkpoint(terms, *(row[start : start + chunk] for row in rows), use_reentrant=False)
-        for start in range(0, total_rows, chunk)
-    ]
-    return torch.stack(parts).sum()
+class _WeightedSum(torch.autograd.Function):
+    """The weighted sum of losses of logits, with at most `chunk` rows of logits at any time.
+
+    The gradients to hidden states and head are made beside the losses, while a chunk's logits are there: the backward pass
+    only scales them, and nothing is computed twice. Rows without weight are not looked at.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_XD: Tensor, divisor: float, weights_N: Tensor, chunk: int, terms: Terms
+    ) -> Tensor:
+        head = Head(weight_XD, divisor)
+        trains_hidden, trains_head = ctx.needs_input_grad[:2]
+        hidden_gradient_ND = torch.zeros_like(hidden_ND) if trains_hidden else None
+        # a sum over thousands of chunks: bfloat16 would lose the late ones
+        total_dtype = torch.promote_types(weight_XD.dtype, torch.float32)
+        head_gradient_XD = torch.zeros_like(weight_XD, dtype=total_dtype) if trains_head else None
+        total = torch.zeros((), dtype=total_dtype, device=hidden_ND.device)
+        for rows in weights_N.nonzero().squeeze(1).split(chunk):
+            hidden_CD, weights_C = hidden_ND[rows], weights_N[rows].to(total_dtype)
+            logits_CX = head.logits(hidden_CD)
+            total += (terms(rows, logits_CX) * weights_C).sum()
+            if not (trains_hidden or trains_head):
+                continue
+            gradient_CX = logits_CX.mul_(weights_C[:, None]).to(weight_XD.dtype)
+            if hidden_gradient_ND is not None:
+                hidden_gradient_ND[rows] = head.scaled(gradient_CX @ weight_XD)
+            if head_gradient_XD is not None:
+                head_gradient_XD += gradient_CX.T @ head.scaled(hidden_CD)
+        ctx.gradients = hidden_gradient_ND, head_gradient_XD, weight_XD.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.gradients is not None, "scaled in place: a loss is differentiated once"
+        (hidden_ND, head_XD, dtype), ctx.gradients = ctx.gradients, None
+        if hidden_ND is not None:
+            hidden_ND.mul_(gradient)
+        if head_XD is not None:
+            head_XD = head_XD.mul_(gradient).to(dtype)
+        return hidden_ND, head_XD, None, None, None, None
+
+
+def _weighted_mean(hidden_BTD: Tensor, head: Head, weights_BT: Tensor, chunk: int, terms: Terms) -> Tensor:
+    weights_N = weights_BT.flatten()
+    total = _WeightedSum.apply(hidden_BTD.flatten(0, 1), head.weight_XD, head.divisor, weights_N, chunk, terms)
+    return total / weights_N.sum(dtype=total.dtype)
 
 
 def distill(
@@ -55,23 +111,25 @@ def distill(
     """Return the weighted mean over all tokens of KL(teacher || student) over the full vocabulary, temperature 1.
 
     Args:
-        student_BTD, teacher_BTD: final hidden states; `head` turns rows of them (N, D) into logits (N, X).
-        weights_BT: weight of each position's distribution; all 1 when None.
-        chunk: tokens whose float32 logits of both models are held at once; the value does not depend on it.
+        student_BTD, teacher_BTD: final hidden states.
+        weights_BT: weight of each position's distribution, a constant; all 1 when None. A token of weight 0 is not read.
+        chunk: tokens whose logits of both models are held at once; the value does not depend on it.
 
     Source: HALO section 4.3, with log-softmax in float32 and every token counted.
     """
-    weights = torch.ones_like(student_BTD[..., 0], dtype=torch.float32) if weights_BT is None else weights_BT.float()
+    weights = torch.ones_like(student_BTD[..., 0], dtype=torch.float32) if weights_BT is None else weights_BT
+    teacher_ND = teacher_BTD.detach().flatten(0, 1)
 
-    def terms(student_ND: Tensor, teacher_ND: Tensor, weights_N: Tensor) -> Tensor:
-        with torch.no_grad():
-            teacher_NX = teacher_head(teacher_ND).float().log_softmax(dim=-1)
-        student_NX = student_head(student_ND).float().log_softmax(dim=-1)
-        divergence_N = F.kl_div(student_NX, teacher_NX, reduction="none", log_target=True).sum(dim=-1)
-        return (divergence_N * weights_N).sum()
+    def terms(rows: Tensor, student_CX: Tensor) -> Tensor:
+        teacher_CX = teacher_head.logits(teacher_ND[rows])
+        teacher_CX -= teacher_CX.logsumexp(dim=-1, keepdim=True)
+        student_CX -= student_CX.logsumexp(dim=-1, keepdim=True)
+        losses_C = F.kl_div(student_CX, teacher_CX, reduction="none", log_target=True).sum(dim=-1)
+        # d KL / d logits = q - p
+        student_CX.exp_().sub_(teacher_CX.exp_())
+        return losses_C
 
-    total = _in_chunks(terms, student_BTD.flatten(0, 1), teacher_BTD.flatten(0, 1), weights.flatten(), chunk=chunk)
-    return total / weights.sum()
+    return _weighted_mean(student_BTD, student_head, weights, chunk, terms)
 
 
 def next_token(
@@ -80,15 +138,20 @@ def next_token(
     """Return the weighted mean cross-entropy of each token given those before it.
 
     Args:
-        weights_BT: weight of token t as a target; the first token of a window is never a target. All 1 when None.
-        chunk: tokens whose float32 logits are held at once; the value does not depend on it.
+        weights_BT: weight of token t as a target, a constant; the first token of a window is never a target. All 1 when
+            None. A token of weight 0 is not predicted, whatever its id.
+        chunk: tokens whose logits are held at once; the value does not depend on it.
     """
-    targets_BT = input_ids_BT[:, 1:]
-    weights = torch.ones_like(targets_BT, dtype=torch.float32) if weights_BT is None else weights_BT[:, 1:].float()
+    weights = torch.ones_like(input_ids_BT, dtype=torch.float32) if weights_BT is None else weights_BT
+    # position t predicts token t + 1, the last one nothing
+    targets_N = F.pad(input_ids_BT[:, 1:], (0, 1)).flatten()
 
-    def terms(hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
-        losses_N = F.cross_entropy(head(hidden_ND).float(), targets_N, reduction="none")
-        return (losses_N * weights_N).sum()
+    def terms(rows: Tensor, logits_CX: Tensor) -> Tensor:
+        targets_C1 = targets_N[rows][:, None]
+        logits_CX -= logits_CX.logsumexp(dim=-1, keepdim=True)
+        losses_C = -logits_CX.gather(1, targets_C1).squeeze(1)
+        # d loss / d logits = q - [target]
+        logits_CX.exp_().scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1, dtype=logits_CX.dtype))
+        return losses_C
 
-    total = _in_chunks(terms, hidden_BTD[:, :-1].flatten(0, 1), targets_BT.flatten(), weights.flatten(), chunk=chunk)
-    return total / weights.sum()
+    return _weighted_mean(hidden_BTD, head, F.pad(weights[:, 1:], (0, 1)), chunk, terms)
