@@ -55,3 +55,13 @@ def test_latency_prints_a_table_and_writes_what_it_measured(sala, tmp_path):
     results = json.loads(out.read_text())
     assert results["kind"] == "latency"
     assert [point["status"] for point in results["points"]] == ["measured", "measured"]
+
+
+def test_report_prints_markdown_and_names_its_plots(sala, tmp_path):
+    options = ("--shape", "small-32x4", "--length", "1K", "--repeats", "1", "--op", "dense", "--phase", "step")
+    assert sala("bench", "ops", *options, "--out", tmp_path / "ops.json").code == 0
+    outcome = sala("bench", "report", tmp_path)
+    assert outcome.code == 0
+    assert outcome.out.startswith("| file | what |")
+    assert outcome.err.splitlines() == [str(tmp_path / "ops-ratios.png")]
+    assert (tmp_path / "ops-ratios.png").is_file()

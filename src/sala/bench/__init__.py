@@ -6,6 +6,7 @@ from sala.bench.length import length_label, parse_length
 from sala.bench.memory import PeakMemory, peak_memory
 from sala.bench.ops import OpsPlan, ParityError, run_ops
 from sala.bench.pair import LatencyPlan, run_latency
+from sala.bench.report import write_report
 from sala.bench.results import write_results
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "peak_memory",
     "run_latency",
     "run_ops",
+    "write_report",
     "write_results",
 ]

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,19 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
         InputError: the folder cannot be made or written to.
     """
     text = json.dumps(results, indent=1) + "\n"
+    write_atomically(path, lambda working: working.write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, which then takes its name.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+    """
     working = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        working.write_text(text, encoding="utf-8")
+        write(working)
         working.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

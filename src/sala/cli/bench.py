@@ -109,6 +109,23 @@ def latency(
     show_latency(results, output_console())
 
 
+@bench.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Where the files are that ops and latency wrote.")
+    ] = Path("benchmarks/results"),
+    out: Annotated[Path | None, typer.Option(help="Folder of the plots; that of the files when left out.")] = None,
+) -> None:
+    """Draw what was measured, and print it as a Markdown table."""
+    prepare(threads=None)
+    from sala.bench import write_report
+
+    table, files = write_report(folder, out or folder)
+    typer.echo(table)
+    for file in files:
+        typer.echo(file, err=True)
+
+
 def show_latency(results: Mapping[str, Any], console: Console) -> None:
     """Print one row a length and model."""
     from sala.bench.length import length_label
