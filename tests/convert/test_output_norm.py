@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sala.convert.align import Twins
+from sala.convert.align import Twins, watch_mixers
 from sala.convert.output_norm import measure_output_norms
 from sala.convert.transfer import hybrid_config, linear_twin
 
@@ -29,9 +29,9 @@ def test_every_head_starts_at_the_teachers_size(
         sizes.append(heads_BTD.unflatten(-1, (4, 8)).square().mean(dim=(0, 1, 3)).sqrt())
 
     teacher.model.layers[2].self_attn.o_proj.register_forward_pre_hook(lambda _, given: note(given[0]))
-    twins.twins[2].o_norm.register_forward_hook(lambda _, __, out: note(out))
     with torch.no_grad():
-        twins(IDS)
+        x_BTD, rows, _ = watch_mixers(teacher, IDS)[2]
+        note(twins.twins[2].o_norm(twins.twins[2].attend(x_BTD, rows).flatten(2)))
     torch.testing.assert_close(sizes[1] * passed, sizes[0])
     weights = twins.twins[2].o_norm.weight.view(4, 8)
     assert torch.equal(weights, weights[:, :1].expand(4, 8)), "one factor a head"

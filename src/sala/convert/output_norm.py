@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sala.convert.align import Twins
+from sala.convert.align import Twins, watch_mixers
 from sala.convert.transfer import ZERO_GATE
 
 
@@ -27,16 +27,15 @@ def measure_output_norms(twins: Twins, input_ids: Tensor) -> None:
     num_heads = teacher.config.num_attention_heads
     own: dict[int, Tensor] = {}
     with ExitStack() as stack:
-        for index, (layer, twin) in enumerate(zip(teacher.model.layers, twins.twins, strict=True)):
+        for index, layer in enumerate(teacher.model.layers):
             hooked: Any = layer.self_attn.o_proj
             stack.enter_context(
                 hooked.register_forward_pre_hook(lambda _, given, index=index: note(index, num_heads, sizes, given[0]))
             )
-            norm: Any = twin.o_norm
-            stack.enter_context(
-                norm.register_forward_hook(lambda _, __, out, index=index: note(index, num_heads, own, out))
-            )
-        twins(input_ids)
+        layers = watch_mixers(teacher, input_ids)
+    for index, (twin, (x_BTD, rows, _)) in enumerate(zip(twins.twins, layers, strict=True)):
+        mixer: Any = twin
+        note(index, num_heads, own, mixer.o_norm(mixer.attend(x_BTD, rows).flatten(2)))
     for index, twin in enumerate(twins.twins):
         module: Any = twin
         gate: nn.Linear = module.z_proj

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from sala.model.cache import AttentionCache
 from sala.model.config import MiniCPMSALAConfig
-from sala.model.norm import RMSNorm
-from sala.model.rope import rotate
+from sala.model.norm import RMSNorm, norm_of
 from sala.model.rows import Rows
 from sala.ops.dense import dense_attention
 from sala.ops.packing import pack, unpack
+from sala.ops.pointwise import norm_gate, norm_rotate
 
 
 class FullAttention(nn.Module):
@@ -30,6 +30,7 @@ class FullAttention(nn.Module):
         self.logits_base = config.attn_logits_scaling
         self.add_projections(config)
         self.o_proj = nn.Linear(self.num_heads * self.value_width, config.hidden_size, bias=config.attention_bias)
+        self.o_gate = None
         if config.attn_use_output_gate:
             self.o_gate = nn.Linear(config.hidden_size, self.num_heads * self.value_width, bias=False)
 
@@ -41,6 +42,7 @@ class FullAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.width, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
+        self.q_norm = self.k_norm = None
         if config.attention_qk_norm:
             self.q_norm = RMSNorm(self.width, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.width, config.rms_norm_eps)
@@ -50,22 +52,20 @@ class FullAttention(nn.Module):
         return self.use_rope
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries (B, T, H, K), keys (B, T, G, K) and values (B, T, G, V), not yet rotated."""
+        """Return queries (B, T, H, K), keys (B, T, G, K) and values (B, T, G, V), not yet normed and rotated."""
         batch, length, _ = x_BTD.shape
         q = self.q_proj(x_BTD).view(batch, length, self.num_heads, self.width)
         k = self.k_proj(x_BTD).view(batch, length, self.num_groups, self.width)
         v = self.v_proj(x_BTD).view(batch, length, self.num_groups, self.width)
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
     def forward(self, x_BTD: Tensor, rows: Rows, cache: AttentionCache | None = None) -> Tensor:
         q, k, v = self.project(x_BTD)
-        if self.use_rope:
-            assert rows.cosine is not None and rows.sine is not None
-            q, k = rotate(q, rows.cosine, rows.sine), rotate(k, rows.cosine, rows.sine)
-        if self.logits_base is not None:
-            q = q * logits_scale(rows.positions_BT, self.logits_base)[:, :, None, None].to(q.dtype)
+        rotation = rows.rotation if self.use_rope else None
+        assert (rotation is not None) == self.use_rope
+        scale_BT = None if self.logits_base is None else logits_scale(rows.positions_BT, self.logits_base)
+        q = norm_rotate(q, norm=norm_of(self.q_norm), rotation=rotation, scale_BT=scale_BT)
+        k = norm_rotate(k, norm=norm_of(self.k_norm), rotation=rotation)
         if rows.cu_seqlens is None:
             o_BTHV = self.attend(q, k, v, rows, cache)
         else:
@@ -73,10 +73,8 @@ class FullAttention(nn.Module):
             positions = torch.arange(q.shape[1], device=q.device)[None].expand(mask.shape).masked_fill(~mask, -1)
             o_BTHV = pack(self.attend(q, k, v, Rows(positions, mask_BT=mask), None), rows.cu_seqlens)
         # values may have come padded to the width of keys
-        o = o_BTHV[..., : self.value_width].flatten(2)
-        if hasattr(self, "o_gate"):
-            o = o * torch.sigmoid(self.o_gate(x_BTD))
-        return self.o_proj(o)
+        gate_BTD = None if self.o_gate is None else self.o_gate(x_BTD)
+        return self.o_proj(norm_gate(o_BTHV[..., : self.value_width], gate_BTD=gate_BTD))
 
     def attend(
         self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows, cache: AttentionCache | None
@@ -88,4 +86,4 @@ class FullAttention(nn.Module):
 
 def logits_scale(positions_BT: Tensor, base: float) -> Tensor:
     """Return log_a(t + a) of each query's position t, (B, T) float32 (HALO paper section 4.3)."""
-    return (positions_BT.clamp(min=0).float() + base).log() / math.log(base)
+    return (positions_BT.clamp(min=0) + base).log() / math.log(base)

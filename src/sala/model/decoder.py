@@ -15,6 +15,7 @@ from sala.model.mixers import MIXERS, new_cache
 from sala.model.norm import RMSNorm
 from sala.model.rope import inverse_frequencies, rotation_tables
 from sala.model.rows import Rows, place_rows
+from sala.ops.pointwise import add_rms_norm, add_scaled, silu_mul
 
 
 class MLP(nn.Module):
@@ -27,7 +28,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return self.down_proj(silu_mul(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -42,8 +43,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.residual_scale = config.residual_scale
 
     def forward(self, hidden_BTD: Tensor, rows: Rows, cache: LayerCache | None = None) -> Tensor:
-        hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), rows, cache) * self.residual_scale
-        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD)) * self.residual_scale
+        branch_BTD = self.self_attn(self.input_layernorm(hidden_BTD), rows, cache)
+        norm = self.post_attention_layernorm
+        hidden_BTD, x_BTD = add_rms_norm(hidden_BTD, branch_BTD, self.residual_scale, norm.weight, norm.eps)
+        return add_scaled(hidden_BTD, self.mlp(x_BTD), self.residual_scale)
 
 
 class MiniCPMSALAPreTrainedModel(PreTrainedModel):
@@ -90,8 +93,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
             return rows
         # rows that stand alike share one table
         positions = rows.positions_BT[:1] if rows.start is not None else rows.positions_BT
-        cosine, sine = rotation_tables(positions, *self.rope)
-        return dataclasses.replace(rows, cosine=cosine, sine=sine)
+        return dataclasses.replace(rows, rotation=rotation_tables(positions, *self.rope))
 
     def forward(
         self,

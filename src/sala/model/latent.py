@@ -27,6 +27,7 @@ class LatentAttention(FullAttention):
         self.value_width = config.v_head_dim
         self.latent_width = config.kv_lora_rank
         self.own_width = self.width - self.rotary_width
+        self.q_norm = self.k_norm = None
         queries, bias = config.q_lora_rank, config.attention_bias
         self.q_a_proj = nn.Linear(config.hidden_size, queries, bias=bias)
         self.q_a_layernorm = RMSNorm(queries, LATENT_EPS)

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 from sala.model.cache import LightningCache
 from sala.model.config import MiniCPMSALAConfig
-from sala.model.norm import RMSNorm
-from sala.model.rope import rotate
+from sala.model.norm import RMSNorm, norm_of
 from sala.model.rows import Rows
 from sala.ops.lightning import lightning_attention, log_decay
+from sala.ops.pointwise import norm_gate, norm_rotate
 
 
 class LightningAttention(nn.Module):
@@ -26,12 +26,16 @@ class LightningAttention(nn.Module):
         self.value_width = config.v_head_dim or self.width
         self.rotary_width = config.qk_rope_head_dim or self.width
         self.scale = config.lightning_scale_value
+        # neither a parameter nor a buffer: those are laid out on the meta device, moved and cast
+        with torch.device("cpu"):
+            self.log_decay_H = log_decay(self.num_heads)
         self.use_rope = config.lightning_use_rope
         bias = config.attention_bias or config.qkv_bias
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.width, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.value_width, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.value_width, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = self.k_norm = self.o_norm = self.z_proj = None
         if config.qk_norm:
             self.q_norm = RMSNorm(self.width, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.width, config.rms_norm_eps)
@@ -44,16 +48,18 @@ class LightningAttention(nn.Module):
     def needs_rope(self) -> bool:
         return self.use_rope
 
-    def forward(self, x_BTD: Tensor, rows: Rows, cache: LightningCache | None = None) -> Tensor:
+    def attend(self, x_BTD: Tensor, rows: Rows, cache: LightningCache | None = None) -> Tensor:
+        """Return what the heads read, (B, T, H, V), before norm and gate."""
         batch, length, _ = x_BTD.shape
+        rotation = rows.rotation if self.use_rope else None
+        assert (rotation is not None) == self.use_rope
         q = self.q_proj(x_BTD).view(batch, length, self.num_heads, self.width)
         k = self.k_proj(x_BTD).view(batch, length, self.num_groups, self.width)
         v = self.v_proj(x_BTD).view(batch, length, self.num_groups, self.value_width)
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.use_rope:
-            assert rows.cosine is not None and rows.sine is not None
-            q, k = rotate(q, rows.cosine, rows.sine), rotate(k, rows.cosine, rows.sine)
+        q, k = (
+            norm_rotate(q, norm=norm_of(self.q_norm), rotation=rotation),
+            norm_rotate(k, norm=norm_of(self.k_norm), rotation=rotation),
+        )
         if self.num_groups != self.num_heads:
             repeats = self.num_heads // self.num_groups
             k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
@@ -61,7 +67,7 @@ class LightningAttention(nn.Module):
             q,
             k,
             v,
-            log_decay(self.num_heads).to(q.device),
+            self.log_decay_H.to(q.device),
             scale=self.scale,
             initial_state_BHKV=None if cache is None else cache.state_BHKV,
             mask_BT=rows.mask_BT,
@@ -69,9 +75,9 @@ class LightningAttention(nn.Module):
         )
         if cache is not None:
             cache.state_BHKV = state_BHKV
-        o = o_BTHV.reshape(batch, length, -1)
-        if hasattr(self, "o_norm"):
-            o = self.o_norm(o)
-        if hasattr(self, "z_proj"):
-            o = o * torch.sigmoid(self.z_proj(x_BTD))
-        return self.o_proj(o)
+        return o_BTHV
+
+    def forward(self, x_BTD: Tensor, rows: Rows, cache: LightningCache | None = None) -> Tensor:
+        o_BTHV = self.attend(x_BTD, rows, cache)
+        gate_BTD = None if self.z_proj is None else self.z_proj(x_BTD)
+        return self.o_proj(norm_gate(o_BTHV, norm=norm_of(self.o_norm), gate_BTD=gate_BTD))

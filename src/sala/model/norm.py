@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from sala.ops.pointwise import rms_norm
+
 
 class RMSNorm(nn.Module):
     """Mean square in float32, rounded to the input's dtype, then multiplied by the weight (no "+ 1")."""
@@ -13,9 +15,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def norm_of(module: RMSNorm | None) -> tuple[Tensor, float] | None:
+    """Return a norm as the operators that it is fused into take it."""
+    return None if module is None else (module.weight, module.eps)

@@ -13,7 +13,7 @@ SCALINGS = ("linear", "llama3", "yarn", "longrope")
 
 
 def inverse_frequencies(config: MiniCPMSALAConfig, width: int) -> tuple[tuple[float, ...], float]:
-    """Return (width / 2 inverse frequencies, factor on cosine and sine).
+    """Return (R = width / 2 inverse frequencies, factor on cosine and sine).
 
     Plain numbers, not a buffer: a checkpoint is loaded through the meta device, where buffers come out empty.
 
@@ -44,23 +44,8 @@ def inverse_frequencies(config: MiniCPMSALAConfig, width: int) -> tuple[tuple[fl
 
 
 def rotation_tables(positions_BT: Tensor, frequencies: tuple[float, ...], factor: float) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine, each (B, T, K) float32. Padding (position -1) rotates too; nobody reads it."""
+    """Return cosine and sine, each (B, T, R) float32 for R pairs. Padding (position -1) rotates too; nobody reads it."""
     inverse = torch.tensor(frequencies, dtype=torch.float32, device=positions_BT.device)
-    angles = positions_BT[..., None].float() * inverse
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos() * factor, angles.sin() * factor
-
-
-def rotate(x_BTHK: Tensor, cosine_BTK: Tensor, sine_BTK: Tensor) -> Tensor:
-    """Rotate pairs (i, i + K/2) of the last K numbers of each head, in float32, and return the input's dtype.
-
-    K is the tables' width; what a wider head has before its last K stays as it is (MiniCPM3's [nope | rope]).
-    """
-    still = x_BTHK.shape[-1] - cosine_BTK.shape[-1]
-    if still:
-        turned = rotate(x_BTHK[..., still:], cosine_BTK, sine_BTK)
-        return torch.cat((x_BTHK[..., :still], turned), dim=-1)
-    x = x_BTHK.float()
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x * cosine_BTK[:, :, None] + turned * sine_BTK[:, :, None]).to(x_BTHK.dtype)
+    angles = positions_BT[..., None] * inverse
+    cosine, sine = angles.cos(), angles.sin()
+    return (cosine, sine) if factor == 1 else (cosine * factor, sine * factor)

@@ -16,15 +16,14 @@ class Rows:
     mask_BT: bool, False on padding; None when no token is padding.
     start: position of the first new token when every row holds `start .. start + T - 1`, else None.
     cu_seqlens: (N + 1,) int, ends of packed sequences in the one row; None when rows are not packed.
-    cosine, sine: (B or 1, T, K) float32 tables of the rotary embedding; None when no layer rotates.
+    rotation: cosine and sine of the rotary embedding, (B or 1, T, R) float32 for R pairs; None when no layer rotates.
     """
 
     positions_BT: Tensor
     mask_BT: Tensor | None = None
     start: int | None = None
     cu_seqlens: Tensor | None = None
-    cosine: Tensor | None = None
-    sine: Tensor | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
 
 
 def place_rows(

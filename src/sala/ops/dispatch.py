@@ -33,16 +33,16 @@ class Backend:
 
 
 # operators with C++ of their own
-NATIVE: tuple[str, ...] = ()
+NATIVE: tuple[str, ...] = ("pointwise",)
 
 
-def _rows(op: str) -> Mapping[str, Backend]:
+def _rows(op: str, refuses: Callable[[Sequence[Tensor | None]], str | None] = native.refuses) -> Mapping[str, Backend]:
     rows = {
         "cpu": Backend(
             f"sala.ops.{op}.cpu",
             "C++ for this processor: the fastest on a CPU, without gradients",
             unavailable=native.unavailable,
-            refuses=native.refuses,
+            refuses=refuses,
         ),
         "eager": Backend(f"sala.ops.{op}.eager", "plain torch: differentiable, on every device"),
         "reference": Backend(f"sala.ops.{op}.reference", "the definition: token by token in float64", automatic=False),
@@ -51,7 +51,14 @@ def _rows(op: str) -> Mapping[str, Backend]:
 
 
 # a row's key is the backend's file, its `backend=` value and its test id; the best stands first
-BACKENDS: Mapping[str, Mapping[str, Backend]] = MappingProxyType({op: _rows(op) for op in ("lightning", "infllm")})
+BACKENDS: Mapping[str, Mapping[str, Backend]] = MappingProxyType(
+    {
+        "lightning": _rows("lightning"),
+        "infllm": _rows("infllm"),
+        # plain torch promotes where dtypes differ, as with norms kept in float32
+        "pointwise": _rows("pointwise", native.refuses_mixed),
+    }
+)
 
 
 def explain(op: str) -> tuple[str, str]:
@@ -59,7 +66,7 @@ def explain(op: str) -> tuple[str, str]:
 
     The reason says too why a better one cannot run on this machine.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for name, row in BACKENDS[op].items():
         if row.automatic:
             why_not = row.unavailable()

@@ -1,5 +1,6 @@
 """Functions of the library as torch operators, which torch.compile and torch.export see as one step each."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,20 +25,47 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
         name = _operators.define(schema)
         _operators.impl(name, function, "CPU")
         torch.library.register_fake(f"sala::{name}", fake, lib=_operators)
-        return getattr(torch.ops.sala, name).default
+        seen = getattr(torch.ops.sala, name).default
+
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            # torch's own way to a function takes as long as a small operator
+            return seen(*arguments) if _watched() else function(*arguments)
+
+        return call
 
     return register
 
 
+def _watched() -> bool:
+    """Return whether someone needs to see operators: a compiler, a tracer, a mode over tensors, a profiler."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
+    )
+
+
 def refuses(tensors: Sequence[Tensor | None]) -> str | None:
     """Return why the library does not take these tensors, None when it does."""
+    recording = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"a tensor is on {tensor.device}, not on the CPU"
-        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+        if tensor.dtype not in DTYPES and tensor.is_floating_point():
             return f"a tensor is {tensor.dtype}; it takes float32 and bfloat16"
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if recording and tensor.requires_grad:
             return "a gradient is wanted and it has no backward pass"
     return None
+
+
+def refuses_mixed(tensors: Sequence[Tensor | None]) -> str | None:
+    """Return why the library does not take these tensors, where it takes one dtype only; None when it does."""
+    first = tensors[0].dtype if tensors and tensors[0] is not None else None
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype != first:
+            return f"tensors are {first} and {tensor.dtype}; it takes one dtype"
+    return refuses(tensors)

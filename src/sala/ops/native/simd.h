@@ -82,6 +82,23 @@ inline void store(bf16* p, vf x) {
 #endif
 }
 
+// x as a T holds it.
+template <class T>
+vf rounded(vf x);
+template <>
+inline vf rounded<float>(vf x) { return x; }
+template <>
+inline vf rounded<bf16>(vf x) {
+#if defined(__AVX512BF16__)
+  __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#else
+  vu bits = (vu)x;
+  vu kept = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+  return x == x ? (vf)kept : x;
+#endif
+}
+
 // The first n < W numbers; the others are zero and their memory is not touched.
 template <class T>
 inline vf load_part(const T* p, int64_t n) {
@@ -97,11 +114,15 @@ inline void store_part(T* p, vf x, int64_t n) {
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 
 inline float sum(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float parts[W];
   store(parts, x);
   for (int64_t width = W / 2; width; width /= 2)
     for (int64_t i = 0; i < width; ++i) parts[i] += parts[i + width];
   return parts[0];
+#endif
 }
 inline float max(vf x) {
   float best = x[0];
