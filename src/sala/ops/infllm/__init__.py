@@ -36,17 +36,14 @@ def compress(k_BSGK: Tensor, size: int, stride: int) -> Tensor:
         (B, N, G, K) with N = max(0, (S - size) // stride + 1).
 
     Raises:
-        InputError: not four dimensions, or `size` or `stride` below 1.
+        InputError: not four dimensions, not floating point, or `size` or `stride` below 1.
     """
     if k_BSGK.ndim != 4:
         raise InputError(f"keys must have the four dimensions (B, S, G, K), not the shape {tuple(k_BSGK.shape)}")
     if size < 1 or stride < 1:
         raise InputError(f"a window's size and stride must be at least 1, not {size} and {stride}")
-    B, S, G, K = k_BSGK.shape
-    if size > S:
-        return k_BSGK.new_empty(B, 0, G, K)
-    windows_BNGKC = k_BSGK.unfold(1, size, stride)
-    return (windows_BNGKC.sum(-1, dtype=torch.float32) / size).to(k_BSGK.dtype)
+    _check_floating("keys", k_BSGK)
+    return choose("infllm", tensors=(k_BSGK,)).compress(k_BSGK, size, stride)
 
 
 def select_blocks(
@@ -68,7 +65,7 @@ def select_blocks(
         positions_BT: (B, T) integer positions of the queries; negative is padding.
         geometry: windows, blocks and how many are read.
         scale: factor on the scores, K**-0.5 in the released model.
-        backend: "auto", "eager" or "reference".
+        backend: "auto", "cpu", "eager" or "reference".
 
     Returns:
         (B, T, G, num_selected) int32 block indices in ascending order, -1 at the end where fewer blocks exist.
@@ -84,12 +81,16 @@ def select_blocks(
         )
     B, T, H, K = q_BTHK.shape
     G = k1_BNGK.shape[2]
-    if H % G:
+    if G < 1 or H % G:
         raise InputError(f"{H} query heads cannot share {G} key heads: the first must be a multiple of the second")
+    _check_floating("queries", q_BTHK)
     _check_positions(positions_BT, B, T)
     last_position = int(positions_BT.max()) if positions_BT.numel() else -1
     _check_windows(k1_BNGK, k2_BNGK, (B, G, K), last_position, geometry)
-    return choose("infllm", backend).select(q_BTHK, k1_BNGK, k2_BNGK, positions_BT, geometry, scale)
+    # the choice of blocks has no gradient, whatever its inputs have
+    q_BTHK, k1_BNGK, k2_BNGK = q_BTHK.detach(), k1_BNGK.detach(), k2_BNGK.detach()
+    implementation = choose("infllm", backend, (q_BTHK, k1_BNGK, k2_BNGK, positions_BT))
+    return implementation.select(q_BTHK, k1_BNGK, k2_BNGK, positions_BT, geometry, scale)
 
 
 def infllm_attention(
@@ -123,7 +124,7 @@ def infllm_attention(
         scale: factor on the scores, K**-0.5 in the released model.
         start: given when every row's queries are at start..start+T-1: then `positions_BT` is not looked at, and a call
             that is dense as a whole has no step that depends on data.
-        backend: "auto", "eager" or "reference".
+        backend: "auto", "cpu", "eager" or "reference".
 
     Returns:
         (B, T, H, V) in v's dtype.
@@ -139,7 +140,8 @@ def infllm_attention(
     else:
         assert positions_BT is not None
         last_position = int(positions_BT.max()) if positions_BT.numel() else -1
-    implementation = choose("infllm", backend)
+    k1_BNGK, k2_BNGK = (None if x is None else x.detach() for x in (k1_BNGK, k2_BNGK))
+    implementation = choose("infllm", backend, (q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT))
     if backend != "reference" and last_position < geometry.first_sparse_position(last_position):
         return dense_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, scale=scale, start=start)
     if k1_BNGK is None:
@@ -148,6 +150,11 @@ def infllm_attention(
         k2_BNGK = compress(k_BSGK, geometry.coarse_size, geometry.coarse_stride)
     _check_windows(k1_BNGK, k2_BNGK, (B, k_BSGK.shape[2], K), last_position, geometry)
     return implementation.attend(q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT, geometry, scale, start)
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise InputError(f"{name} must be floating point, not {tensor.dtype}")
 
 
 def _check_positions(positions_BT: Tensor, B: int, T: int) -> None:
@@ -165,6 +172,7 @@ def _check_windows(
     if geometry.normalizer == "coarse":
         tiers.append((k2_BNGK, geometry.coarse_size, geometry.coarse_stride, "coarse compressed keys"))
     for keys, size, stride, name in tiers:
+        _check_floating(name, keys)
         if keys.ndim != 4 or (keys.shape[0], *keys.shape[2:]) != sizes:
             raise InputError(f"{name} must have the shape (B, N, G, K) with B, G, K = {sizes}, not {tuple(keys.shape)}")
         needed = num_windows(last_position + 1, size, stride)

@@ -24,6 +24,15 @@ FEW_ROWS = 32
 SCORE_ELEMENTS = 2**18
 
 
+def compress(k_BSGK: Tensor, size: int, stride: int) -> Tensor:
+    """Return (B, N, G, K) means of the complete windows; see `sala.ops.infllm.compress`."""
+    B, S, G, K = k_BSGK.shape
+    if size > S:
+        return k_BSGK.new_empty(B, 0, G, K)
+    windows_BNGKC = k_BSGK.unfold(1, size, stride)
+    return (windows_BNGKC.sum(-1, dtype=torch.float32) / size).to(k_BSGK.dtype)
+
+
 @torch.no_grad()
 @torch.compiler.disable
 def select(

@@ -13,7 +13,7 @@
 #define SALA_VECTOR_BYTES 16
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -128,6 +128,62 @@ inline float max(vf x) {
   float best = x[0];
   for (int64_t i = 1; i < W; ++i) best = x[i] > best ? x[i] : best;
   return best;
+}
+
+// Whether any lane of a lies above that of b.
+inline bool any_above(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ));
+#else
+  vi above = a > b;
+  int32_t any = 0;
+  for (int64_t i = 0; i < W; ++i) any |= above[i];
+  return any;
+#endif
+}
+
+// Lanes 0..n-1 of a, the others of b.
+inline vf first_lanes(int64_t n, vf a, vf b) {
+  vi lane;
+  for (int64_t i = 0; i < W; ++i) lane[i] = int32_t(i);
+  return lane < vi{} + int32_t(n) ? a : b;
+}
+
+// 2^x of a finite x with a relative error below 2e-7, or below 1e-4 where it is ROUGH, for results that are rounded to
+// bfloat16. Zero where float32 leaves its normal numbers or soon after; more than 2^127.9, perhaps infinity, from 128 on.
+template <bool ROUGH = false>
+inline vf exp2(vf x) {
+#if defined(__AVX512F__)
+  vf whole = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vf rounder = broadcast(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  x = x > broadcast(127.99f) ? broadcast(127.99f) : x;
+  vf shifted = x + rounder;
+  vf whole = shifted - rounder;
+#endif
+  vf f = x - whole;
+  vf p;
+  if constexpr (ROUGH) {
+    p = broadcast(5.5171670e-2f);
+    p = p * f + 2.4261112e-1f;
+    p = p * f + 6.9326099e-1f;
+    p = p * f + 9.9992807e-1f;
+  } else {
+    p = broadcast(1.3276472e-3f);
+    p = p * f + 9.6755413e-3f;
+    p = p * f + 5.5507133e-2f;
+    p = p * f + 2.4022120e-1f;
+    p = p * f + 6.9314697e-1f;
+    p = p * f + 1.0f;
+  }
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+  vf out = (vf)((vi)p + ((vi)shifted << 23));
+  return x < broadcast(-126.0f) ? vf{} : out;
+#endif
 }
 
 // exp with a relative error below 2e-7; zero below -87, where float32 leaves its normal numbers. x must be at most 88.
