@@ -120,7 +120,8 @@ def test_checkpointed_activations_give_the_same_steps(what: str) -> None:
         # forward, and once more on the way back
         assert calls[0] == len(seen) * (1 + checkpointing)
         assert not any(layer.gradient_checkpointing for layer in model.model.layers)
-    assert losses[0] == losses[1]
+    # gradients of a layer may add up in another order
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
