@@ -21,5 +21,5 @@ def test_a_name_runs_the_file_of_that_name(op: str, name: str) -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
-    with pytest.raises(BackendError, match=r"'eagr'; it has auto, eager, reference; did you mean 'eager'\?"):
+    with pytest.raises(BackendError, match=r"'eagr'; it has auto, cpu, eager, reference; did you mean 'eager'\?"):
         choose("lightning", "eagr")

@@ -11,16 +11,26 @@ from torch import Tensor
 from sala.errors import BackendError, InputError
 from sala.ops.dispatch import BACKENDS
 from sala.ops.lightning import lightning_attention, log_decay
+from sala.ops.native import at_level, levels_here
 from tolerances import assert_close
 
 B, H, K, V = 2, 3, 8, 5
 SCALE = K**-0.5
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES_OF = {"cpu": (torch.float32, torch.bfloat16)}
+DIFFERENTIABLE = [name for name in BACKENDS["lightning"] if name != "cpu"]
+
 every_backend = pytest.mark.parametrize("backend", BACKENDS["lightning"])
 every_other_backend = pytest.mark.parametrize(
     "backend", [name for name in BACKENDS["lightning"] if name != "reference"]
 )
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+every_other_backend_and_dtype = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(name, dtype) for name in BACKENDS["lightning"] if name != "reference" for dtype in DTYPES_OF.get(name, DTYPES)],
+    ids=str,
+)
+every_level = pytest.mark.parametrize("level", levels_here())
 
 
 def qkv(T: int, rows: int = B, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,8 +82,7 @@ def test_no_heads_are_refused() -> None:
 # against the definition
 
 
-@every_other_backend
-@every_dtype
+@every_other_backend_and_dtype
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 130, 327])
 def test_backends_agree_with_the_definition(backend: str, dtype: torch.dtype, masked: bool, T: int) -> None:
@@ -88,11 +97,10 @@ def test_backends_agree_with_the_definition(backend: str, dtype: torch.dtype, ma
         assert_close(final, expected_final, dtype)
 
 
-@every_other_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("T", [1, 65, 130])
-def test_gradients_agree_with_the_definition(backend: str, dtype: torch.dtype, masked: bool, T: int) -> None:
+def test_gradients_agree_with_the_definition(dtype: torch.dtype, masked: bool, T: int) -> None:
     mask_BT = torch.rand(B, T) > 0.3 if masked else None
     inputs = [x.requires_grad_() for x in (*qkv(T, dtype=dtype), state())]
     out_weights, state_weights = torch.randn(B, T, H, V), state()
@@ -102,7 +110,7 @@ def test_gradients_agree_with_the_definition(backend: str, dtype: torch.dtype, m
         out, final = attend(q, k, v, initial_state_BHKV=initial, mask_BT=mask_BT, backend=name)
         return torch.autograd.grad((out.float() * out_weights).sum() + (final * state_weights).sum(), inputs)
 
-    for gradient, expected in zip(gradients(backend), gradients("reference"), strict=True):
+    for gradient, expected in zip(gradients("auto"), gradients("reference"), strict=True):
         assert_close(gradient, expected, dtype)
 
 
@@ -126,13 +134,14 @@ def test_gradients_are_the_derivatives(T: int) -> None:
 @every_backend
 @pytest.mark.parametrize("T", [1, 63, 130, 1100])
 def test_the_closed_form_holds(backend: str, T: int) -> None:
-    q, k, v = qkv(T, dtype=torch.float64)
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    q, k, v = qkv(T, dtype=dtype)
     position_T = torch.arange(T)
     age_TT = position_T[:, None] - position_T
     decay_HTT = torch.where(age_TT >= 0, (log_decay(H).double()[:, None, None] * age_TT.clamp_min(0)).exp(), 0)
-    scores_BHTT = SCALE * torch.einsum("bthk,bshk->bhts", q, k) * decay_HTT
+    scores_BHTT = SCALE * torch.einsum("bthk,bshk->bhts", q.double(), k.double()) * decay_HTT
     out, _ = attend(q, k, v, backend=backend)
-    assert_close(out, torch.einsum("bhts,bshv->bthv", scores_BHTT, v))
+    assert_close(out, torch.einsum("bhts,bshv->bthv", scores_BHTT, v.double()).to(dtype))
 
 
 @every_other_backend
@@ -225,21 +234,38 @@ def test_batch_rows_are_independent(backend: str) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_packed_rows_are_separate_rows(backend: str, dtype: torch.dtype, masked: bool) -> None:
     bounds = [0, 1, 66, 66, 130]
-    inputs, initial = [x.requires_grad_() for x in qkv(130, rows=1)], state(4)
+    inputs, initial = qkv(130, rows=1), state(4)
     mask_BT = torch.rand(1, 130) > 0.3 if masked else None
     cu_seqlens = torch.tensor(bounds, dtype=dtype)
     out, final = attend(*inputs, initial_state_BHKV=initial, cu_seqlens=cu_seqlens, mask_BT=mask_BT, backend=backend)
-    weights = torch.randn_like(out)
-    gradients = torch.autograd.grad((out * weights).sum(), inputs)
     for row, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             assert torch.equal(final[row], initial[row])
             continue
-        own = [x[:, start:end].detach().requires_grad_() for x in inputs]
+        own = [x[:, start:end] for x in inputs]
         own_mask = mask_BT[:, start:end] if masked else None
         own_out, own_final = attend(*own, initial_state_BHKV=initial[row : row + 1], mask_BT=own_mask, backend=backend)
         assert_close(out[:, start:end], own_out)
         assert_close(final[row : row + 1], own_final)
+
+
+@pytest.mark.parametrize("backend", DIFFERENTIABLE)
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_packed_rows_are_those_of_separate_rows(backend: str, masked: bool) -> None:
+    bounds = [0, 1, 66, 66, 130]
+    inputs, initial = [x.requires_grad_() for x in qkv(130, rows=1)], state(4)
+    mask_BT = torch.rand(1, 130) > 0.3 if masked else None
+    out, _ = attend(
+        *inputs, initial_state_BHKV=initial, cu_seqlens=torch.tensor(bounds), mask_BT=mask_BT, backend=backend
+    )
+    weights = torch.randn_like(out)
+    gradients = torch.autograd.grad((out * weights).sum(), inputs)
+    for row, (start, end) in enumerate(pairwise(bounds)):
+        if start == end:
+            continue
+        own = [x[:, start:end].detach().requires_grad_() for x in inputs]
+        own_mask = mask_BT[:, start:end] if masked else None
+        own_out, _ = attend(*own, initial_state_BHKV=initial[row : row + 1], mask_BT=own_mask, backend=backend)
         own_gradients = torch.autograd.grad((own_out * weights[:, start:end]).sum(), own)
         for gradient, expected in zip(gradients, own_gradients, strict=True):
             assert_close(gradient[:, start:end], expected)
@@ -276,12 +302,14 @@ def test_a_row_without_tokens_keeps_its_state(backend: str) -> None:
 def test_masked_tokens_poison_nothing(backend: str, poison: float, T: int) -> None:
     mask_BT = torch.rand(B, T) > 0.5
     clean, initial = qkv(T), state()
-    poisoned = [torch.where(mask_BT[..., None, None], x, poison).requires_grad_() for x in clean]
+    poisoned = [torch.where(mask_BT[..., None, None], x, poison) for x in clean]
     expected_out, expected_final = attend(*clean, mask_BT=mask_BT, initial_state_BHKV=initial, backend=backend)
     out, final = attend(*poisoned, mask_BT=mask_BT, initial_state_BHKV=initial, backend=backend)
     assert torch.equal(out, expected_out)
     assert torch.equal(final, expected_final)
-    if mask_BT.any():
+    if backend in DIFFERENTIABLE and mask_BT.any():
+        poisoned = [x.requires_grad_() for x in poisoned]
+        out, final = attend(*poisoned, mask_BT=mask_BT, initial_state_BHKV=initial, backend=backend)
         for gradient in torch.autograd.grad(out.sum() + final.sum(), poisoned):
             assert gradient.isfinite().all()
             assert not gradient[~mask_BT].any()
@@ -297,6 +325,17 @@ def test_steep_heads_do_not_overflow_over_long_rows(dtype: torch.dtype) -> None:
         assert final.isfinite().all()
         for gradient in torch.autograd.grad(out.float().sum() + final.sum(), (q, k, v, steep_H)):
             assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steep_heads_are_exact_on_the_cpu(dtype: torch.dtype) -> None:
+    slopes_H, inputs, initial = torch.tensor([-90.0, -1.5, 0.0]), qkv(200, rows=1, dtype=dtype), state(1)
+    options = {"scale": SCALE, "initial_state_BHKV": initial}
+    out, final = lightning_attention(*inputs, slopes_H, **options, backend="cpu")
+    expected_out, expected_final = lightning_attention(*inputs, slopes_H, **options, backend="reference")
+    for head in range(H):
+        assert_close(out[:, :, head], expected_out[:, :, head])
+        assert_close(final[:, head], expected_final[:, head], dtype)
 
 
 def test_sums_beyond_the_range_of_float16_are_right() -> None:
@@ -326,6 +365,149 @@ def test_one_graph_holds_the_whole_call(T: int) -> None:
     traced = torch.compile(call, fullgraph=True, dynamic=False, backend="aot_eager")
     for actual, expected in zip(traced(*inputs, initial), call(*inputs, initial), strict=True):
         assert_close(actual, expected)
+
+
+# of the C++
+
+
+@every_level
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("width", "value_width"), [(32, 32), (64, 64), (128, 128), (8, 5), (24, 80), (96, 33), (7, 130)]
+)
+def test_every_level_of_cpu_and_width_agrees_with_the_definition(
+    level: str, dtype: torch.dtype, width: int, value_width: int
+) -> None:
+    for T in (1, 83):
+        q, k = torch.randn(2, 1, T, 2, width, dtype=dtype)
+        v, initial = torch.randn(1, T, 2, value_width, dtype=dtype), torch.randn(1, 2, width, value_width)
+        with at_level(level):
+            out, final = attend(q, k, v, initial_state_BHKV=initial, backend="cpu")
+        expected_out, expected_final = attend(q, k, v, initial_state_BHKV=initial, backend="reference")
+        assert_close(out, expected_out)
+        assert_close(final, expected_final, dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 3),
+    T=st.integers(1, 200),
+    heads=st.integers(1, 9),
+    width=st.integers(1, 40),
+    value_width=st.integers(1, 70),
+    masked=st.booleans(),
+    packed=st.booleans(),
+    carried=st.booleans(),
+    steepest=st.floats(0, 100),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_cpu_agrees_with_eager_whatever_the_call(
+    rows: int,
+    T: int,
+    heads: int,
+    width: int,
+    value_width: int,
+    masked: bool,
+    packed: bool,
+    carried: bool,
+    steepest: float,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    B = 1 if packed else rows
+    q, k = torch.randn(2, B, T, heads, width, dtype=dtype)
+    v = torch.randn(B, T, heads, value_width, dtype=dtype)
+    slopes_H = -steepest * torch.rand(heads)
+    options = {
+        "scale": width**-0.5,
+        "mask_BT": torch.rand(B, T) > torch.rand(()) if masked else None,
+        "cu_seqlens": torch.tensor([0, *torch.randint(0, T + 1, (rows - 1,)).sort()[0], T]) if packed else None,
+    }
+    initial = torch.randn(rows, heads, width, value_width) if carried else None
+    out, final = lightning_attention(q, k, v, slopes_H, **options, initial_state_BHKV=initial, backend="cpu")
+    expected_out, expected_final = lightning_attention(
+        q.double(),
+        k.double(),
+        v.double(),
+        slopes_H,
+        **options,
+        initial_state_BHKV=initial.double() if carried else None,
+        backend="eager",
+    )
+    assert_close(out, expected_out.to(dtype))
+    assert_close(final, expected_final.float(), dtype)
+
+
+@pytest.mark.parametrize("T", [1, 130])
+def test_cpu_takes_any_strides(T: int) -> None:
+    # heads first, a slice of a wider tensor, every second number of a row, one tensor for all heads
+    q = torch.randn(B, H, T, K).transpose(1, 2)
+    k = torch.randn(B, T, H + 2, 3 * K)[:, :, 1:-1, K : 2 * K]
+    v = torch.randn(B, T, H, 2 * V)[..., ::2]
+    initial = torch.randn(B, H, V, K).transpose(2, 3)
+    mask_BT = (torch.rand(T, B) > 0.3).T
+    for inputs in ((q, k, v), (q, k[:, :, :1].expand_as(k), v.flip(1))):
+        for mask in (None, mask_BT):
+            actual = attend(*inputs, initial_state_BHKV=initial, mask_BT=mask, backend="cpu")
+            copies = [x.contiguous() for x in inputs]
+            expected = attend(*copies, initial_state_BHKV=initial.contiguous(), mask_BT=mask, backend="cpu")
+            assert torch.equal(actual[0], expected[0])
+            assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T", [1, 300])
+def test_cpu_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, T: int) -> None:
+    q, k, v = torch.randn(3, 2, T, 12, 64, dtype=dtype)
+    initial = torch.randn(2, 12, 64, 64)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            results.append(attend(q, k, v, initial_state_BHKV=initial, backend="cpu"))
+        finally:
+            torch.set_num_threads(1)
+    for out, final in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(final, results[0][1])
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_cpu_takes_heads_without_numbers(T: int) -> None:
+    q, v = torch.randn(1, T, 2, 0), torch.randn(1, T, 2, 3)
+    out, final = attend(q, q, v, backend="cpu")
+    assert out.shape == v.shape
+    assert not out.any()
+    assert final.shape == (1, 2, 0, 3)
+    out, final = attend(v, v, q, backend="cpu")
+    assert out.shape == q.shape
+    assert final.shape == (1, 2, 3, 0)
+
+
+def test_cpu_is_an_operator_that_torch_can_reason_about() -> None:
+    mask_BT = torch.rand(B, 5) > 0.3
+    for options in ((None, None, None), (state(), mask_BT, None)):
+        torch.library.opcheck(torch.ops.sala.lightning.default, (*qkv(5), log_decay(H), SCALE, *options))
+    packed = (*qkv(5, rows=1), log_decay(H), SCALE, state(2), None, torch.tensor([0, 2, 5]))
+    torch.library.opcheck(torch.ops.sala.lightning.default, packed)
+
+
+def test_cpu_is_chosen_unless_it_cannot_run() -> None:
+    q, k, v = qkv(70)
+    assert torch.equal(attend(q, k, v)[0], attend(q, k, v, backend="cpu")[0])
+    for dtype in (torch.float16, torch.float64):
+        other = [x.to(dtype) for x in (q, k, v)]
+        assert torch.equal(attend(*other)[0], attend(*other, backend="eager")[0])
+        with pytest.raises(BackendError, match=f"{dtype}; it takes float32 and bfloat16"):
+            attend(*other, backend="cpu")
+    v.requires_grad_()
+    assert attend(q, k, v)[0].requires_grad
+    with pytest.raises(BackendError, match="no backward pass"):
+        attend(q, k, v, backend="cpu")
+    with torch.no_grad():
+        attend(q, k, v, backend="cpu")
 
 
 # what is refused
@@ -369,5 +551,5 @@ def test_a_state_must_be_given_per_packed_row() -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(BackendError, match="'triton'; it has auto, eager, reference"):
+    with pytest.raises(BackendError, match="'triton'; it has auto, cpu, eager, reference"):
         attend(*qkv(4), backend="triton")

@@ -33,14 +33,14 @@ class Backend:
 
 
 # operators with C++ of their own
-NATIVE: tuple[str, ...] = ("pointwise",)
+NATIVE: tuple[str, ...] = ("lightning", "pointwise")
 
 
 def _rows(op: str, refuses: Callable[[Sequence[Tensor | None]], str | None] = native.refuses) -> Mapping[str, Backend]:
     rows = {
         "cpu": Backend(
             f"sala.ops.{op}.cpu",
-            "C++ for this processor: the fastest on a CPU, without gradients",
+            "C++ for this processor, without gradients",
             unavailable=native.unavailable,
             refuses=refuses,
         ),

@@ -1,6 +1,5 @@
 """Batches of a stage as tensors, for the embedded tokenizer and for any other."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -45,7 +44,7 @@ class Corpus:
         if self.words is None:
             return self._text_batches(stage, seed)
         mix = Mix(
-            weights=stage.weights_at(0),
+            weights=stage.data,
             length=stage.length,
             batch_size=stage.batch,
             seed=seed,
@@ -54,7 +53,7 @@ class Corpus:
         )
 
         def batch(step: int) -> WindowBatch:
-            windows = dataclasses.replace(mix, weights=stage.weights_at(step)).batch(step)
+            windows = mix.batch(step)
             names = tuple(f"{task} (seed {seed}, step {step})" for task in windows.tasks)
             return WindowBatch(torch.from_numpy(windows.input_ids), torch.from_numpy(windows.loss_weights), names)
 

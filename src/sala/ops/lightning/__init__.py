@@ -9,6 +9,7 @@ from sala.errors import InputError
 
 # imported here and not on first use: torch.compile cannot trace an import
 from sala.ops.dispatch import choose
+from sala.ops.lightning import cpu as _cpu  # noqa: F401
 from sala.ops.lightning import eager as _eager  # noqa: F401
 from sala.ops.packing import row_bounds
 
@@ -73,7 +74,8 @@ def lightning_attention(
         BackendError: no such backend.
     """
     _check(q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV, mask_BT, cu_seqlens)
-    return choose("lightning", backend).attend(
+    tensors = (q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV, mask_BT, cu_seqlens)
+    return choose("lightning", backend, tensors).attend(
         q_BTHK,
         k_BTHK,
         v_BTHV,

@@ -7,10 +7,11 @@
 //   K_STEP, M_STEP   A's buffer has k rounded up to K_STEP, with zeros there, and m rounded up to M_STEP (any content)
 //   Session          lives while a task multiplies
 //   multiply<ADD>(m, n, k, A, lda, B, C, ldc)      ADD: C += A B; C's buffer has m rounded up to M_STEP, n to N_STEP
+//   multiply_transposed<ADD>(m, n, k, A, B, C, ldc)   the same with what `pack_left_transposed` made of A's transpose
 //
 // B is packed: panels of PANEL columns (the last one narrower, rounded up to N_STEP), each [k / PAIR][columns][PAIR], in
 // zeros where k or n was rounded up. `pack` takes B as it is, row-major (k, n); `pack_transposed` takes its transpose,
-// row-major (n, k): the keys of q k^T.
+// row-major (n, k): the keys of q k^T. A product with the first n of B's columns alone says how many were packed (`packed_n`).
 #pragma once
 
 #include <algorithm>
@@ -116,18 +117,43 @@ struct Fma {
     }
   }
 
+  static constexpr int64_t left_transposed_size(int64_t k, int64_t m) { return k * m; }
+  // A = src^T for a row-major src (k, m), its rows times their factors.
+  template <class From>
+  static void pack_left_transposed(const From* src, int64_t ld, int64_t k, int64_t m, const float* factors,
+                                   float* dst) {
+    for (int64_t p = 0; p < k; ++p, dst += m) {
+      int64_t i = 0;
+      for (; i + W <= m; i += W) store(dst + i, load(src + p * ld + i) * factors[p]);
+      for (; i < m; ++i) dst[i] = to_float(src[p * ld + i]) * factors[p];
+    }
+  }
+
   template <bool ADD>
   static void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, float* c,
-                       int64_t ldc) {
+                       int64_t ldc, int64_t packed_n = 0) {
+    multiply_any<ADD, false>(m, n, k, a, lda, b, c, ldc, std::max(n, packed_n));
+  }
+  template <bool ADD>
+  static void multiply_transposed(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* c,
+                                  int64_t ldc) {
+    multiply_any<ADD, true>(m, n, k, a, m, b, c, ldc, n);
+  }
+
+ private:
+  template <bool ADD, bool TRANSPOSED>
+  static void multiply_any(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, float* c,
+                           int64_t ldc, int64_t packed_n) {
     const int64_t blocks = ceil_div(m, BLOCK_ROWS);
     for (int64_t first = 0; first < n; first += PANEL) {
-      int64_t width = round_up(std::min(PANEL, n - first), N_STEP);
-      with_constant<PANEL / W>(width / W, [&](auto vectors) {
+      int64_t width = round_up(std::min(PANEL, packed_n - first), N_STEP);
+      with_constant<PANEL / W>(ceil_div(std::min(PANEL, n - first), W), [&](auto vectors) {
         for (int64_t block = 0; block < blocks; ++block) {
           // blocks of nearly equal height: sixteen rows as 6, 5, 5 and not as 6, 6, 4
           int64_t top = block * m / blocks, rows = (block + 1) * m / blocks - top;
           with_constant<BLOCK_ROWS>(rows, [&](auto height) {
-            multiply_block<ADD, height, vectors>(k, a + top * lda, lda, b, c + top * ldc + first, ldc);
+            multiply_block<ADD, TRANSPOSED, height, vectors>(k, a + top * (TRANSPOSED ? 1 : lda), lda, b, width,
+                                                             c + top * ldc + first, ldc);
           });
         }
       });
@@ -135,17 +161,17 @@ struct Fma {
     }
   }
 
- private:
-  template <bool ADD, int64_t ROWS, int64_t VECTORS>
-  static void multiply_block(int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
+  template <bool ADD, bool TRANSPOSED, int64_t ROWS, int64_t VECTORS>
+  static void multiply_block(int64_t k, const float* a, int64_t lda, const float* b, int64_t width, float* c,
+                             int64_t ldc) {
     vf sums[ROWS][VECTORS];
     for (int64_t i = 0; i < ROWS; ++i)
       for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] = ADD ? load(c + i * ldc + j * W) : vf{};
     for (int64_t p = 0; p < k; ++p) {
       vf row[VECTORS];
-      for (int64_t j = 0; j < VECTORS; ++j) row[j] = load(b + (p * VECTORS + j) * W);
+      for (int64_t j = 0; j < VECTORS; ++j) row[j] = load(b + p * width + j * W);
       for (int64_t i = 0; i < ROWS; ++i) {
-        vf left = broadcast(a[i * lda + p]);
+        vf left = broadcast(TRANSPOSED ? a[p * lda + i] : a[i * lda + p]);
         for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] += left * row[j];
       }
     }
@@ -171,6 +197,18 @@ struct PairsOfBf16 {
     __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
     __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
     _mm512_storeu_si512(dst, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+
+  // columns c..c + 15 of `cols` of the rows p and p + 1 of k, times their factors -> 16 pairs, zeros beyond the matrix
+  template <class From>
+  static void interleave_scaled(const From* src, int64_t ld, int64_t p, int64_t k, int64_t c, int64_t cols,
+                                const float* factors, bf16* dst) {
+    vf rows[2] = {};
+    for (int64_t i = 0; i < 2 && p + i < k; ++i) {
+      const From* row = src + (p + i) * ld + c;
+      rows[i] = (c + 16 <= cols ? load(row) : load_part(row, cols - c)) * factors[p + i];
+    }
+    interleave(rows[0], rows[1], dst);
   }
 
   template <class From>
@@ -235,17 +273,39 @@ struct Dot : PairsOfBf16 {
     PairsOfBf16::pack_transposed(src, ld, n, k, dst, K_STEP);
   }
 
+  // [k / 2][m rounded up to 16][2]
+  static constexpr int64_t left_transposed_size(int64_t k, int64_t m) { return round_up(k, 2) * round_up(m, 16); }
+  template <class From>
+  static void pack_left_transposed(const From* src, int64_t ld, int64_t k, int64_t m, const float* factors,
+                                   bf16* dst) {
+    for (int64_t p = 0; p < k; p += 2)
+      for (int64_t i = 0; i < m; i += 16, dst += 32) interleave_scaled(src, ld, p, k, i, m, factors, dst);
+  }
+
   template <bool ADD>
   static void multiply(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t lda, const bf16* b, float* c,
-                       int64_t ldc) {
+                       int64_t ldc, int64_t packed_n = 0) {
+    multiply_any<ADD, false>(m, n, k, a, lda, b, c, ldc, std::max(n, packed_n));
+  }
+  template <bool ADD>
+  static void multiply_transposed(int64_t m, int64_t n, int64_t k, const bf16* a, const bf16* b, float* c,
+                                  int64_t ldc) {
+    multiply_any<ADD, true>(m, n, k, a, 2 * round_up(m, 16), b, c, ldc, n);
+  }
+
+ private:
+  template <bool ADD, bool TRANSPOSED>
+  static void multiply_any(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t lda, const bf16* b, float* c,
+                           int64_t ldc, int64_t packed_n) {
     const int64_t blocks = ceil_div(m, BLOCK_ROWS), pairs = ceil_div(k, 2);
     for (int64_t first = 0; first < n; first += PANEL) {
-      int64_t width = round_up(std::min(PANEL, n - first), N_STEP);
-      with_constant<PANEL / W>(width / W, [&](auto vectors) {
+      int64_t width = round_up(std::min(PANEL, packed_n - first), N_STEP);
+      with_constant<PANEL / W>(ceil_div(std::min(PANEL, n - first), W), [&](auto vectors) {
         for (int64_t block = 0; block < blocks; ++block) {
           int64_t top = block * m / blocks, rows = (block + 1) * m / blocks - top;
           with_constant<BLOCK_ROWS>(rows, [&](auto height) {
-            multiply_block<ADD, height, vectors>(pairs, a + top * lda, lda, b, c + top * ldc + first, ldc);
+            multiply_block<ADD, TRANSPOSED, height, vectors>(pairs, a + top * (TRANSPOSED ? 2 : lda), lda, b, width,
+                                                             c + top * ldc + first, ldc);
           });
         }
       });
@@ -253,9 +313,9 @@ struct Dot : PairsOfBf16 {
     }
   }
 
- private:
-  template <bool ADD, int64_t ROWS, int64_t VECTORS>
-  static void multiply_block(int64_t pairs, const bf16* a, int64_t lda, const bf16* b, float* c, int64_t ldc) {
+  template <bool ADD, bool TRANSPOSED, int64_t ROWS, int64_t VECTORS>
+  static void multiply_block(int64_t pairs, const bf16* a, int64_t lda, const bf16* b, int64_t width, float* c,
+                             int64_t ldc) {
     __m512 sums[ROWS][VECTORS];
     for (int64_t i = 0; i < ROWS; ++i)
       for (int64_t j = 0; j < VECTORS; ++j)
@@ -263,10 +323,10 @@ struct Dot : PairsOfBf16 {
     for (int64_t p = 0; p < pairs; ++p) {
       __m512bh row[VECTORS];
       for (int64_t j = 0; j < VECTORS; ++j)
-        row[j] = (__m512bh)_mm512_loadu_si512(b + (p * VECTORS + j) * 32);
+        row[j] = (__m512bh)_mm512_loadu_si512(b + p * width * 2 + j * 32);
       for (int64_t i = 0; i < ROWS; ++i) {
         int32_t pair;
-        std::memcpy(&pair, a + i * lda + 2 * p, 4);
+        std::memcpy(&pair, TRANSPOSED ? a + p * lda + 2 * i : a + i * lda + 2 * p, 4);
         __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
         for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], left, row[j]);
       }
@@ -292,22 +352,46 @@ struct Amx : PairsOfBf16 {
     PairsOfBf16::pack_transposed(src, ld, n, k, dst, K_STEP);
   }
 
+  // A itself, rows of k rounded up
+  static constexpr int64_t left_transposed_size(int64_t k, int64_t m) {
+    return round_up(k, K_STEP) * round_up(m, M_STEP);
+  }
+  template <class From>
+  static void pack_left_transposed(const From* src, int64_t ld, int64_t k, int64_t m, const float* factors,
+                                   bf16* dst) {
+    const int64_t padded = round_up(k, K_STEP);
+    for (int64_t p = 0; p < padded; p += 32)
+      for (int64_t i = 0; i < m; i += 16) {
+        alignas(64) bf16 pairs[16][32];
+        for (int64_t pair = 0; pair < 16; ++pair)
+          interleave_scaled(src, ld, p + 2 * pair, k, i, m, factors, pairs[pair]);
+        transpose_16x16(pairs, 64, dst + i * padded + p, padded * 2);
+      }
+  }
+
+  template <bool ADD>
+  static void multiply_transposed(int64_t m, int64_t n, int64_t k, const bf16* a, const bf16* b, float* c,
+                                  int64_t ldc) {
+    multiply<ADD>(m, n, k, a, round_up(k, K_STEP), b, c, ldc);
+  }
+
   template <bool ADD>
   static void multiply(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t lda, const bf16* b, float* c,
-                       int64_t ldc) {
+                       int64_t ldc, int64_t packed_n = 0) {
     const int64_t padded = round_up(k, K_STEP);
     for (int64_t first = 0; first < n; first += PANEL) {
-      int64_t width = round_up(std::min(PANEL, n - first), N_STEP);
+      int64_t width = round_up(std::min(PANEL, std::max(n, packed_n) - first), N_STEP);
+      int64_t columns_here = round_up(std::min(PANEL, n - first), N_STEP);
       int64_t top = 0;
       for (; top + 16 < m; top += 32) {
         int64_t col = 0;
-        for (; col + 32 <= width; col += 32)
+        for (; col + 32 <= columns_here; col += 32)
           multiply_tiles<ADD, 2, 2>(padded, a + top * lda, lda, b + 2 * col, width, c + top * ldc + first + col, ldc);
-        if (col < width)
+        if (col < columns_here)
           multiply_tiles<ADD, 2, 1>(padded, a + top * lda, lda, b + 2 * col, width, c + top * ldc + first + col, ldc);
       }
       if (top < m)
-        with_constant<4>(width / 16, [&](auto columns) {
+        with_constant<4>(columns_here / 16, [&](auto columns) {
           multiply_tiles<ADD, 1, columns>(padded, a + top * lda, lda, b, width, c + top * ldc + first, ldc);
         });
       b += padded * width;

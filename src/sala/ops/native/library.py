@@ -158,6 +158,7 @@ def _best() -> _Library:
     if wanted is not None and wanted not in levels_here():
         raise BuildError(f"SALA_CPU_LEVEL={wanted} is not one of {', '.join(levels_here())}, which this processor runs")
     levels = [wanted] if wanted else [name for name in levels_here() if LEVELS[name].automatic]
+    _find_compiler()  # with none at all, no level can be built: one complaint, not one a level
     for level in levels[:-1]:
         try:
             return _load(level)
