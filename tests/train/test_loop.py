@@ -94,6 +94,36 @@ def test_only_what_was_asked_for_trains(what: str, moved: set, kind: str) -> Non
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("what", ["linear_attention", "mixers", "all"])
+def test_frozen_queries_and_keys_stay(what: str) -> None:
+    model = tiny("attention", "lightning-attn")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    run(model, stage(trainable=what, freeze_qk=True))
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    kept = {name for name in before if any(part in name for part in ("q_proj", "k_proj", "q_norm", "k_norm"))}
+    assert len(kept) == 6  # projections of both layers, norms of the linear one
+    assert moved == set(trainable_parameters(model, what)) - kept
+
+
+@pytest.mark.parametrize("what", ["linear_attention", "all"])
+def test_checkpointed_activations_give_the_same_steps(what: str) -> None:
+    losses = []
+    for checkpointing in (False, True):
+        model, calls = tiny("attention", "lightning-attn"), [0]
+
+        def count(*_: Any, calls: list[int] = calls) -> None:
+            calls[0] += 1
+
+        model.model.layers[1].mlp.register_forward_pre_hook(count)
+        seen = run(model, stage(trainable=what, activation_checkpointing=checkpointing))
+        losses.append([(step.loss, step.gradient_norm) for step in seen])
+        # forward, and once more on the way back
+        assert calls[0] == len(seen) * (1 + checkpointing)
+        assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+    # gradients of a layer may add up in another order
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_student_learns_its_teacher_and_the_teacher_stays(kind: str) -> None:
     teacher, student = tiny("attention", "attention"), tiny("lightning-attn", "attention", seed=1)

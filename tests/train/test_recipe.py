@@ -63,12 +63,117 @@ def test_the_kind_follows_from_the_content() -> None:
         (changed(CONVERSION, "conversion.keep.count=2"), r"give one of fraction, count, layers"),
         (changed(CONVERSION, "conversion.keep.method=none"), r"fraction has no effect with method 'none'"),
         ([], r"list, not a mapping"),
+        (changed(TRAINING, "stages.0.tokens=48"), r"give one of steps, tokens; given: steps, tokens"),
+        (changed(TRAINING, "stages.0.batch=null"), r"give one of batch, batch_tokens; given: none"),
+        (changed(TRAINING, "stages.0.tokns=48"), r"unknown key 'tokns'; did you mean 'tokens'"),
+        (
+            changed(TRAINING, "stages.0.steps=null", "stages.0.tokens=100"),
+            r"tokens 100 is not a multiple of 2 x 8 tokens; right would be 96 \(steps 6\) or 112 \(steps 7\)",
+        ),
+        (
+            changed(TRAINING, "stages.0.batch=null", "stages.0.batch_tokens=3"),
+            r"batch_tokens 3 is not a multiple of 8 tokens; right would be 8 \(batch 1\)",
+        ),
+        (changed(TRAINING, "stages.0.batch=null", "stages.0.batch_tokens=1e3"), r"a whole number above 0, got '1e3'"),
+        (changed(TRAINING, "stages.0.micro_batch=3"), r"right would be one of 1, 2"),
+        (changed(TRAINING, "stages.0.mesh.dp_shard=3"), r"2 windows a batch do not divide over 3 .*one of 1, 2"),
+        (
+            changed(TRAINING, "mesh.cp=3"),
+            r"8 tokens do not divide over 3 context-parallel ranks; right would be 6 or 9",
+        ),
+        (
+            changed(TRAINING, "stages.0.micro_batch=2", "mesh.dp_shard=2"),
+            r"1 windows of each rank are not a multiple of micro_batch 2; right would be one of 1",
+        ),
+        (changed(TRAINING, "stages.0.data.text=0"), r"text has weight 0 throughout"),
+        (changed(TRAINING, "stages.0.data.text=-1"), r"a weight is a number, or a list.*got -1"),
+        (changed(TRAINING, "stages.0.data.text=[1]"), r"a weight is a number, or a list.*got \[1\]"),
+        (changed(TRAINING, "stages.0.data.text=[1, 0, 1]"), r"data: all weights are 0 at 50% of the stage"),
+        (changed(TRAINING, "precision=bf16"), r"precision: .*'float32' or 'bfloat16'"),
+        (
+            changed(CONVERSION, "stages.0.loss=align", "stages.0.activation_checkpointing=true"),
+            r"activation_checkpointing has no effect with loss 'align'",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_place(values: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as error:
         parse_recipe(values)
     assert "\n" not in str(error.value)
+
+
+def test_a_row_in_tokens_is_the_row_in_steps_and_windows(tmp_path: Path) -> None:
+    plain = changed(TRAINING)
+    written = changed(
+        TRAINING, "stages.0.steps=null", "stages.0.batch=null", "stages.0.tokens=48", "stages.0.batch_tokens=16"
+    )
+    assert parse_recipe(written) == parse_recipe(plain)
+    parse_recipe(written).save(tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == parse_recipe(plain)
+
+
+# tokens and batches as the papers print them: HALO (table of stages), MiniCPM-SALA (Table 1)
+PUBLISHED_STEPS = {
+    "halo-qwen3-1.7b": {"align": 20_000, "distill": 20_000, "long": 500},
+    "minicpm-sala": {
+        "stable": ("314.6B", "7.8M", 40_300),
+        "short-decay": ("1006.6B", "7.8M", 129_000),
+        "long-32k": ("102.2B", "7.8M", 13_100),
+        "long-160k": ("62.9B", "9.8M", 6_400),
+        "long-520k": ("50.6B", "10.1M", 5_000),
+        "sft-64k": ("204.5B", "15.7M", 13_000),
+        "sft-140k": ("213.3B", "17.8M", 12_000),
+    },
+}
+
+
+def test_halo_has_its_published_steps() -> None:
+    stages = {stage.name: stage.steps for stage in load_recipe("halo-qwen3-1.7b").stages}
+    assert stages == PUBLISHED_STEPS["halo-qwen3-1.7b"]
+    # 8 GPUs x windows of a GPU x windows accumulated
+    assert [stage.batch for stage in load_recipe("halo-qwen3-1.7b").stages] == [8 * 4, 8 * 12, 8 * 16]
+
+
+def test_minicpm_sala_prints_as_its_table() -> None:
+    stages = {stage.name: stage for stage in load_recipe("minicpm-sala").stages}
+    for name, (tokens, batch, steps) in PUBLISHED_STEPS["minicpm-sala"].items():
+        stage = stages[name]
+        assert f"{stage.tokens / 1e9:.1f}B" == tokens
+        # 7.86M stands as 7.8M there, 17.78M as 17.8M
+        assert (
+            f"{int(stage.batch * stage.length / 1e5) / 10}M" == batch
+            or f"{stage.batch * stage.length / 1e6:.1f}M" == batch
+        )
+        # the published tokens over the published batch, both rounded
+        assert stage.steps == pytest.approx(steps, rel=0.01)
+        assert stage.steps % 100 == 0
+    assert f"{(stages['align'].tokens + stages['distill'].tokens) / 1e9:.1f}B" == "1.3B"
+    assert f"{sum(stage.tokens for stage in stages.values()) / 1e12:.2f}T" == "1.96T"
+    rates = [
+        (s.learning_rate.at(s.learning_rate.warmup_steps, s.steps), s.learning_rate.at(s.steps - 1, s.steps))
+        for name, s in stages.items()
+        if name in PUBLISHED_STEPS["minicpm-sala"]
+    ]
+    assert rates == [
+        pytest.approx(ends)
+        for ends in (
+            (7.5e-3, 7.5e-3),
+            (7.5e-3, 3.75e-4),
+            (3e-4, 2e-4),
+            (2e-4, 1e-4),
+            (1e-4, 3.75e-5),
+            (1e-3, 1e-4),
+            (1e-3, 1e-4),
+        )
+    ]
+    assert [name for name, stage in stages.items() if stage.sparse] == list(stages)[4:]
+
+
+def test_weights_are_straight_between_their_points() -> None:
+    recipe = parse_recipe(changed(TRAINING, "stages.0.steps=5", "stages.0.data={text: [0.0, 1.0, 0.5], code: 0.5}"))
+    weights = [recipe.stages[0].weights_at(step) for step in range(5)]
+    assert [row["text"] for row in weights] == [0.0, 0.5, 1.0, 0.75, 0.5]
+    assert {row["code"] for row in weights} == {0.5}
 
 
 def test_overrides_reach_stages_by_name_and_by_number() -> None:

@@ -16,7 +16,7 @@ from sala.errors import InputError, RecipeError
 from sala.model.families import load_model
 from sala.train.batches import Corpus, read_corpus
 from sala.train.recipe import ConversionRecipe, TrainingRecipe, load_recipe, parse_recipe
-from sala.train.run import new_model, run_conversion, train
+from sala.train.run import new_model, require_same_shape, run_conversion, train
 
 TEXT = "def read(path):\n    return open(path).read()\n" * 40
 MODEL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
@@ -97,6 +97,63 @@ def test_a_recipe_that_cannot_run_leaves_nothing(
             recipe.model_copy(update={"model": {"hiden_size": 8}}), tmp_path / "run", tokenizer=tokenizer, corpus=corpus
         )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mesh": {"dp_shard": 2}}, r"mesh of 2 ranks .* needs the distributed engine.*--dry-run"),
+        ({"precision": "bfloat16"}, r"precision 'bfloat16' needs the distributed engine.*--dry-run"),
+    ],
+)
+def test_what_can_only_be_planned_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, change: dict, message: str
+) -> None:
+    recipe = parse_recipe(training_recipe().resolved | change)
+    with pytest.raises(RecipeError, match=message):
+        train(recipe, tmp_path / "run", tokenizer=tokenizer, corpus=corpus)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_switches_block_selection_on_and_off(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr("sala.train.run.run_stage", lambda model, *_, **__: seen.append(model.config.mixer_types))
+    sparse = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8, "window_size": 16, "topk": 2, "dense_len": 32}
+    fields = {"mixer_types": ["attention", "lightning-attn"], "sparse_config": sparse}
+    values = training_recipe().resolved
+    stages = [values["stages"][0] | {"name": str(on), "sparse": on} for on in (False, True)]
+    recipe = parse_recipe(values | {"model": MODEL | fields, "stages": stages})
+    train(recipe, tmp_path / "run", tokenizer=tokenizer, corpus=corpus)
+    assert seen == [["attention", "lightning-attn"], ["minicpm4", "lightning-attn"]]
+
+
+def test_weights_change_within_a_stage(tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> None:
+    recipe = training_recipe(steps=5, batch=40, data={"text": [1, 0], "noise_retrieval": [0, 1]})
+    batch = corpus.batches(recipe.stages[0], seed=0)
+    shares = [sum("text" in name for name in batch(step).names) for step in range(5)]
+    assert shares[0] == 40 and shares[-1] == 0
+    assert shares == sorted(shares, reverse=True) and 5 < shares[2] < 35
+
+
+def test_a_teacher_of_another_shape_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> None:
+    teacher = new_model(training_recipe(), tokenizer)
+    fields = teacher.config.to_dict()
+    require_same_shape(smoke().model_copy(update={"teacher": fields}), teacher.config)
+    with pytest.raises(RecipeError, match=r"for a teacher with hidden_size = 2048; this one has 16.*teacher=null"):
+        run_conversion(
+            load_recipe("halo-qwen3-1.7b"),
+            teacher,
+            tmp_path / "hybrid",
+            halo=lambda *_, **__: None,
+            score_recall=lambda model: 0.0,
+            score_language=lambda model: 0.0,
+            tokenizer=tokenizer,
+            corpus=corpus,
+        )
 
 
 def smoke() -> ConversionRecipe:

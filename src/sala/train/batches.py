@@ -1,5 +1,6 @@
 """Batches of a stage as tensors, for the embedded tokenizer and for any other."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class Corpus:
         if self.words is None:
             return self._text_batches(stage, seed)
         mix = Mix(
-            weights=stage.data,
+            weights=stage.weights_at(0),
             length=stage.length,
             batch_size=stage.batch,
             seed=seed,
@@ -53,7 +54,7 @@ class Corpus:
         )
 
         def batch(step: int) -> WindowBatch:
-            windows = mix.batch(step)
+            windows = dataclasses.replace(mix, weights=stage.weights_at(step)).batch(step)
             names = tuple(f"{task} (seed {seed}, step {step})" for task in windows.tasks)
             return WindowBatch(torch.from_numpy(windows.input_ids), torch.from_numpy(windows.loss_weights), names)
 

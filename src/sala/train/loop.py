@@ -132,12 +132,26 @@ def _parts(batch: Batch, stage: Stage) -> list[_Part]:
     ]
 
 
-def trainable_parameters(model: nn.Module, what: str) -> dict[str, nn.Parameter]:
+# modules of a mixer that make queries and keys
+QUERIES_AND_KEYS = ("q_proj", "k_proj", "q_norm", "k_norm")
+
+
+def trainable_parameters(model: nn.Module, what: str, *, freeze_qk: bool = False) -> dict[str, nn.Parameter]:
     """Return by name the parameters that a stage trains: "linear_attention", "mixers" or "all".
 
     A stage of alignment trains the module of linear twins, all of it.
+
+    Args:
+        freeze_qk: leave out what makes queries and keys.
+
+    Raises:
+        SalaError: this chooses nothing, or the model makes keys and values in one projection.
     """
     named = dict(model.named_parameters())
+    if freeze_qk:
+        if any("kv_b_proj" in name for name in named):
+            raise SalaError("freeze_qk: latent attention makes keys and values in one projection; right would be false")
+        named = {name: tensor for name, tensor in named.items() if not set(name.split(".")) & {*QUERIES_AND_KEYS}}
     if what == "all":
         return named
     kinds: Sequence[str] = model.config.mixer_types  # type: ignore[union-attr, assignment]
@@ -170,15 +184,20 @@ def _require_finite(what: str, value: float, stage: Stage, step: int, batch: Bat
 
 
 @contextmanager
-def _training_only(model: nn.Module, named: dict[str, nn.Parameter]) -> Iterator[None]:
+def _training_only(model: Any, named: dict[str, nn.Parameter], activation_checkpointing: bool) -> Iterator[None]:
     """Gradients for `named` alone inside `with`; as before, and none left over, after it."""
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in named)
     model.train()
+    if activation_checkpointing:
+        # the reentrant kind needs a gradient at its input, which layers above frozen embeddings do not have
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
+        if activation_checkpointing:
+            model.gradient_checkpointing_disable()
         model.eval()
         model.zero_grad(set_to_none=True)
         for name, parameter in model.named_parameters():
@@ -224,12 +243,12 @@ def run_stage(
     Raises:
         NonFiniteError: a loss or gradient is not finite; nothing has moved in that step.
     """
-    named = trainable_parameters(model, "all" if stage.loss == "align" else stage.trainable)
+    named = trainable_parameters(model, "all" if stage.loss == "align" else stage.trainable, freeze_qk=stage.freeze_qk)
     optimizers = make_optimizers(named, optimizer)
     groups = _groups_to_clip(named, stage)
     layers = _layers_to_compile(model, teacher, stage)
     tokens, started = stage.batch * stage.length, time.perf_counter()
-    with _training_only(model, named), Compiled(layers, compile_mode) as compiled:
+    with _training_only(model, named, stage.activation_checkpointing), Compiled(layers, compile_mode) as compiled:
         for step in range(stage.steps):
             batch = batches(step)
             loss, errors = compiled.run(partial(_backward, model, teacher, stage, batch))

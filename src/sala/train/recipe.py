@@ -1,10 +1,12 @@
 """Recipes: runs as data. Strict YAML models, the search by name, and `a.b=c` overrides."""
 
+import math
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -20,6 +22,9 @@ class Part(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    # keys that a recipe may have although no field is called so: other ways to write one
+    spellings: ClassVar[tuple[str, ...]] = ()
+
     def changed(self, *names: str) -> str:
         """Return those of `names` whose value is not the default, in words; "" when there are none."""
         fields = type(self).model_fields
@@ -29,10 +34,15 @@ class Part(BaseModel):
     @classmethod
     def _known_keys(cls, values: Any) -> Any:
         if isinstance(values, Mapping):
+            known = (*cls.model_fields, *cls.spellings)
             for key in values:
-                if key not in cls.model_fields:
-                    known = ", ".join(cls.model_fields)
-                    raise ValueError(f"unknown key {key!r}{nearest(str(key), cls.model_fields)} (known: {known})")
+                if key not in known:
+                    raise ValueError(f"unknown key {key!r}{nearest(str(key), known)} (known: {', '.join(known)})")
+        return cls._respelled(values)
+
+    @classmethod
+    def _respelled(cls, values: Any) -> Any:
+        """Return the values with every key of `spellings` turned into the field that it is another way to write."""
         return values
 
 
@@ -82,19 +92,69 @@ class Optimizer(Part):
         return self
 
 
+class Mesh(Part):
+    """Ranks of a run: copies of the model, shards of each copy, and ranks that share a window's tokens.
+
+    Parameters are sharded over `dp_shard` x `cp`; a batch's windows are split over `dp_replicate` x `dp_shard`.
+    """
+
+    dp_replicate: Positive = 1
+    dp_shard: Positive = 1
+    cp: Positive = 1
+
+    @property
+    def data_parallel(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def ranks(self) -> int:
+        return self.data_parallel * self.cp
+
+
+def _whole(spelling: str, tokens: Any, field: str, sizes: list[Any]) -> int:
+    """Return how many units of the product of `sizes` tokens are, or raise ValueError with the nearest numbers that fit."""
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise ValueError(f"{spelling} must be a whole number above 0, got {tokens!r}")
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return 1  # their own errors say what is wrong
+    unit = math.prod(sizes)
+    if tokens % unit:
+        fits = (f"{n * unit:,} ({field} {n:,})" for n in (tokens // unit, tokens // unit + 1) if n)
+        raise ValueError(
+            f"{spelling} {tokens:,} is not a multiple of {' x '.join(f'{size:,}' for size in sizes)} tokens; "
+            f"right would be {' or '.join(fits)}"
+        )
+    return tokens // unit
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
 class Stage(Part):
-    """One row of a run: `steps` steps of `batch` windows of `length` tokens."""
+    """One row of a run: `steps` steps of `batch` windows of `length` tokens.
+
+    A row may be written in tokens, as papers do: `batch_tokens` for `batch`, `tokens` for `steps`.
+    """
+
+    spellings = ("batch_tokens", "tokens")
 
     name: str
     loss: Literal["align", "distill", "next_token"]
     trainable: Literal["linear_attention", "mixers", "all"] = "all"
+    # leave queries and keys (projections and norms) of every layer as they are: instruction tuning spoils long recall
+    # through them
+    freeze_qk: bool = False
     length: Annotated[int, Field(gt=1)]
     batch: Positive
-    # windows of one forward and backward pass; gradients add up over the batch. All at once when left out
+    # windows of one forward and backward pass of a rank; gradients add up over the batch. All at once when left out
     micro_batch: Positive | None = None
     steps: Positive
     learning_rate: LearningRate
     optimizer: Optimizer | None = None
+    mesh: Mesh | None = None
+    # keep only what enters a layer and compute the rest again in the backward pass
+    activation_checkpointing: bool = False
     # train the kept layers with block-sparse attention, and with the conversion's logit scale
     sparse: bool = False
     logits_scaling: bool = False
@@ -103,19 +163,67 @@ class Stage(Part):
     # HALO aligns with one loss over all layers; clipping each layer by itself keeps a layer with a large gradient
     # from slowing the others
     clip_per_layer: bool = False
-    data: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    # the share of each task: a number, or a list of those at equally spaced moments of the stage, straight in between
+    data: Annotated[dict[str, float | tuple[float, ...]], Field(min_length=1)]
 
     @property
     def tokens(self) -> int:
         return self.steps * self.batch * self.length
 
+    def weights_at(self, step: int) -> dict[str, float]:
+        """Return the weight of each task at `step` (from 0)."""
+        progress = step / max(1, self.steps - 1)
+        return {
+            name: float(np.interp(progress, np.linspace(0, 1, len(weight)), weight))
+            if isinstance(weight, tuple)
+            else weight
+            for name, weight in self.data.items()
+        }
+
+    @classmethod
+    def _respelled(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        row = dict(values)
+        for field, spelling, sizes in (("batch", "batch_tokens", ["length"]), ("steps", "tokens", ["batch", "length"])):
+            tokens = row.pop(spelling, None)
+            if (tokens is None) == (row.get(field) is None):
+                given = "none" if tokens is None else f"{field}, {spelling}"
+                raise ValueError(f"give one of {field}, {spelling}; given: {given}")
+            if tokens is not None:
+                row[field] = _whole(spelling, tokens, field, [row.get(size) for size in sizes])
+        return row
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _weights(cls, data: Any) -> Any:
+        for name, weight in data.items() if isinstance(data, Mapping) else ():
+            points = weight if isinstance(weight, list | tuple) else (weight, weight)
+            numbers = [p for p in points if isinstance(p, int | float) and not isinstance(p, bool) and p >= 0]
+            if len(points) < 2 or len(numbers) < len(points):
+                raise ValueError(
+                    f"{name}: a weight is a number, or a list of two or more, none below 0; got {weight!r}"
+                )
+            if not any(numbers):
+                raise ValueError(f"{name} has weight 0 throughout; leave it out")
+        return data
+
     @model_validator(mode="after")
     def _agrees(self) -> "Stage":
         if self.micro_batch is not None and self.batch % self.micro_batch:
-            raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
+            raise ValueError(
+                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; "
+                f"right would be one of {_divisors(self.batch)}"
+            )
         if self.learning_rate.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.learning_rate.warmup_steps} leaves nothing of {self.steps} steps")
-        if self.loss == "align" and (given := self.changed("trainable", "sparse", "logits_scaling")):
+        moments = {i / (len(w) - 1) for w in self.data.values() if isinstance(w, tuple) for i in range(len(w))}
+        for moment in moments:
+            if not sum(self.weights_at(round(moment * (self.steps - 1))).values()) > 0:
+                raise ValueError(f"data: all weights are 0 at {moment:.0%} of the stage")
+        if self.loss == "align" and (
+            given := self.changed("trainable", "freeze_qk", "activation_checkpointing", "sparse", "logits_scaling")
+        ):
             raise ValueError(f"{given} has no effect with loss 'align', which trains the linear twins")
         if self.loss != "distill" and self.weighted:
             raise ValueError(f"weighted is for loss 'distill'; {self.loss!r} has it fixed")
@@ -183,12 +291,35 @@ class Conversion(Part):
     sparse: Sparse = Sparse()
 
 
+def require_mesh_fits(stage: Stage, mesh: Mesh, place: str) -> None:
+    """Raise ValueError, with what would be right, when a stage's windows cannot be split over the mesh."""
+    if stage.batch % mesh.data_parallel:
+        raise ValueError(
+            f"{place}{stage.batch} windows a batch do not divide over {mesh.data_parallel} data-parallel ranks; "
+            f"right would be one of {_divisors(stage.batch)}"
+        )
+    share = stage.batch // mesh.data_parallel
+    if stage.micro_batch is not None and share % stage.micro_batch:
+        raise ValueError(
+            f"{place}{share} windows of each rank are not a multiple of micro_batch {stage.micro_batch}; "
+            f"right would be one of {_divisors(share)}"
+        )
+    if stage.length % mesh.cp:
+        raise ValueError(
+            f"{place}{stage.length} tokens do not divide over {mesh.cp} context-parallel ranks; right would be "
+            f"{stage.length // mesh.cp * mesh.cp:,} or {(stage.length // mesh.cp + 1) * mesh.cp:,}"
+        )
+
+
 class Recipe(Part):
     """What every run has."""
 
     name: str
     seed: int = 0
     optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    # of a step's products; parameters, their updates and the sums over ranks are float32
+    precision: Literal["float32", "bfloat16"] = "float32"
     # auto: compile when a C compiler is there, else run eagerly and say so in one log line
     compile: Literal["auto", "on", "off"] = "auto"
     # of the parameters in the finished folder; they are trained, and loaded again, in float32
@@ -208,6 +339,15 @@ class Recipe(Part):
 
     def optimizer_of(self, stage: Stage) -> Optimizer:
         return stage.optimizer or self.optimizer
+
+    def mesh_of(self, stage: Stage) -> Mesh:
+        return stage.mesh or self.mesh
+
+    @model_validator(mode="after")
+    def _meshes_fit(self) -> "Recipe":
+        for index, stage in enumerate(self.stages):
+            require_mesh_fits(stage, self.mesh_of(stage), f"stages.{index} ({stage.name!r}): ")
+        return self
 
     def save(self, path: Path) -> None:
         path.write_text(yaml.safe_dump(self.resolved, sort_keys=False), encoding="utf-8")
@@ -246,6 +386,8 @@ class TrainingRecipe(Recipe):
 class ConversionRecipe(Recipe):
     """A teacher becomes a hybrid."""
 
+    # the configuration of the teacher that the numbers are for, as in its config.json; any teacher when left out
+    teacher: dict[str, Any] | None = None
     conversion: Conversion
 
     @model_validator(mode="after")

@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from sala.errors import InputError, RecipeError, nearest
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.model.checkpoint import output_folder
+from sala.model.families import config_from
+from sala.model.mixers import sparse_mixers, with_mixers
 from sala.train.batches import Corpus, read_corpus
 from sala.train.initial import initialize
 from sala.train.loop import Observer, Progress, run_stage
@@ -23,8 +25,53 @@ from sala.train.recipe import ConversionRecipe, Recipe, Stage, TrainingRecipe
 SEEDS_PER_RUN = 1000
 
 
+# what a teacher's configuration must have in common with the one that a recipe's numbers are for
+TEACHER_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+    "mixer_types",
+)
+
+
 def ignore(progress: Progress) -> None:
     """The observer that shows nothing."""
+
+
+def require_runnable(recipe: Recipe) -> None:
+    """Raise RecipeError for what can be planned with `sala train --dry-run` but not run yet."""
+    for index, stage in enumerate(recipe.stages):
+        mesh = recipe.mesh_of(stage)
+        if mesh.ranks > 1:
+            raise RecipeError(
+                f"stages.{index} ({stage.name!r}): a mesh of {mesh.ranks} ranks (dp_replicate {mesh.dp_replicate}, dp_shard "
+                f"{mesh.dp_shard}, cp {mesh.cp}) needs the distributed engine, which this version does not have; right "
+                "would be 1, 1, 1, or --dry-run, which plans it"
+            )
+    if recipe.precision != "float32":
+        raise RecipeError(
+            f"precision {recipe.precision!r} needs the distributed engine, which this version does not have; right would "
+            "be 'float32', or --dry-run, which plans it"
+        )
+
+
+def require_same_shape(recipe: ConversionRecipe, teacher: MiniCPMSALAConfig) -> None:
+    """Raise RecipeError when a recipe's numbers are for a teacher of another shape."""
+    if recipe.teacher is None:
+        return
+    planned = config_from(recipe.teacher)
+    for name in TEACHER_FIELDS:
+        wanted, given = getattr(planned, name), getattr(teacher, name)
+        if wanted != given:
+            raise RecipeError(
+                f"recipe {recipe.name!r} is for a teacher with {name} = {wanted}; this one has {given}. Use a recipe for "
+                "it, or --set teacher=null to take the numbers as they are"
+            )
 
 
 @dataclass(frozen=True)
@@ -37,7 +84,8 @@ class StageRunner:
     record: TextIO | None = None
 
     def check(self) -> None:
-        """Raise RecipeError for data that a stage cannot have, before anything is trained."""
+        """Raise RecipeError for what a stage cannot have, before anything is trained."""
+        require_runnable(self.recipe)
         for stage in self.recipe.stages:
             self._batches(stage)
 
@@ -78,20 +126,26 @@ def _write_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, r
     recipe.save(folder / "recipe.yaml")
 
 
-def new_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> MiniCPMSALAForCausalLM:
-    """Return a model of the recipe's configuration with random weights of its seed; `vocab_size` fits the tokenizer."""
+def model_config(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> MiniCPMSALAConfig:
+    """Return the recipe's configuration; `vocab_size` and special tokens are the tokenizer's unless it says so."""
     known = set(MiniCPMSALAConfig.__annotations__)
     for name in recipe.model:
         if name not in known:
             raise RecipeError(f"model.{name}: unknown key{nearest(name, known)}")
-    torch.manual_seed(recipe.seed)
     defaults = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    model = MiniCPMSALAForCausalLM(MiniCPMSALAConfig(**(defaults | recipe.model)))
+    return MiniCPMSALAConfig(**(defaults | recipe.model))
+
+
+def new_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> MiniCPMSALAForCausalLM:
+    """Return a model of `model_config` with random weights of the recipe's seed."""
+    config = model_config(recipe, tokenizer)
+    torch.manual_seed(recipe.seed)
+    model = MiniCPMSALAForCausalLM(config)
     initialize(model, recipe.init)
     return model
 
@@ -121,12 +175,14 @@ def train(
     model = new_model(recipe, tokenizer) if model is None else model
     corpus = read_corpus(tokenizer) if corpus is None else corpus
     StageRunner(recipe, corpus, observer).check()
+    kinds = model.config.mixer_types
+    views = [with_mixers(model, sparse_mixers(kinds, stage.sparse)) for stage in recipe.stages]
     out.mkdir(parents=True)
     recipe.save(out / "recipe.yaml")
     with (out / "metrics.jsonl").open("w", encoding="utf-8") as record:
         runner = StageRunner(recipe, corpus, observer, record)
-        for stage in recipe.stages:
-            runner(model, stage)
+        for view, stage in zip(views, recipe.stages, strict=True):
+            runner(view, stage)
     with output_folder(out / "final") as folder:
         _write_model(folder, model, tokenizer, recipe)
     return model
@@ -160,6 +216,7 @@ def run_conversion(
     """
     if out is not None:
         _require_absent(out)
+    require_same_shape(recipe, teacher.config)
     corpus = read_corpus(tokenizer) if corpus is None else corpus
     StageRunner(recipe, corpus, observer).check()
     sample = corpus.batches(recipe.stages[0], recipe.seed * SEEDS_PER_RUN + SEEDS_PER_RUN - 1)(0).input_ids
