@@ -33,7 +33,7 @@ class Backend:
 
 
 # operators with C++ of their own
-NATIVE: tuple[str, ...] = ("lightning", "pointwise")
+NATIVE: tuple[str, ...] = ("lightning", "infllm", "dense", "pointwise")
 
 
 def _rows(op: str, refuses: Callable[[Sequence[Tensor | None]], str | None] = native.refuses) -> Mapping[str, Backend]:
@@ -55,6 +55,7 @@ BACKENDS: Mapping[str, Mapping[str, Backend]] = MappingProxyType(
     {
         "lightning": _rows("lightning"),
         "infllm": _rows("infllm"),
+        "dense": _rows("dense"),
         # plain torch promotes where dtypes differ, as with norms kept in float32
         "pointwise": _rows("pointwise", native.refuses_mixed),
     }

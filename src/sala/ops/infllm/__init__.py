@@ -143,7 +143,7 @@ def infllm_attention(
     k1_BNGK, k2_BNGK = (None if x is None else x.detach() for x in (k1_BNGK, k2_BNGK))
     implementation = choose("infllm", backend, (q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT))
     if backend != "reference" and last_position < geometry.first_sparse_position(last_position):
-        return dense_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, scale=scale, start=start)
+        return dense_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, scale=scale, start=start, backend=backend)
     if k1_BNGK is None:
         k1_BNGK = compress(k_BSGK, geometry.kernel_size, geometry.kernel_stride)
     if k2_BNGK is None:

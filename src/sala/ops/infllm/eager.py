@@ -88,7 +88,9 @@ def attend(
     num_dense = min(T, max(0, geometry.first_sparse_position(start + T - 1) - start))
     parts = []
     if num_dense:
-        parts.append(dense_attention(q_BTHK[:, :num_dense], k_BSGK, v_BSGV, None, scale=scale, start=start))
+        parts.append(
+            dense_attention(q_BTHK[:, :num_dense], k_BSGK, v_BSGV, None, scale=scale, start=start, backend="eager")
+        )
     if num_dense < T:
         positions_T = torch.arange(start + num_dense, start + T, device=q_BTHK.device)
         rows = [
@@ -118,7 +120,9 @@ def _attend_row(
     dense_d, sparse_s = (~sparse_n).nonzero().squeeze(1), sparse_n.nonzero().squeeze(1)
     out_nHV = q_1nHK.new_zeros(*q_1nHK.shape[1:3], v_1SGV.shape[-1])
     if len(dense_d):
-        dense_1dHV = dense_attention(q_1nHK[:, dense_d], k_1SGK, v_1SGV, positions_n[None, dense_d], scale=scale)
+        dense_1dHV = dense_attention(
+            q_1nHK[:, dense_d], k_1SGK, v_1SGV, positions_n[None, dense_d], scale=scale, backend="eager"
+        )
         out_nHV = out_nHV.index_copy(0, dense_d, dense_1dHV[0])
     if len(sparse_s):
         sparse_sHV = _attend_sparse(
