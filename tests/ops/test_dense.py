@@ -18,12 +18,11 @@ from tolerances import assert_close
 K, V = 8, 6
 SCALE = K**-0.5
 
-no_library = unavailable("dense", "cpu")
-cpu = pytest.param("cpu", marks=pytest.mark.skipif(no_library is not None, reason=str(no_library)))
-every_backend = pytest.mark.parametrize("backend", [cpu, *(name for name in BACKENDS["dense"] if name != "cpu")])
-every_other_backend = pytest.mark.parametrize("backend", [cpu, "eager"])
-needs_library = pytest.mark.skipif(no_library is not None, reason=str(no_library))
-every_level = pytest.mark.parametrize("level", [] if no_library else native.levels_here())
+BACKENDS_HERE = [name for name in BACKENDS["dense"] if unavailable("dense", name) is None]
+every_backend = pytest.mark.parametrize("backend", BACKENDS_HERE)
+every_other_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS_HERE if name != "reference"])
+needs_library = pytest.mark.skipif("cpu" not in BACKENDS_HERE, reason="the C++ library cannot be used here")
+every_level = pytest.mark.parametrize("level", native.levels_here() if "cpu" in BACKENDS_HERE else [])
 
 
 def qkv(T: int, S: int, G: int = 2, group: int = 2, B: int = 2, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Laws of block-sparse attention: every backend against the definition, and what any of them must keep."""
 
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 
 import pytest
@@ -9,18 +10,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sala.errors import BackendError, ConfigError, InputError
+from sala.ops import native
 from sala.ops.dense import dense_attention
-from sala.ops.dispatch import BACKENDS
+from sala.ops.dispatch import BACKENDS, unavailable
 from sala.ops.infllm import SparseGeometry, compress, eager, infllm_attention, num_windows, select_blocks
+from sala.ops.infllm.cpu.attend import attend_blocks
 from tolerances import assert_close
+
+# by this name, for the package has a function of the other
+cpu_attend = import_module("sala.ops.infllm.cpu.attend")
 
 K, V = 8, 6
 SCALE = K**-0.5
 # six blocks of 16 tokens are read, two of them freely chosen
 SMALL = SparseGeometry(kernel_size=8, kernel_stride=4, block_size=16, window_size=32, topk=4, dense_len=100)
 
-every_backend = pytest.mark.parametrize("backend", BACKENDS["infllm"])
-every_other_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS["infllm"] if name != "reference"])
+BACKENDS_HERE = [name for name in BACKENDS["infllm"] if unavailable("infllm", name) is None]
+every_backend = pytest.mark.parametrize("backend", BACKENDS_HERE)
+every_other_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS_HERE if name != "reference"])
+every_backend_with_gradients = pytest.mark.parametrize("backend", ["eager", "reference"])
+every_level = pytest.mark.parametrize("level", native.levels_here() if "cpu" in BACKENDS_HERE else [])
 every_normalizer = pytest.mark.parametrize("normalizer", ["coarse", "exact"])
 
 
@@ -64,10 +73,10 @@ def chosen_mask(table_BTGN: Tensor, positions_BT: Tensor, S: int, block_size: in
     return in_table & (torch.arange(S) <= positions_BT[..., None])[:, :, None]
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen_BTGS: Tensor) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen_BTGS: Tensor, scale: float = SCALE) -> Tensor:
     group = q.shape[2] // k.shape[2]
     k, v, seen = (x.repeat_interleave(group, 2) for x in (k, v, seen_BTGS))
-    scores = torch.einsum("bthk,bshk->bths", q, k) * SCALE
+    scores = torch.einsum("bthk,bshk->bths", q, k) * scale
     return torch.einsum("bths,bshv->bthv", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
@@ -170,6 +179,10 @@ def test_a_backend_is_the_definition(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("T", [1, 63, 130])
 def test_a_backend_is_the_definition_in_every_dtype(backend: str, T: int, dtype: torch.dtype) -> None:
+    if backend == "cpu" and dtype != torch.bfloat16:
+        with pytest.raises(BackendError, match="it takes float32 and bfloat16"):
+            attend(*qkv(1, 160, dtype=dtype), run(159, 1), SMALL, backend)
+        return
     q, k, v = qkv(T, 160, dtype=dtype)
     positions = run(160 - T, T)
     expected = attend(q, k, v, positions, SMALL, "reference")
@@ -256,7 +269,7 @@ def test_where_fewer_blocks_exist_the_table_ends_in_minus_one(backend: str) -> N
 # attention
 
 
-@every_backend
+@every_backend_with_gradients
 def test_it_is_dense_attention_under_the_mask_of_the_selection(backend: str) -> None:
     T, S = (40, 150) if backend == "reference" else (140, 300)
     inputs = [x.requires_grad_() for x in qkv(T, S, dtype=torch.float64)]
@@ -356,7 +369,7 @@ def test_rows_are_independent_and_padding_reads_nothing(backend: str) -> None:
 
 @every_other_backend
 def test_memory_behind_a_rows_last_key_is_not_read(backend: str) -> None:
-    q, k, v = (x.requires_grad_() for x in qkv(30, 200, B=2))
+    q, k, v = (x.requires_grad_(backend != "cpu") for x in qkv(30, 200, B=2))
     positions = torch.stack([run(100, 30)[0], run(150, 30)[0]])
     k1, k2 = tiers(k, SMALL)
     expected = attend(q, k, v, positions, SMALL, backend)
@@ -365,7 +378,8 @@ def test_memory_behind_a_rows_last_key_is_not_read(backend: str) -> None:
         k1[0, num_windows(130, 8, 4) :] = k2[0, num_windows(130, 32, 16) :] = torch.nan
     actual = infllm_attention(q, k, v, k1, k2, positions, SMALL, scale=SCALE, backend=backend)
     assert torch.equal(actual, expected)
-    assert all(grad.isfinite().all() for grad in torch.autograd.grad(actual.sum(), (q, k, v)))
+    if backend != "cpu":
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(actual.sum(), (q, k, v)))
 
 
 @every_backend
@@ -383,7 +397,7 @@ def test_a_compiler_takes_a_dense_call_whole() -> None:
     assert_close(actual, dense_attention(q, k, v, run(0, 16), scale=SCALE))
 
 
-@every_other_backend
+@pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_no_gradient_flows_through_the_selection(backend: str) -> None:
     q, k, v = qkv(30, 200)
     k1, k2 = (x.requires_grad_() for x in tiers(k, SMALL))
@@ -392,8 +406,10 @@ def test_no_gradient_flows_through_the_selection(backend: str) -> None:
     assert q.grad is not None and k1.grad is None and k2.grad is None
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@every_other_backend
+@pytest.mark.parametrize(
+    ("backend", "grad"),
+    [(b, g) for b in BACKENDS_HERE if b != "reference" for g in (False, True) if not (g and b == "cpu")],
+)
 @every_normalizer
 def test_memory_grows_with_queries_and_windows_not_with_their_product(
     backend: str, normalizer: str, grad: bool, monkeypatch: pytest.MonkeyPatch
@@ -443,3 +459,81 @@ def test_what_does_not_fit_is_refused(change, message: str) -> None:
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(BackendError, match="eager"):
         attend(*qkv(1, 8), run(7, 1), SMALL, "egaer")
+
+
+# the C++ alone, under tables that no selection would make
+
+
+def tables(T: int, start: int, G: int, block_size: int, most: int) -> Tensor:
+    """Each query's own block and up to `most` - 1 of those before it, (1, T, G, most)."""
+    table = torch.full((1, T, G, most), -1, dtype=torch.int32)
+    for t in range(T):
+        own = (start + t) // block_size
+        for g in range(G):
+            count = int(torch.randint(min(most, own + 1), ()))
+            blocks = [*torch.randperm(own)[:count].sort().values.tolist(), own]
+            table[0, t, g, : count + 1] = torch.tensor(blocks)
+    return table
+
+
+@every_level
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("T", "start", "G", "group", "width", "value_width", "block_size", "most"),
+    [
+        (70, 600, 1, 16, 128, 128, 64, 6),
+        (130, 500, 2, 2, 64, 64, 32, 9),
+        (40, 300, 1, 5, 32, 32, 16, 12),
+        (9, 200, 2, 1, 24, 80, 5, 30),
+        (3, 700, 1, 71, 96, 40, 300, 2),
+        (1, 6000, 2, 8, 128, 128, 64, 70),
+    ],
+)
+def test_any_blocks_are_read_at_every_level(
+    level: str,
+    T: int,
+    start: int,
+    G: int,
+    group: int,
+    width: int,
+    value_width: int,
+    block_size: int,
+    most: int,
+    dtype: torch.dtype,
+) -> None:
+    S = start + T
+    q = torch.randn(1, G * group, T, width).to(dtype).transpose(1, 2)
+    k = torch.randn(1, S + 70, G, width + 3).to(dtype)[..., :width]
+    v = torch.randn(1, G, S + 70, value_width).to(dtype).transpose(1, 2)
+    table, positions = tables(T, start, G, block_size, most), run(start, T)
+    first_sparse = torch.tensor([start + 2])
+    seen = chosen_mask(table, positions, S, block_size)
+    seen |= (positions[..., None] < first_sparse)[..., None] & (torch.arange(S) <= positions[..., None])[:, :, None]
+    expected = masked_attention(*(x[:, :S].double() for x in (q, k, v)), seen, scale=width**-0.5).to(dtype)
+    k[:, S:] = v[:, S:] = torch.nan
+    with native.at_level(level):
+        actual = attend_blocks(q, k, v, positions, table, first_sparse, block_size, width**-0.5)
+    assert_close(actual, expected)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS_HERE, reason="the C++ library cannot be used here")
+@pytest.mark.parametrize(("T", "start"), [(150, 700), (1, 5000), (3, 5000)])
+def test_the_number_of_threads_changes_no_bit(T: int, start: int) -> None:
+    q, k, v = qkv(T, start + T, group=16, dtype=torch.bfloat16)
+    arguments = (run(start, T), tables(T, start, 2, 16, 200), torch.zeros(1, dtype=torch.int64), 16, SCALE)
+    one = attend_blocks(q, k, v, *arguments)
+    torch.set_num_threads(2)
+    try:
+        two = attend_blocks(q, k, v, *arguments)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(one, two)
+
+
+@every_other_backend
+def test_long_calls_are_cut_without_a_seam(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(180, 180, B=2)
+    positions = torch.stack([run(0, 180)[0], run(0, 180)[0] - 20])
+    whole = attend(q, k, v, positions, SMALL, backend)
+    monkeypatch.setattr(cpu_attend, "QUERIES", 37)
+    assert_close(attend(q, k, v, positions, SMALL, backend), whole)

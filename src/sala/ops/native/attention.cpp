@@ -40,7 +40,7 @@ constexpr int64_t END = std::numeric_limits<int64_t>::max();
 struct Call {
   const void *q, *k, *v;
   void* out;                    // (B, T, H, V), contiguous
-  const int64_t* positions;     // (B, T), contiguous; null: `start` onwards in every row
+  const int64_t* positions;     // (B, T), contiguous; null (never with `table`): `start` onwards in every row
   const int32_t* table;         // (B, T, G, num_selected), contiguous: blocks, ascending, -1 at the end; null: dense
   const int64_t* first_sparse;  // (B): queries at lower positions are dense; with `table`
   int64_t B, T, H, G, K, V;
@@ -65,11 +65,16 @@ struct Plan {
     const auto num_tasks = [&] { return c.B * c.G * ceil_div(c.T, queries); };
     queries = std::min(queries, c.T);
     while (num_tasks() < ENOUGH_TASKS && queries * group > MIN_TILE_ROWS && queries > 1) queries = ceil_div(queries, 2);
-    int64_t last = c.start + c.T - 1;
-    if (c.positions) last = *std::max_element(c.positions, c.positions + c.B * c.T);
+    // positions of the last query, and of the last that reads everything
+    int64_t last = -1, last_dense = -1;
+    for (int64_t b = 0; b < c.B; ++b)
+      for (int64_t t = c.positions ? 0 : c.T - 1; t < c.T; ++t) {
+        const int64_t position = c.position(b, t);
+        last = std::max(last, position);
+        if (!c.table || position < c.first_sparse[b]) last_dense = std::max(last_dense, position);
+      }
     int64_t blocks = last / c.block_size + 1;
-    if (c.table && last >= *std::min_element(c.first_sparse, c.first_sparse + c.B))
-      blocks = std::min(blocks, queries * c.num_selected);
+    if (c.table) blocks = std::min(blocks, (last_dense + c.block_size) / c.block_size + queries * c.num_selected);
     const int64_t per_segment = std::max<int64_t>(1, SEGMENT_KEYS / c.block_size);
     int64_t segments = std::max<int64_t>(1, std::min(ceil_div(blocks, per_segment), ENOUGH_TASKS / num_tasks()));
     double work = double(c.B) * c.T * c.H * (c.K + c.V) * double(blocks) * c.block_size;

@@ -1,0 +1,76 @@
+"""Attention over chosen blocks in C++, queries of short contexts reading everything; `native/attention.cpp`."""
+
+import torch
+from torch import Tensor
+
+from sala.ops.dense.cpu import run
+from sala.ops.infllm.cpu.select import select
+from sala.ops.infllm.geometry import SparseGeometry
+from sala.ops.native import operator
+
+# queries whose blocks are chosen and then read: their tables are all that grows, and stay small
+QUERIES = 4096
+
+
+# which blocks are read depends on data: nothing here that a compiler could trace
+@torch.no_grad()
+@torch.compiler.disable
+def attend(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    k1_BNGK: Tensor,
+    k2_BNGK: Tensor,
+    positions_BT: Tensor | None,
+    geometry: SparseGeometry,
+    scale: float,
+    start: int | None,
+) -> Tensor:
+    """Return (B, T, H, V) in v's dtype; see `infllm_attention`."""
+    B, T = q_BTHK.shape[:2]
+    if start is not None:
+        positions_BT = torch.arange(start, start + T).expand(B, T)
+    assert positions_BT is not None
+    if not positions_BT.numel():
+        return v_BSGV.new_empty(B, T, q_BTHK.shape[2], v_BSGV.shape[3])
+    first_sparse_B = torch.tensor([geometry.first_sparse_position(last) for last in positions_BT.amax(1).tolist()])
+    parts = []
+    for q_BCHK, positions_BC in zip(q_BTHK.split(QUERIES, 1), positions_BT.split(QUERIES, 1), strict=True):
+        # what reads everything chooses nothing
+        choosing_BC = positions_BC.masked_fill(positions_BC < first_sparse_B[:, None], -1)
+        table_BCGN = select(q_BCHK, k1_BNGK, k2_BNGK, choosing_BC, geometry, scale)
+        parts.append(
+            attend_blocks(q_BCHK, k_BSGK, v_BSGV, positions_BC, table_BCGN, first_sparse_B, geometry.block_size, scale)
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _empty(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *_: object) -> Tensor:
+    return v_BSGV.new_empty(*q_BTHK.shape[:3], v_BSGV.shape[3])
+
+
+@operator(
+    "attend_blocks(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor table, Tensor first_sparse, int block_size, "
+    "float scale) -> Tensor",
+    _empty,
+)
+def attend_blocks(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    positions_BT: Tensor,
+    table_BTGN: Tensor,
+    first_sparse_B: Tensor,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """Return (B, T, H, V): the query at position p reads the keys 0..p of its blocks.
+
+    Args:
+        positions_BT: integer positions; negative is padding, whose output is zero.
+        table_BTGN: (B, T, G, N) int32 blocks, ascending, -1 at the end.
+        first_sparse_B: (B,) int64: queries at lower positions read all keys, whatever the table holds.
+        block_size: keys in a block.
+        scale: factor on the scores.
+    """
+    return run(q_BTHK, k_BSGK, v_BSGV, positions_BT, 0, scale, table_BTGN, first_sparse_B, block_size)
