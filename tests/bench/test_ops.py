@@ -16,6 +16,7 @@ from sala.bench.cost import compressed_bytes, infllm_step, keys_read, lightning_
 from sala.bench.ops import check
 from sala.bench.shapes import AttentionShape
 from sala.errors import InputError
+from sala.ops import dispatch
 from sala.ops.infllm import SparseGeometry
 
 TINY = AttentionShape(4, 2, 16, 4, 16, SparseGeometry(8, 4, 1, 16, 32, 2, 64))
@@ -63,7 +64,7 @@ def test_every_case_is_checked_and_timed_with_all_its_competitors() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_backend_passes_its_check(case: Any, dtype: torch.dtype) -> None:
     for backend in backends(case.op):
-        if ops_module._unavailable(case.op, backend) is None:
+        if dispatch.unavailable(case.op, backend) is None:
             assert check(case, Inputs(TINY, dtype), backend)
 
 

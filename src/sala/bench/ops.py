@@ -1,6 +1,5 @@
 """Operators timed side by side: every backend, torch's SDPA at the same shape, and the machine's ceilings."""
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -80,7 +79,7 @@ def run_ops(plan: OpsPlan, say: Callable[[str], None] = lambda line: None) -> di
         for name in backends(case.op):
             if plan.only and name not in plan.only:
                 continue
-            reason = _unavailable(case.op, name)
+            reason = dispatch.unavailable(case.op, name)
             if reason is None:
                 try:
                     parity[case.name][name] = [asdict(found) for found in check(case, inputs[case], name)]
@@ -163,11 +162,6 @@ def _chosen(plan: OpsPlan) -> list[Case]:
     return cases
 
 
-def _unavailable(op: str, backend: str) -> str | None:
-    """Return why a backend cannot run on this machine, None when it can."""
-    return dispatch.unavailable(op, backend) if op in dispatch.BACKENDS else None
-
-
 @dataclass(slots=True)
 class _Competitor:
     run: Run | None
@@ -186,7 +180,6 @@ def _measure(
     ceilings: Ceilings,
     earlier: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    gc.collect()  # the length before is gone
     cost = case.cost(inputs.shape, length, plan.dtype.itemsize)
     row: dict[str, Any] = {
         "op": case.op,
