@@ -90,11 +90,11 @@ def test_a_file_that_is_no_text_is_refused(name, content, message, sala, hybrid,
 
 
 def test_a_prompt_longer_than_memory_is_refused(sala, hybrid, tmp_path, monkeypatch):
-    monkeypatch.setattr("sala.engine.memory.available_bytes", lambda device: 280 * 2**20)
+    monkeypatch.setattr("sala.engine.memory.available_bytes", lambda device: 50 * 2**20)
     path = tmp_path / "book.txt"
     path.write_text("a word and another\n" * 10_000)
     outcome = sala("generate", "--model", hybrid, "--file", path)
-    assert_refused(outcome, "280 MiB are available")
+    assert_refused(outcome, "50 MiB are available")
     assert "tokens fit" in outcome.err
 
 

@@ -10,6 +10,7 @@ from sala.cli.convert import convert
 from sala.cli.demo import demo
 from sala.cli.generate import generate
 from sala.cli.inspect import inspect
+from sala.cli.plan import plan
 from sala.cli.select import select
 from sala.cli.train import train
 from sala.errors import SalaError
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (generate, inspect, convert, train, select, demo):
+for verb in (generate, inspect, plan, convert, train, select, demo):
     app.command()(verb)
 app.add_typer(bench)
 

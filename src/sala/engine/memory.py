@@ -1,6 +1,9 @@
 """Whether a prompt fits: what weights, cache and one chunk need, against what the machine has."""
 
 import os
+import resource
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +13,33 @@ from sala.errors import MemoryLimitError
 from sala.model import MiniCPMSALAConfig
 from sala.model.config import FULL_ROWS
 from sala.model.report import cache_bytes, num_parameters
+from sala.ops.dense.eager import MASK_ELEMENTS, TILE_QUERIES
+from sala.ops.dispatch import explain
 from sala.ops.infllm.eager import SELECT_QUERIES
 
-# operators work in tiles of a fixed number of elements: masks, scores, states; and what the allocator keeps
-TILES_BYTES = 256 * 2**20
+# Numbers alive at the worst moment of a mixer, a token: so many times its width (heads x head width), in the model's
+# dtype, by operator and backend. Projections, norms and rotation are in it, and copies in an operator's own layout.
+# Fitted to peaks of models of 10, 40 and 100 million parameters in float32 and bfloat16, chunks of 256 to 4096.
+MIXER_WIDTHS: Mapping[str, Mapping[str, int]] = {
+    "lightning": {"eager": 33, "cpu": 20},
+    "infllm": {"eager": 26, "cpu": 24},
+    "dense": {"eager": 14, "cpu": 14},
+}
+OPERATORS = {
+    "lightning-attn": "lightning",
+    "minicpm4": "infllm",
+    "latent-minicpm4": "infllm",
+    "attention": "dense",
+    "latent-attention": "dense",
+}
+# hidden states, the residual beside them and a norm's float32
+STREAM_WIDTHS = 4
+# gate, up and their product
+MLP_WIDTHS = 3
+# what the process holds for each byte alive: glibc keeps freed memory in pieces (measured: 1.1 to 2)
+RETAINED = 1.5
+# what a first run loads, buffers of the matrix library, tiles of scores and states
+FIXED_BYTES = 40 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +61,8 @@ def estimate(config: MiniCPMSALAConfig, dtype: torch.dtype, length: int, chunk: 
     return Need(
         weights=parameters * itemsize,
         cache=cache_bytes(config, length, itemsize),
-        # of one layer at a time, and the token ids
-        working=_working_bytes(config, itemsize, min(chunk, length)) + _selection_bytes(config, length) + 8 * length,
+        # of one layer at a time
+        working=_working_bytes(config, itemsize, length, min(chunk, length)),
     )
 
 
@@ -71,10 +97,11 @@ def check_memory(
 
 def tokens_that_fit(config: MiniCPMSALAConfig, dtype: torch.dtype, chunk: int, parameters: int, available: int) -> int:
     """Return the longest length whose need is at most `available` bytes, 0 when there is none."""
+    return longest_that_fits(lambda length: estimate(config, dtype, length, chunk, parameters).total <= available)
 
-    def fits(length: int) -> bool:
-        return estimate(config, dtype, length, chunk, parameters).total <= available
 
+def longest_that_fits(fits: Callable[[int], bool]) -> int:
+    """Return the largest length of which `fits` says so, which it does of all below; 0 when of none."""
     longest, too_long = 0, 1
     while fits(too_long):
         longest, too_long = too_long, too_long * 2
@@ -107,17 +134,43 @@ def human_bytes(size: float) -> str:
     return f"{size:.1f} GiB"
 
 
-def _working_bytes(config: MiniCPMSALAConfig, itemsize: int, chunk: int) -> int:
-    """Return the largest sum of tensors alive at a time in one layer, for `chunk` tokens."""
+def process_bytes() -> int:
+    """Return what this process holds: before a model is loaded, the interpreter and its libraries."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux: its peak, which is the same before the work
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _working_bytes(config: MiniCPMSALAConfig, itemsize: int, length: int, chunk: int) -> int:
+    """Return what reading a chunk takes on top of weights and cache: the largest layer, logits, and tiles."""
+    mixer = max(_mixer_bytes(config, kind, itemsize, length, chunk) for kind in set(config.mixer_types))
+    mlp = MLP_WIDTHS * config.intermediate_size * itemsize * chunk
+    stream = STREAM_WIDTHS * config.hidden_size * itemsize * chunk
+    logits = config.vocab_size * (4 + itemsize)
+    token_ids = 8 * length
+    return (
+        int(RETAINED * (stream + max(mixer, mlp) + logits)) + _selection_bytes(config, length) + token_ids + FIXED_BYTES
+    )
+
+
+def _mixer_bytes(config: MiniCPMSALAConfig, kind: str, itemsize: int, length: int, chunk: int) -> int:
     assert config.head_dim is not None and config.lightning_head_dim is not None and config.lightning_nh is not None
-    attention = config.num_attention_heads * config.head_dim
-    lightning = config.lightning_nh * config.lightning_head_dim
-    # hidden states, their norm in float32, and the branch's output
-    stream = config.hidden_size * (4 * itemsize + 8)
-    # q, k, v, gate and output in the model's dtype; norms, rotation and the operator's sums in float32
-    mixer = max(attention, lightning) * (6 * itemsize + 24)
-    mlp = config.intermediate_size * 3 * itemsize
-    return chunk * (stream + max(mixer, mlp)) + config.vocab_size * (4 + itemsize) + TILES_BYTES
+    operator = OPERATORS[kind]
+    if operator == "infllm" and length <= config.sparse_geometry.first_sparse_position(length - 1):
+        operator = "dense"
+    backend = explain(operator)[0]
+    if operator == "lightning":
+        width = config.lightning_nh * config.lightning_head_dim
+    else:
+        width = config.num_attention_heads * config.head_dim
+    size = MIXER_WIDTHS[operator][backend] * width * itemsize * chunk
+    if operator == "dense" and backend == "eager" and length > chunk:
+        # the mask of a tile of queries that have keys before them, and a copy inside torch
+        size += 2 * itemsize * min(MASK_ELEMENTS, min(TILE_QUERIES, chunk) * length)
+    return size
 
 
 def _selection_bytes(config: MiniCPMSALAConfig, length: int) -> int:

@@ -1,0 +1,168 @@
+"""What a model will need, told before anything of it is loaded: weights, cache, work, and the length that fits."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from sala.engine.memory import estimate, longest_that_fits
+from sala.errors import CheckpointError, InputError, nearest
+from sala.model import MiniCPMSALAConfig
+from sala.model.checkpoint import BUILTIN
+from sala.model.families import config_from, load_config
+from sala.model.report import network_shapes
+
+INT4_GROUP = 128
+UNITS = {
+    "": 1,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How weights are stored, and the dtype of everything else.
+
+    linear_bytes: of a weight with that many rows and columns in a layer's linear maps, None: as everything else.
+    """
+
+    dtype: torch.dtype
+    note: str
+    linear_bytes: Callable[[int, int], int] | None = None
+
+
+def int4_bytes(rows: int, columns: int) -> int:
+    """Return the bytes of a weight in 4 bits a number, with a scale and a zero point of 16 bits for each 128 of a row."""
+    return rows * (-(-columns // 2) + 4 * -(-columns // INT4_GROUP))
+
+
+PRECISIONS: Mapping[str, Precision] = MappingProxyType(
+    {
+        "bf16": Precision(torch.bfloat16, "all in bfloat16"),
+        "fp32": Precision(torch.float32, "all in float32"),
+        "fp16": Precision(torch.float16, "all in float16"),
+        "int4": Precision(
+            torch.bfloat16,
+            f"the layers' linear weights in 4 bits with a 16-bit scale and zero point for {INT4_GROUP}, the rest in bfloat16",
+            int4_bytes,
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes at the peak of reading `length` tokens in chunks of `chunk`.
+
+    process: the interpreter and its libraries. fits: whether all of it is at most `available`. longest: the most tokens of
+    which that holds, 0 for none.
+    """
+
+    precision: str
+    length: int
+    chunk: int
+    process: int
+    weights: int
+    cache: int
+    working: int
+    available: int
+    longest: int
+
+    @property
+    def total(self) -> int:
+        return self.process + self.weights + self.cache + self.working
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.available
+
+
+def plan_memory(
+    config: MiniCPMSALAConfig, precision: str, length: int, chunk: int, *, process: int, available: int
+) -> MemoryPlan:
+    """Foretell the memory of one sequence.
+
+    Raises:
+        InputError: no such precision, or a length or chunk below one.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(
+            f"dtype {precision!r}; right would be one of {', '.join(PRECISIONS)}{nearest(precision, PRECISIONS)}"
+        )
+    if min(length, chunk) < 1:
+        raise InputError(f"{length} tokens in chunks of {chunk}; right would be at least one of each")
+    row = PRECISIONS[precision]
+    weights = weight_bytes(config, row)
+
+    def total(tokens: int) -> int:
+        return process + weights + estimate(config, row.dtype, tokens, chunk, 0).total
+
+    need = estimate(config, row.dtype, length, chunk, 0)
+    return MemoryPlan(
+        precision=precision,
+        length=length,
+        chunk=chunk,
+        process=process,
+        weights=weights,
+        cache=need.cache,
+        working=need.working,
+        available=available,
+        longest=longest_that_fits(lambda tokens: total(tokens) <= available),
+    )
+
+
+def weight_bytes(config: MiniCPMSALAConfig, precision: Precision) -> int:
+    """Return the bytes of all parameters, tied ones once."""
+    size = 0
+    for name, shape in network_shapes(config).items():
+        if precision.linear_bytes is not None and len(shape) == 2 and ".layers." in name:
+            size += precision.linear_bytes(*shape)
+        else:
+            size += shape.numel() * precision.dtype.itemsize
+    return size
+
+
+def read_config(name: str) -> MiniCPMSALAConfig:
+    """Return the configuration of a folder, a model of the package or a hub name; of the hub, that file alone is read.
+
+    Raises:
+        CheckpointError: nothing usable goes by that name.
+    """
+    if name in BUILTIN or Path(name).expanduser().is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return load_config(name)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return config_from(json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8")))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"model {name!r} is neither a folder nor reachable on the hub ({type(error).__name__})"
+        ) from error
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of `32GiB`, `24 GB`, `512MiB` or a plain number.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    digits = text.strip().upper().rstrip("KMGTIB ")
+    unit = text.strip().upper()[len(digits) :].strip()
+    try:
+        size = float(digits) * UNITS[unit]
+    except (KeyError, ValueError):
+        size = 0.0
+    if not 1 <= size < float("inf"):
+        raise InputError(f"memory {text!r}; right would be a size such as 32GiB, 24GB or 512MiB")
+    return int(size)

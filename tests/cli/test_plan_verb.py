@@ -1,0 +1,43 @@
+"""`sala plan` as a user calls it."""
+
+import json
+
+import pytest
+
+
+def test_a_plan_shows_bf16_and_int4_side_by_side(sala):
+    outcome = sala("plan", "--model", "minicpm-sala-9b", "--memory", "16GiB", "--length", "1M")
+    assert outcome.code == 0
+    for fact in ("bf16", "int4", "process", "weights", "cache", "working", "total", "longest that fits"):
+        assert fact in outcome.out
+    fits = next(line for line in outcome.out.splitlines() if line.strip().startswith("fits"))
+    assert fits.split() == ["fits", "no", "yes"]
+
+
+def test_json_has_the_numbers_of_a_checkpoint(sala, hybrid):
+    outcome = sala("plan", "--model", hybrid, "--memory", "1GiB", "--length", "1K", "--dtype", "fp32", "--json")
+    (row,) = json.loads(outcome.out)["plans"]
+    assert (row["precision"], row["length"], row["available"]) == ("fp32", 1024, 2**30)
+    assert row["total"] == row["process"] + row["weights"] + row["cache"] + row["working"]
+    assert row["fits"] is (row["total"] <= 2**30)
+
+
+def test_a_model_of_the_package_is_planned_on_this_machine_s_memory(sala):
+    outcome = sala("plan", "--model", "embedded-hybrid", "--length", "16K", "--json")
+    assert [row["precision"] for row in json.loads(outcome.out)["plans"]] == ["bf16", "int4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "./nowhere"), "no folder"),
+        (("--model", "sala-10m", "--memory", "32G"), "32GiB, 24GB"),
+        (("--model", "sala-10m", "--length", "long"), "512, 16K or 1M"),
+        (("--model", "sala-10m", "--dtype", "int8"), "right would be one of bf16"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(options, message, sala):
+    outcome = sala("plan", *options)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert len(outcome.err.splitlines()) == 1
