@@ -6,8 +6,6 @@ move more (blocks read twice); a share of the machine's ceiling counts only what
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from sala.bench.shapes import AttentionShape
 from sala.ops.infllm import num_windows
 
@@ -43,20 +41,12 @@ def lightning_step(shape: AttentionShape, S: int, b: int) -> Cost:
 
 def keys_read(shape: AttentionShape, T: int) -> int:
     """Return the sum over positions 0..T-1 of the keys that a query head reads."""
-    geometry = shape.geometry
-    position = np.arange(T, dtype=np.int64)
-    selected = (geometry.num_selected - 1) * geometry.block_size + position % geometry.block_size + 1
-    return int(np.where(position < geometry.first_sparse_position(T - 1), position + 1, selected).sum())
+    return shape.geometry.keys_read(T)
 
 
 def windows_scored(shape: AttentionShape, T: int) -> int:
     """Return the sum over the sparse ones of positions 0..T-1 of the windows that a query head is scored with."""
-    geometry = shape.geometry
-    position = np.arange(min(T, geometry.first_sparse_position(T - 1)), T, dtype=np.int64)
-    tiers = [(geometry.kernel_size, geometry.kernel_stride)]
-    if geometry.normalizer == "coarse":
-        tiers.append((geometry.coarse_size, geometry.coarse_stride))
-    return int(sum(np.maximum(0, (position + 1 - size) // stride + 1).sum() for size, stride in tiers))
+    return shape.geometry.windows_scored(T)
 
 
 def compressed_bytes(shape: AttentionShape, S: int, b: int) -> int:

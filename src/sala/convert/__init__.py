@@ -1,6 +1,15 @@
 """HALO: a pretrained Transformer becomes a hybrid of linear and sparse attention."""
 
-from sala.convert.halo import Report, halo
+from sala.convert.halo import Report, halo, planned_configs
 from sala.convert.select import LayerScores, importance, read_scores, select, select_from_table
 
-__all__ = ["LayerScores", "Report", "halo", "importance", "read_scores", "select", "select_from_table"]
+__all__ = [
+    "LayerScores",
+    "Report",
+    "halo",
+    "importance",
+    "planned_configs",
+    "read_scores",
+    "select",
+    "select_from_table",
+]

@@ -19,6 +19,7 @@ from sala.convert.transfer import (
     require_teacher,
 )
 from sala.errors import RecipeError
+from sala.model import MiniCPMSALAConfig
 from sala.model.mixers import reconfigured, sparse_mixers
 
 LINEAR = "lightning-attn"
@@ -187,10 +188,8 @@ def halo(
     kept = select_layers(settings, num_layers, scores)
     say(f"layers that stay attention: {', '.join(map(str, kept)) or 'none'}")
 
-    kinds = [kind if layer in kept else LINEAR for layer, kind in enumerate(teacher.config.mixer_types)]
-    config = hybrid_config(
-        teacher.config, kinds, rope=settings.attention_rope, gates=True, sparse_config=settings.sparse.model_dump()
-    )
+    config = _config_of_hybrid(teacher.config, settings, kept)
+    kinds = list(config.mixer_types)
     mixers: dict[int, nn.Module] = dict(enumerate(twins.twins))
     for layer in kept:
         attention = teacher.model.layers[layer].self_attn
@@ -218,8 +217,35 @@ def halo(
     )
 
 
+def _config_of_hybrid(teacher: MiniCPMSALAConfig, settings: Settings, kept: Sequence[int]) -> MiniCPMSALAConfig:
+    kinds = [kind if layer in kept else LINEAR for layer, kind in enumerate(teacher.mixer_types)]
+    return hybrid_config(
+        teacher, kinds, rope=settings.attention_rope, gates=True, sparse_config=settings.sparse.model_dump()
+    )
+
+
+def _config_of_twins(teacher: MiniCPMSALAConfig) -> MiniCPMSALAConfig:
+    return hybrid_config(teacher, [LINEAR] * teacher.num_hidden_layers, rope=True, gates=False)
+
+
+def planned_configs(teacher: MiniCPMSALAConfig, settings: Settings) -> tuple[MiniCPMSALAConfig, MiniCPMSALAConfig]:
+    """Return the configurations of the hybrid that `halo` will make, and of a model of the linear twins.
+
+    Which layers stay attention is a guess where it is up to scores: as many, spread evenly.
+
+    Raises:
+        ConfigError, RecipeError: as `halo`.
+    """
+    require_teacher(teacher)
+    layers, keep = teacher.num_hidden_layers, settings.keep
+    kept = select_layers(settings, layers, _blank(layers))
+    if keep.layers is None and keep.method in RANKINGS:
+        kept = select(layers, len(kept), method="uniform", first_last=keep.first_last)
+    return _config_of_hybrid(teacher, settings, kept), _config_of_twins(teacher)
+
+
 def _make_twins(teacher: Any, settings: Settings, generator: torch.Generator) -> Twins:
-    config = hybrid_config(teacher.config, [LINEAR] * teacher.config.num_hidden_layers, rope=True, gates=False)
+    config = _config_of_twins(teacher.config)
     return Twins(
         teacher,
         [linear_twin(layer.self_attn, config, settings.gate_init, generator) for layer in teacher.model.layers],

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sala.errors import SalaError
 from sala.train import losses
@@ -183,6 +184,13 @@ def _require_finite(what: str, value: float, stage: Stage, step: int, batch: Bat
         )
 
 
+def _checkpoint_layers(model: Any, on: bool) -> None:
+    # the model's own switch also asks for a gradient at the embeddings, which frozen layers below would have to carry
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = on
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
 @contextmanager
 def _training_only(model: Any, named: dict[str, nn.Parameter], activation_checkpointing: bool) -> Iterator[None]:
     """Gradients for `named` alone inside `with`; as before, and none left over, after it."""
@@ -191,13 +199,12 @@ def _training_only(model: Any, named: dict[str, nn.Parameter], activation_checkp
         parameter.requires_grad_(name in named)
     model.train()
     if activation_checkpointing:
-        # the reentrant kind needs a gradient at its input, which layers above frozen embeddings do not have
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_layers(model, True)
     try:
         yield
     finally:
         if activation_checkpointing:
-            model.gradient_checkpointing_disable()
+            _checkpoint_layers(model, False)
         model.eval()
         model.zero_grad(set_to_none=True)
         for name, parameter in model.named_parameters():

@@ -1,6 +1,6 @@
 """Optimizers by name: AdamW, and Muon for the layers' matrices with AdamW for the rest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -44,16 +44,26 @@ def _muon(parameters: Parameters, settings: Optimizer) -> Muon:
 MATRICES: dict[str, Callable[[Parameters, Optimizer], torch.optim.Optimizer]] = {"adamw": _adamw, "muon": _muon}
 
 
-def make_optimizers(named: dict[str, nn.Parameter], settings: Optimizer) -> Optimizers:
-    """Return the optimizers of a recipe's settings for parameters by name."""
-    groups: dict[str, Parameters] = {"matrices": [], "biases": [], "rest": []}
+# numbers that an optimizer keeps of each that it moves: both moments, or one momentum
+STATE_NUMBERS = {"adamw": 2, "muon": 1}
+
+
+def grouped(named: Mapping[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
+    """Return parameters by name as the layers' matrices, the biases of queries and keys, and the rest."""
+    groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "biases": {}, "rest": {}}
     for name, parameter in named.items():
         if name.endswith(("q_proj.bias", "k_proj.bias")):
-            groups["biases"].append(parameter)
+            groups["biases"][name] = parameter
         elif parameter.ndim == 2 and not any(part in NOT_HIDDEN for part in name.split(".")):
-            groups["matrices"].append(parameter)
+            groups["matrices"][name] = parameter
         else:
-            groups["rest"].append(parameter)
+            groups["rest"][name] = parameter
+    return groups
+
+
+def make_optimizers(named: Mapping[str, nn.Parameter], settings: Optimizer) -> Optimizers:
+    """Return the optimizers of a recipe's settings for parameters by name."""
+    groups = {group: list(members.values()) for group, members in grouped(named).items()}
     bias_ratio = settings.adamw_ratio if settings.bias_ratio is None else settings.bias_ratio
     rows = (
         (groups["matrices"], MATRICES[settings.kind], 1.0),

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import numpy as np
+
 from sala.errors import ConfigError
 
 # windows and steps of the coarse tier, in units of the fine one (MiniCPM-SALA, InfLLM-V2 stage 1)
@@ -113,6 +115,22 @@ class SparseGeometry:
         if self.dense_rule == "position":
             return max(self.dense_len - 1, all_fit)
         return all_fit if last_position + 1 >= self.dense_len else max(all_fit, last_position + 1)
+
+    def keys_read(self, num_tokens: int) -> int:
+        """Return the sum over the positions of a row of `num_tokens` of the keys that a query head reads."""
+        position = np.arange(num_tokens, dtype=np.int64)
+        selected = (self.num_selected - 1) * self.block_size + position % self.block_size + 1
+        dense = position < self.first_sparse_position(num_tokens - 1)
+        return int(np.where(dense, position + 1, selected).sum())
+
+    def windows_scored(self, num_tokens: int) -> int:
+        """Return the sum over the sparse positions of a row of the windows, of both tiers, that a query head scores."""
+        first = min(num_tokens, self.first_sparse_position(num_tokens - 1))
+        position = np.arange(first, num_tokens, dtype=np.int64)
+        tiers = [(self.kernel_size, self.kernel_stride)]
+        if self.normalizer == "coarse":
+            tiers.append((self.coarse_size, self.coarse_stride))
+        return int(sum(np.maximum(0, (position + 1 - size) // stride + 1).sum() for size, stride in tiers))
 
 
 def num_windows(num_tokens: int, size: int, stride: int) -> int:

@@ -1,0 +1,65 @@
+"""`sala train --dry-run`: every recipe of the package can be planned, as a table and as JSON."""
+
+import json
+
+import pytest
+
+from sala.train import recipe_names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_of_the_package_can_be_planned(sala, name) -> None:
+    outcome = sala("train", name, "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "GPU-hours" in outcome.out and "In all" in outcome.out
+
+
+def test_json_has_what_the_table_shows(sala) -> None:
+    plan = json.loads(sala("train", "halo-qwen3-1.7b", "--dry-run", "--json", "--gpu", "a800").out)
+    assert [stage["steps"] for stage in plan["stages"]] == [20_000, 20_000, 500]
+    assert plan["total"]["tokens"] == sum(stage["tokens"] for stage in plan["stages"]) == 2_359_296_000
+    for stage in plan["stages"]:
+        flops, memory = stage["flops"], stage["memory_bytes"]
+        assert flops.pop("total") == sum(flops.values()) and memory.pop("total") == sum(memory.values())
+        assert stage["gpu_hours"] == pytest.approx(sum(flops.values()) / (312e12 * 0.4 * 3600))
+        assert stage["gpus"] == 8 and stage["fits"]
+
+
+def test_a_cluster_of_ones_own(sala) -> None:
+    options = ("--gpu", "200", "--memory", "2", "--gpus", "2", "--mfu", "0.25", "--json")
+    plan = json.loads(sala("train", "teacher", "--dry-run", *options).out)
+    assert plan["cluster"] == {
+        "gpu": "200",
+        "peak_flops_s": 200e12,
+        "memory_bytes": 2 * 2**30,
+        "mfu": 0.25,
+        "gpus": 2,
+    }
+    assert {stage["gpus"] for stage in plan["stages"]} == {2}
+
+
+def test_a_recipe_for_any_teacher_is_planned_with_the_one_given(sala, teacher) -> None:
+    mine, embedded = (
+        json.loads(sala("train", "smoke", "--dry-run", "--json", *options).out)
+        for options in (("--teacher", teacher), ())
+    )
+    assert mine["parameters"] < embedded["parameters"]
+    assert embedded["shape"] == "teacher embedded-teacher"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("demo", "--dry-run", "--gpu", "h1000"), "'h1000' is not known"),
+        (("demo", "--dry-run", "--gpus", "3"), "8 windows a batch do not divide over 3 data-parallel ranks"),
+        (("demo", "--dry-run", "--out", "x"), "--out has no effect with --dry-run"),
+        (("teacher", "--dry-run", "--teacher", "embedded-teacher"), "trains a model from scratch"),
+        (("halo-llama", "--dry-run", "--teacher", "embedded-teacher"), "for a teacher with hidden_size = 2048"),
+        (("teacher", "--out", "x", "--gpus", "2"), "--gpus is for --dry-run"),
+        (("teacher",), "--out is missing"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(sala, arguments, message) -> None:
+    outcome = sala("train", *arguments)
+    assert outcome.code == 2
+    assert message in outcome.err and outcome.err.count("\n") == 1
