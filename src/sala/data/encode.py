@@ -1,0 +1,226 @@
+"""From records to shards: a document at a time through the tokenizer, what could not be used counted by reason."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from sala.data.chat import ASSISTANT, ChatTemplate, RenderedChat, TemplateRefusal, is_conversation, overlaps
+from sala.data.files import NOT_UTF8, Record
+from sala.data.shards import SHARD_TOKENS, shard_writer, tokenizer_hash
+from sala.errors import InputError
+
+EMPTY = "empty"
+REFUSED = "refused by the chat template"
+NO_ANSWER = "without an answer of the assistant"
+
+# documents are encoded together until they have so many characters; larger batches were not faster
+BATCH_CHARACTERS = 2**20
+# of each reason, for a person to look at
+NUM_EXAMPLES = 3
+
+
+@dataclass
+class Summary:
+    """What tokenising read and wrote; `str()` is for a person."""
+
+    documents: int = 0
+    tokens: int = 0
+    targets: int = 0  # tokens with loss
+    longest: int = 0  # tokens of the longest document
+    skipped: dict[str, int] = field(default_factory=dict)  # records by reason
+    examples: dict[str, list[str]] = field(default_factory=dict)  # the first few of each reason
+    lengths: dict[int, int] = field(default_factory=dict)  # documents with fewer tokens than this power of two
+
+    def skip(self, reason: str, example: str) -> None:
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < NUM_EXAMPLES:
+            examples.append(example)
+
+    def count(self, tokens: int, targets: int) -> None:
+        self.documents += 1
+        self.tokens += tokens
+        self.targets += targets
+        self.longest = max(self.longest, tokens)
+        size = 1 << tokens.bit_length()
+        self.lengths[size] = self.lengths.get(size, 0) + 1
+
+    def __str__(self) -> str:
+        lines = [f"{self.documents:,} documents, {self.tokens:,} tokens, the longest {self.longest:,}"]
+        if self.targets < self.tokens:
+            lines.append(f"{self.targets:,} tokens with loss ({self.targets / self.tokens:.1%})")
+        lines += [
+            f"skipped {count:,} {reason}: {', '.join(self.examples[reason])}{', ...' if count > NUM_EXAMPLES else ''}"
+            for reason, count in sorted(self.skipped.items())
+        ]
+        lines += [f"{self.lengths[size]:,} of fewer than {size:,} tokens" for size in sorted(self.lengths)]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """What a record holds, ready for the tokenizer; a text has no `answers`, all of it is learnt."""
+
+    origin: str
+    text: str
+    answers: tuple[tuple[int, int], ...] | None = None
+
+
+def write_shards(
+    records: Iterable[Record],
+    tokenizer: PreTrainedTokenizerFast,
+    out: str | Path,
+    *,
+    column: str = "text",
+    chat: bool = False,
+    source: Sequence[str] = (),
+    shard_tokens: int = SHARD_TOKENS,
+) -> Summary:
+    """Tokenise `records` into the new folder `out`, which appears when everything is done; see `sala.data.shards`.
+
+    A text gets the tokens that the tokenizer puts around one (`<|begin|>`) and always its end token. A conversation is
+    the chat template's text and nothing else. Records that hold no document are skipped and counted. Memory: about a
+    million characters, or one document.
+
+    Args:
+        column: the key of a record's text, or with `chat` of its messages, a list of `{"role", "content"}`.
+        chat: write conversations through the chat template, with loss on the assistant's tokens alone.
+        source: where the records come from, for the header.
+
+    Raises:
+        InputError: `out` exists already, no record holds a document, or the chat template is not fit (`ChatTemplate`).
+    """
+    summary = Summary()
+    template = ChatTemplate(tokenizer) if chat else None
+    backend = _plain_backend(tokenizer)
+    begin, end = ([], []) if chat else surroundings(tokenizer)
+    with shard_writer(out, with_loss=chat, shard_tokens=shard_tokens) as writer:
+        for batch in _batches(_texts(records, column, template, summary)):
+            encoded = (backend.encode_batch if chat else backend.encode_batch_fast)(
+                [document.text for document in batch], add_special_tokens=False
+            )
+            for document, encoding in zip(batch, encoded, strict=True):
+                ids = np.array([*begin, *encoding.ids, *end], np.int64)
+                loss = None if document.answers is None else np.array(overlaps(encoding.offsets, document.answers))
+                if not encoding.ids:
+                    summary.skip(EMPTY, document.origin)
+                    continue
+                writer.add(ids, loss)
+                summary.count(len(ids), len(ids) if loss is None else int(loss.sum()))
+        if not summary.documents:
+            reasons = str(summary).splitlines()[1:]
+            raise InputError(
+                f"no document with {column!r} in {', '.join(source) or 'the records'}; {'; '.join(reasons)}"
+            )
+        writer.finish(
+            {
+                "tokenizer": {"sha256": tokenizer_hash(tokenizer), "size": len(tokenizer)},
+                "begin": begin,
+                "end": end,
+                "pad": next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
+                "chat": chat,
+                "source": list(source),
+                "summary": dataclasses.asdict(summary),
+            }
+        )
+    return summary
+
+
+def surroundings(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Return the ids that stand before and after the text of every document.
+
+    Before: what the tokenizer is configured to put first, as in front of a prompt. After: what it puts last, and the
+    end token in any case, because a model has to learn where texts end.
+    """
+    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+    outer = tokenizer("a")["input_ids"]
+    at = next((i for i in range(len(outer)) if outer[i : i + len(inner)] == inner), None)
+    assert at is not None, f"special tokens changed the text: {inner} became {outer}"
+    begin, end = outer[:at], outer[at + len(inner) :]
+    if getattr(tokenizer, "add_bos_token", False) and tokenizer.bos_token_id not in begin:
+        # asked for in tokenizer_config.json but left out by tokenizer.json; prompts get it as well
+        begin = [tokenizer.bos_token_id, *begin]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in end:
+        end = [*end, tokenizer.eos_token_id]
+    return begin, end
+
+
+def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Return a copy that neither pads nor truncates, and whose offsets take in the spaces of a token."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    # it trims offsets, so that a token of spaces alone would belong to nobody; special tokens are put on by hand
+    backend.post_processor = None
+    return backend
+
+
+def _texts(
+    records: Iterable[Record],
+    column: str,
+    template: ChatTemplate | None,
+    summary: Summary,
+) -> Iterator[_Text]:
+    for record in records:
+        if record.row is None:
+            summary.skip(str(record.problem), record.origin)
+            continue
+        value: Any = record.row.get(column)
+        if template is None:
+            document, problem = _text(record.origin, value, column)
+        else:
+            document, problem = _conversation(record.origin, value, record.row.get("tools"), column, template)
+        if document is None:
+            summary.skip(problem, record.origin)
+        else:
+            yield document
+
+
+def _text(origin: str, value: Any, column: str) -> tuple[_Text | None, str]:
+    if not isinstance(value, str):
+        return None, f"without text in {column!r}"
+    if not value.strip():
+        return None, EMPTY
+    return (_Text(origin, value), "") if _is_unicode(value) else (None, NOT_UTF8)
+
+
+def _conversation(origin: str, value: Any, tools: Any, column: str, template: ChatTemplate) -> tuple[_Text | None, str]:
+    if not is_conversation(value):
+        return None, f"without messages in {column!r}"
+    if not any(message["role"] == ASSISTANT for message in value):
+        return None, NO_ANSWER
+    try:
+        chat: RenderedChat = template.render(value, tools, origin)
+    except TemplateRefusal:
+        return None, REFUSED
+    if not any(end > start for start, end in chat.answers):
+        return None, NO_ANSWER
+    return (_Text(origin, chat.text, chat.answers), "") if _is_unicode(chat.text) else (None, NOT_UTF8)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether `text` is whole characters: JSON can write half of one, `"\\ud83d"`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _batches(texts: Iterable[_Text]) -> Iterator[list[_Text]]:
+    batch: list[_Text] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

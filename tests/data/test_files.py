@@ -1,0 +1,154 @@
+"""Laws of reading records: every format gives the same rows, and what is broken is counted or named."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sala.data import Record, find_files, open_dataset, read_dataset, read_files
+from sala.errors import InputError
+
+ROWS = [{"text": f"document {i} – é😀", "tools": None} for i in range(150)]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=70)
+    return path
+
+
+WRITERS = {"a.jsonl": write_lines, "a.ndjson": write_lines, "a.jsonl.gz": write_lines, "a.parquet": write_parquet}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_rows_and_counts_its_bytes(tmp_path: Path, name: str) -> None:
+    path = WRITERS[name](tmp_path / name)
+    sizes: list[int] = []
+    records = list(read_files([path], on_bytes=sizes.append))
+    assert [record.row for record in records] == ROWS
+    assert len({record.origin for record in records}) == len(ROWS)
+    assert sum(sizes) == path.stat().st_size
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.py", "noname", "a.txt.gz"])
+def test_any_other_file_is_one_document(tmp_path: Path, name: str) -> None:
+    content = "first\n\n{second}\n".encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    records = list(read_files([tmp_path / name], field="body"))
+    assert records == [Record(str(tmp_path / name), {"body": "first\n\n{second}\n"})]
+
+
+def test_broken_lines_are_told_with_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "a"}\n\n{"text": \n\xff\xfe\n[1]\n"a"\n' + b"[" * 100_000 + b'\n{"text": "b"}'
+    )
+    records = list(read_files([path]))
+    problems = {int(record.origin.rpartition(":")[2]): record.problem for record in records}
+    wrong = "not a JSON object"
+    assert problems == {1: None, 3: wrong, 4: "not UTF-8", 5: wrong, 6: wrong, 7: wrong, 8: None}
+
+
+def test_a_file_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
+    assert [record.problem for record in read_files([tmp_path / "a.txt"])] == ["not UTF-8"]
+
+
+def test_files_of_a_folder_are_sorted_and_hidden_ones_left_out(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/c.json", ".hidden", "a/.git/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert find_files([tmp_path]) == [tmp_path / "a/c.json", tmp_path / "b.txt"]
+
+
+def test_a_source_that_is_missing_empty_or_ambiguous_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no file or folder .*nowhere"):
+        find_files([tmp_path / "nowhere"])
+    with pytest.raises(InputError, match="holds no files"):
+        find_files([tmp_path])
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(InputError, match=r"may be one document or many records"):
+        find_files([tmp_path / "a.json"])
+
+
+def test_a_truncated_gzip_file_is_named(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl.gz")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz is not a whole gzip file"):
+        list(read_files([path]))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gone\.txt cannot be read: No such file"):
+        list(read_files([tmp_path / "gone.txt"]))
+
+
+def test_parquet_without_its_column_names_the_nearest(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"has no column 'texts', only text, tools; did you mean 'text'"):
+        list(read_files([path], field="texts"))
+
+
+def test_a_truncated_parquet_file_is_named(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"a\.parquet is not a whole Parquet file"):
+        list(read_files([path]))
+
+
+def test_parquet_strings_that_are_not_utf8_are_told(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    column = pyarrow.array([b"ab", b"\xff\xfe"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert [record.problem for record in read_files([tmp_path / "a.parquet"])] == [None, "not UTF-8"]
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "datasets"])
+def test_an_optional_package_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    extra = {"pyarrow": "parquet", "datasets": "datasets"}[package]
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=rf"pip install 'sala\[{extra}\]'"):
+        list(read_files([tmp_path / "a.parquet"])) if package == "pyarrow" else open_dataset("somewhere")
+
+
+def test_a_data_set_in_memory_and_its_stream_give_their_rows() -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(ROWS)
+    for rows in (data, data.to_iterable_dataset()):
+        records = list(read_dataset(rows, "mine"))
+        assert [record.row for record in records] == ROWS
+        assert records[3].origin == "mine:3"
+
+
+def test_a_data_set_of_a_folder_is_streamed(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    write_lines(tmp_path / "set" / "train.jsonl")
+    rows = open_dataset(str(tmp_path / "set"))
+    assert isinstance(rows, datasets.IterableDataset)
+    assert [row["text"] for row in rows] == [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize("split", ["train", "tarin"])
+def test_a_data_set_that_cannot_be_had_is_refused(tmp_path: Path, split: str) -> None:
+    pytest.importorskip("datasets")
+    if split != "train":
+        write_lines(tmp_path / "train.jsonl")
+    with pytest.raises(InputError, match=f"split '{split}' cannot be opened"):
+        open_dataset(str(tmp_path), split=split)
