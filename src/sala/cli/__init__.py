@@ -7,6 +7,7 @@ import typer
 
 from sala.cli.bench import bench
 from sala.cli.convert import convert
+from sala.cli.data import data
 from sala.cli.demo import demo
 from sala.cli.generate import generate
 from sala.cli.inspect import inspect
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (generate, inspect, plan, convert, train, select, demo):
+for verb in (generate, inspect, plan, convert, data, train, select, demo):
     app.command()(verb)
 app.add_typer(bench)
 

@@ -1,0 +1,57 @@
+"""`sala data` as a person runs it."""
+
+import json
+from pathlib import Path
+
+from sala.data import Shards
+
+
+def write(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_files_become_shards_and_a_summary(sala, tmp_path):
+    lines = write(tmp_path / "a.jsonl", [{"body": "one"}, {"text": "two"}, {"body": ""}])
+    (tmp_path / "b.txt").write_text("a whole file")
+    outcome = sala(
+        "data",
+        lines,
+        tmp_path / "b.txt",
+        "--tokenizer",
+        "embedded-teacher",
+        "--out",
+        tmp_path / "out",
+        "--text-field",
+        "body",
+    )
+    assert outcome.code == 0
+    summary, out = outcome.out.splitlines()[0], outcome.out.splitlines()[-1]
+    assert summary.startswith("2 documents, ")
+    assert f"skipped 1 empty: {lines}:3" in outcome.out
+    assert f"skipped 1 without text in 'body': {lines}:2" in outcome.out
+    assert Path(out) == tmp_path / "out"
+    assert Shards(out).num_documents == 2
+
+
+def test_conversations_need_a_chat_template(sala, tmp_path):
+    lines = write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "Hi"}]}])
+    outcome = sala("data", lines, "--tokenizer", "embedded-teacher", "--out", tmp_path / "out", "--chat")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "has no chat template" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_is_missing_or_given_twice_is_refused(sala, tmp_path):
+    options = ("--tokenizer", "embedded-teacher", "--out", tmp_path / "out")
+    assert "give either files or --dataset" in sala("data", *options).err
+    assert "give either files or --dataset" in sala("data", "a.txt", "--dataset", "b", *options).err
+    assert "belong to --dataset" in sala("data", "a.txt", "--split", "test", *options).err
+    assert "no file or folder 'a.txt'" in sala("data", "a.txt", *options).err
+
+
+def test_an_output_that_exists_is_refused(sala, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    outcome = sala("data", tmp_path / "a.txt", "--tokenizer", "embedded-teacher", "--out", tmp_path)
+    assert outcome.code == 2
+    assert "exists already" in outcome.err
