@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from sala.data import Shards
 
 
@@ -32,6 +34,17 @@ def test_files_become_shards_and_a_summary(sala, tmp_path):
     assert f"skipped 1 without text in 'body': {lines}:2" in outcome.out
     assert Path(out) == tmp_path / "out"
     assert Shards(out).num_documents == 2
+
+
+def test_a_local_data_set_is_streamed(sala, tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "test.jsonl", [{"text": "one"}, {"text": "two"}])
+    options = ("--tokenizer", "embedded-teacher", "--out", tmp_path / "out")
+    outcome = sala("data", "--dataset", tmp_path / "set", "--split", "test", *options)
+    assert outcome.code == 0
+    assert Shards(tmp_path / "out").header["source"] == [str(tmp_path / "set"), "test"]
+    assert Shards(tmp_path / "out").num_documents == 2
 
 
 def test_conversations_need_a_chat_template(sala, tmp_path):

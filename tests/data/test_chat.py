@@ -67,6 +67,12 @@ def test_a_template_that_rewrites_earlier_answers_is_refused(with_template: With
     assert answers(template.render(TALK[:3])) == ["<think></think>Hello\n"]
 
 
+def test_a_template_that_asks_otherwise_than_it_answers_is_refused(with_template: With) -> None:
+    template = with_template(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"))
+    with pytest.raises(InputError, match="writes message 2 of a conversation in another way when it is asked for"):
+        template.render(TALK[1:3])
+
+
 def test_a_conversation_that_the_template_refuses_is_told(with_template: With) -> None:
     with pytest.raises(TemplateRefusal, match="begin with the user"):
         with_template(STRICT).render(TALK)

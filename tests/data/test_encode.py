@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tokenizers.processors import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from data.test_chat import CHATML, MARKED, STRICT, TALK
@@ -161,6 +162,19 @@ def test_only_what_the_assistant_wrote_has_loss(
     assert [tokenizer.decode(ids[start:end].tolist()) for start, end in runs] == [f"Hello{stop}", f"  So long \n{stop}"]
     assert summary.targets == loss.sum() < summary.tokens
     assert "tokens with loss" in str(summary)
+
+
+def test_spaces_of_an_answer_have_loss_where_a_tokenizer_trims_offsets(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    # GPT-2's and Llama's: a token of spaces alone is at no characters
+    backend.post_processor = ByteLevel(trim_offsets=True)
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHATML)
+    rows = [{"messages": [*TALK[1:2], {"role": "assistant", "content": "a\n\n    b"}]}]
+    write_shards(records(*rows), other, tmp_path / "out", column="messages", chat=True)
+    ids, loss = Shards(tmp_path / "out").read(0)
+    assert other.decode(ids[loss].tolist()) == "a\n\n    b<|im_end|>\n"
 
 
 def test_labels_of_chat_windows_are_the_answers(

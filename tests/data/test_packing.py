@@ -2,10 +2,13 @@
 
 from collections import Counter
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sala.data.packing import Piece, cut, pack
+from sala.data.stream import BLOCK_PIECES, BLOCK_WINDOWS
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 
@@ -44,3 +47,18 @@ def test_no_two_windows_would_fit_into_one(lengths: list[int], window: int) -> N
 
 def test_small_documents_fill_what_large_ones_leave() -> None:
     assert len(pack(pieces_of([7, 1, 6, 2, 5, 3], 8), 8)) == 3
+
+
+@pytest.mark.parametrize("window", [512, 4096, 32_768, 131_072, 524_288])
+def test_blocks_of_documents_with_the_lengths_of_text_leave_little_room(window: int) -> None:
+    rng = np.random.default_rng(0)
+    # log-normal, about 1,000 tokens on average, a few of a hundred times as many
+    lengths = [int(n) + 1 for n in np.exp(rng.normal(6.3, 1.1, 2 * BLOCK_WINDOWS * window // 1000 + BLOCK_PIECES))]
+    pieces: list[Piece] = []
+    used = 0
+    for document, length in enumerate(lengths):
+        if len(pieces) >= BLOCK_PIECES and used >= BLOCK_WINDOWS * window:
+            break
+        pieces += cut(document, length, window)
+        used += length
+    assert used >= 0.98 * len(pack(pieces, window)) * window

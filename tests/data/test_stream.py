@@ -138,9 +138,9 @@ def test_a_document_that_fits_is_never_cut_and_a_longer_one_into_full_windows(ma
             assert piece.end == min(piece.start + WINDOW, length)
 
 
-def test_little_is_padding(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_is_padding(make: Make, code: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_module, "BLOCK_PIECES", 400)
-    stream = make(weights={"code": 1}, steps=100)
+    stream = make(sources={"code": Source(code)}, weights={"code": 1}, steps=100)
     tokens = sum(batch.num_tokens for batch in stream)
     assert tokens == stream.tokens
     assert stream.padding == pytest.approx(1 - tokens / (stream.num_windows * WINDOW))
@@ -153,7 +153,7 @@ def test_a_stage_ends_after_its_steps(make: Make) -> None:
 
 def test_seeds_epochs_and_sources_have_different_orders(make: Make) -> None:
     assert windows_of([make(seed=0)], 5) != windows_of([make(seed=1)], 5)
-    first = [pieces for _, pieces in windows_of([make(weights={"web": 1})], 20)]
+    first = [pieces for _, pieces in windows_of([make(weights={"code": 0, "web": 1})], 20)]
     again = first.index(first[0], 1) if first[0] in first[1:] else len(first)
     assert first[:again] != first[again : 2 * again]
 
@@ -168,7 +168,7 @@ def test_seeds_epochs_and_sources_have_different_orders(make: Make) -> None:
 def test_resuming_on_other_ranks_skips_and_repeats_nothing(
     make: Make, steps: list[int], ranks: list[int], seed: int, changing: bool
 ) -> None:
-    weights = [(0.0, {"code": 1, "web": 1}), (0.3, {"web": 1})] if changing else {"code": 2, "web": 1}
+    weights = {"code": [1, 0, 3], "web": 1 if changing else [2, 0.5, 1]}
     whole = windows_of([make(seed=seed, weights=weights)], sum(steps))
     state, resumed = None, []
     for count, num_ranks in zip(steps, ranks, strict=False):
@@ -214,7 +214,7 @@ def test_a_resumed_stage_may_take_larger_batches(make: Make) -> None:
         ({"seed": 1}, "seed was 0 and is 1 now"),
         ({"length": 17}, "length was 16 and is 17 now"),
         ({"steps": 21}, "windows was 240 and is 252 now"),
-        ({"weights": {"code": 1}}, "weights was"),
+        ({"weights": {"code": 1, "web": 1}}, "weights was"),
     ],
 )
 def test_a_position_in_other_data_is_refused(make: Make, changes: dict[str, Any], message: str) -> None:
@@ -236,9 +236,11 @@ def test_windows_come_by_weight(make: Make) -> None:
 
 
 def test_weights_change_within_a_stage(make: Make) -> None:
-    stream = make(weights=[(0, {"code": 1}), (0.25, {"web": 1}), (0.75, {"code": 1})])
-    sources = [name for batch in stream for name in batch.sources]
-    assert sources == ["code"] * 60 + ["web"] * 120 + ["code"] * 60
+    stream = make(weights={"code": [1, 0, 0], "web": [0, 1, 1]}, steps=400)
+    is_web = np.array([name == "web" for batch in stream for name in batch.sources])
+    assert is_web[2400:].all()
+    shares = is_web[:2400].reshape(4, -1).mean(axis=1)
+    assert shares == pytest.approx([1 / 8, 3 / 8, 5 / 8, 7 / 8], abs=0.06)
 
 
 def documents_of_an_epoch(source: Source, epochs: int) -> Counter[int]:
@@ -297,12 +299,11 @@ def test_a_shuffle_spreads_numbers_evenly() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": {"cod": 1}}, "'cod' is unknown; known: code, web; did you mean 'code'"),
-        ({"weights": {"code": -1}}, "code=-1 must be 0 or more"),
-        ({"weights": {"code": 0}}, "add up to zero"),
-        ({"weights": []}, "rising fractions from 0"),
-        ({"weights": [(0.5, {"code": 1})]}, "rising fractions from 0"),
-        ({"weights": [(0, {"code": 1}), (1, {"web": 1})]}, "rising fractions from 0"),
+        ({"weights": {"cod": 1, "web": 1}}, "'cod' is unknown; known: code, web; did you mean 'code'"),
+        ({"weights": {"code": -1, "web": 1}}, "code=-1 must be 0 or more"),
+        ({"weights": {"code": [], "web": 1}}, "must be 0 or more, or a list"),
+        ({"weights": {"code": 1}}, "data source web has no weight"),
+        ({"weights": {"code": 0, "web": [1, 1, 0]}}, "all 0 at 100% of the stage"),
         ({"length": 1}, "length 1 must be at least 2"),
         ({"batch": 10, "ranks": 4}, "batch 10 does not divide among 4 ranks; right would be 8 or 12"),
         ({"batch": 3, "ranks": 4}, "right would be 4"),

@@ -1,7 +1,6 @@
 """The stream of a stage: packed windows of weighted sources, the same for any number of ranks, resumed exactly."""
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +23,7 @@ NO_LABEL = -100
 # windows stay half empty) and cost more to plan again on resuming. Drawn in steps of BLOCK_STEP documents.
 BLOCK_PIECES, BLOCK_WINDOWS, BLOCK_STEP = 2048, 64, 64
 
-Weights = Mapping[str, float]
+Weights = Mapping[str, float | Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -164,20 +163,20 @@ class Stream(Iterator[PackedBatch]):
     cut into full windows and a rest, each of which is a sequence of its own.
 
     Args:
-        weights: each source's part of the windows, or pairs (fraction of the stage from which on, weights), the first
-            from 0; a source that a part leaves out has weight 0 there.
+        weights: each source's share of the windows: a number, or those at equally spaced moments of the stage, straight
+            in between, as in a recipe.
         length: tokens of a window.
         batch: windows of a step over all ranks.
 
     Raises:
-        RecipeError: a weight for an unknown source, fractions that do not rise from 0 to 1, or sizes that do not fit.
+        RecipeError: a source without weight or a weight without source, no weight at some time, or sizes that do not fit.
         InputError: sources made with different tokenizers.
     """
 
     def __init__(
         self,
         sources: Mapping[str, Source],
-        weights: Weights | Sequence[tuple[float, Weights]],
+        weights: Weights,
         *,
         length: int,
         batch: int,
@@ -209,10 +208,11 @@ class Stream(Iterator[PackedBatch]):
         self.length, self.batch, self.steps, self.seed = length, batch, steps, seed
         self.rank, self.ranks = rank, ranks
         self._sources = dict(sources)
-        self._weights = _schedule(weights, self._sources)
+        self._weights = _points(weights, self._sources)
         self._window = self._tokens = 0
         self._cursors = {
-            name: _Cursor(source, length, (seed, number)) for number, (name, source) in enumerate(self._sources.items())
+            name: _Cursor(source, length, (seed, number))
+            for number, (name, source) in enumerate(self._sources.items(), start=1)
         }
 
     @property
@@ -239,8 +239,8 @@ class Stream(Iterator[PackedBatch]):
         if self._window + self.batch > self.num_windows:
             raise StopIteration
         chosen = []
-        for number in range(self._window, self._window + self.batch):
-            name = self._source_of(number)
+        numbers = np.arange(self._window, self._window + self.batch)
+        for number, name in enumerate(self._sources_of(numbers), start=self._window):
             pieces = next(self._cursors[name])
             self._tokens += sum(piece.length for piece in pieces)
             if number % self.ranks == self.rank:
@@ -278,25 +278,26 @@ class Stream(Iterator[PackedBatch]):
 
     def describe(self) -> str:
         """Say what the stage reads: its sources, how long documents fare, and how often each source is read."""
-        total = self.num_windows
-        edges = [math.ceil(fraction * total) for fraction, _ in self._weights] + [total]
+        weights = self._weights_at(np.linspace(0, self.num_windows - 1, 1001))
+        shares = (weights / weights.sum(axis=1, keepdims=True)).mean(axis=0)
         lines = []
-        for name, source in self._sources.items():
-            windows = sum(
-                (edges[i + 1] - edges[i]) * weights[name] / sum(weights.values())
-                for i, (_, weights) in enumerate(self._weights)
-            )
-            epochs = windows * self.length / source.tokens_per_epoch
-            lines.append(f"{name}: {windows / total:.1%} of the windows, {epochs:.2f} epochs of")
+        for (name, source), share in zip(self._sources.items(), shares.tolist(), strict=True):
+            epochs = share * self.num_windows * self.length / source.tokens_per_epoch
+            lines.append(f"{name}: {share:.1%} of the windows, {epochs:.2f} epochs of")
             lines.append(f"  {source.describe(self.length)}")
         return "\n".join(lines)
 
-    def _source_of(self, window: int) -> str:
-        part = bisect_right([fraction for fraction, _ in self._weights], window / self.num_windows) - 1
-        weights = self._weights[part][1]
-        edges = list(accumulate(weights.values()))
-        drawn = np.random.default_rng((self.seed, window)).random() * edges[-1]
-        return list(weights)[bisect_right(edges, drawn)]
+    def _weights_at(self, windows: NDArray) -> NDArray[np.float64]:
+        """Return the weights (N, sources) at windows (N,) of the stage."""
+        progress = windows / max(1, self.num_windows - 1)
+        points = self._weights.values()
+        return np.stack([np.interp(progress, np.linspace(0, 1, len(at)), at) for at in points], axis=1)
+
+    def _sources_of(self, windows: Ints) -> list[str]:
+        edges = self._weights_at(windows).cumsum(axis=1)
+        drawn = _uniform(windows, (self.seed, 0)) * edges[:, -1]
+        names = list(self._weights)
+        return [names[i] for i in (drawn[:, None] >= edges).sum(axis=1)]
 
     def _read(self, windows: Sequence[tuple[str, tuple[Piece, ...]]]) -> PackedBatch:
         pad = next(iter(self._sources.values())).shards.pad
@@ -320,7 +321,7 @@ class Stream(Iterator[PackedBatch]):
             "seed": self.seed,
             "length": self.length,
             "windows": self.num_windows,
-            "weights": [[fraction, dict(weights)] for fraction, weights in self._weights],
+            "weights": self._weights,
             "sources": {
                 name: [
                     source.shards.sha256,
@@ -331,26 +332,24 @@ class Stream(Iterator[PackedBatch]):
         }
 
 
-def _schedule(
-    weights: Weights | Sequence[tuple[float, Weights]], sources: Mapping[str, Source]
-) -> list[tuple[float, dict[str, float]]]:
-    parts = [(0.0, weights)] if isinstance(weights, Mapping) else [(float(at), part) for at, part in weights]
-    fractions = [at for at, _ in parts]
-    if not parts or fractions[0] != 0 or fractions != sorted(set(fractions)) or fractions[-1] >= 1:
-        raise RecipeError(
-            f"weights change at {fractions} of the stage; right would be rising fractions from 0 to below 1"
-        )
-    for _, part in parts:
-        for name, weight in part.items():
-            if name not in sources:
-                raise RecipeError(
-                    f"data source {name!r} is unknown; known: {', '.join(sources)}{nearest(name, sources)}"
-                )
-            if not 0 <= weight < math.inf:
-                raise RecipeError(f"data weight {name}={weight} must be 0 or more")
-        if not sum(part.values()) > 0:
-            raise RecipeError(f"data weights {dict(part)} add up to zero; give at least one source a weight")
-    return [(at, {name: float(part.get(name, 0)) for name in sources}) for at, part in parts]
+def _points(weights: Weights, sources: Mapping[str, Source]) -> dict[str, list[float]]:
+    """Return the weights of each source at equally spaced moments, at least one, in the order of the sources."""
+    points = {
+        name: [float(w) for w in (weight if isinstance(weight, Sequence) else [weight])]
+        for name, weight in weights.items()
+    }
+    for name, at in points.items():
+        if name not in sources:
+            raise RecipeError(f"data source {name!r} is unknown; known: {', '.join(sources)}{nearest(name, sources)}")
+        if not at or not all(0 <= weight < math.inf for weight in at):
+            raise RecipeError(f"data weight {name}={weights[name]!r} must be 0 or more, or a list of such")
+    if missing := [name for name in sources if name not in points]:
+        raise RecipeError(f"data source {', '.join(missing)} has no weight; leave it out, or give it one")
+    moments = {i / max(1, len(at) - 1) for at in points.values() for i in range(len(at))}
+    for moment in sorted(moments):
+        if not sum(np.interp(moment, np.linspace(0, 1, len(at)), at) for at in points.values()) > 0:
+            raise RecipeError(f"data weights are all 0 at {moment:.0%} of the stage; give one source a weight there")
+    return {name: points[name] for name in sources}
 
 
 class _Cursor:
