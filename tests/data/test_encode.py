@@ -168,13 +168,14 @@ def test_spaces_of_an_answer_have_loss_where_a_tokenizer_trims_offsets(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    # GPT-2's and Llama's: a token of spaces alone is at no characters
+    # as GPT-2's: a token of spaces alone stands after them, on no character
     backend.post_processor = ByteLevel(trim_offsets=True)
-    other = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHATML)
-    rows = [{"messages": [*TALK[1:2], {"role": "assistant", "content": "a\n\n    b"}]}]
+    template = MARKED.replace("\n{% endgeneration %}", "{% endgeneration %}[get]")
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+    rows = [{"messages": [*TALK[1:2], {"role": "assistant", "content": "a  b   "}, *TALK[1:2]]}]
     write_shards(records(*rows), other, tmp_path / "out", column="messages", chat=True)
     ids, loss = Shards(tmp_path / "out").read(0)
-    assert other.decode(ids[loss].tolist()) == "a\n\n    b<|im_end|>\n"
+    assert other.decode(ids[loss].tolist()) == "a  b   "
 
 
 def test_labels_of_chat_windows_are_the_answers(
