@@ -24,7 +24,7 @@ COLD_SAMPLES = 5
 # more than the last cache of any processor this runs on
 FLUSH_BYTES = 256 * 2**20
 # what SDPA may take: beyond it fewer heads are timed, and the time scaled
-SDPA_SECONDS = 10.0
+SDPA_SECONDS = 5.0
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": perf_counter, "cpu": process_time}
 OPS_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
