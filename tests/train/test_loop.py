@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sala.errors import BackendError
+from sala.errors import BackendError, SalaError
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.train import compile as compiling
 from sala.train.loop import NonFiniteError, Progress, run_stage, trainable_parameters
@@ -103,6 +103,12 @@ def test_frozen_queries_and_keys_stay(what: str) -> None:
     kept = {name for name in before if any(part in name for part in ("q_proj", "k_proj", "q_norm", "k_norm"))}
     assert len(kept) == 6  # projections of both layers, norms of the linear one
     assert moved == set(trainable_parameters(model, what)) - kept
+
+
+def test_keys_of_latents_cannot_be_frozen_without_their_values() -> None:
+    latent = torch.nn.ModuleDict({"kv_b_proj": torch.nn.Linear(2, 2)})
+    with pytest.raises(SalaError, match="keys and values in one projection"):
+        trainable_parameters(latent, "all", freeze_qk=True)
 
 
 @pytest.mark.parametrize("what", ["linear_attention", "all"])

@@ -63,8 +63,8 @@ class Corpus:
     def _text_batches(self, stage: Stage, seed: int) -> Callable[[int], WindowBatch]:
         if set(stage.data) != {"text"}:
             raise RecipeError(
-                f"stage {stage.name!r} mixes {', '.join(stage.data)}, but this tokenizer has no words for "
-                "generated tasks; use data: {text: 1}"
+                f"stage {stage.name!r} mixes {', '.join(stage.data)}, but this tokenizer has no words for generated "
+                "tasks, and this version reads no files of data; use data: {text: 1}, or --dry-run, which plans the stage"
             )
         prefix = [] if self.begin is None else [self.begin]
         size = stage.length - len(prefix)
