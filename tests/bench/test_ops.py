@@ -28,7 +28,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shape "tiny", and ceilings that take no time to measure."""
     monkeypatch.setattr(ops_module, "attention_shape", lambda name: TINY)
     speeds = {"float32": 1e11, "bfloat16": 2e11}
-    monkeypatch.setattr(ops_module, "measure_ceilings", lambda: Ceilings(speeds, 3e10, 2e10))
+    monkeypatch.setattr(ops_module, "measure_ceilings", lambda clock: Ceilings(speeds, 3e10, 2e10))
     monkeypatch.setattr(ops_module, "FLUSH_BYTES", 1024)
     monkeypatch.setattr(cases, "PARITY_LIGHTNING_TOKENS", 70)
 

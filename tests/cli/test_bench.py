@@ -11,7 +11,7 @@ from sala.bench.ceilings import Ceilings
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     speeds = {"float32": 1e11, "bfloat16": 2e11}
-    monkeypatch.setattr(sala.bench.ops, "measure_ceilings", lambda: Ceilings(speeds, 3e10, 2e10))
+    monkeypatch.setattr(sala.bench.ops, "measure_ceilings", lambda clock: Ceilings(speeds, 3e10, 2e10))
     monkeypatch.setattr(sala.bench.ops, "FLUSH_BYTES", 1024)
 
 

@@ -67,7 +67,7 @@ def run_ops(plan: OpsPlan, say: Callable[[str], None] = lambda line: None) -> di
         ParityError: a backend differs from the definition; nothing of it is timed.
     """
     shape = attention_shape(plan.shape)
-    choice("clock", plan.clock, CLOCKS)
+    clock = choice("clock", plan.clock, CLOCKS)
     cases = _chosen(plan)
     inputs = {case: Inputs(shape, plan.dtype, case.correlated and not plan.independent) for case in cases}
     runnable: dict[Case, list[str]] = {}
@@ -89,7 +89,7 @@ def run_ops(plan: OpsPlan, say: Callable[[str], None] = lambda line: None) -> di
             if reason is not None:
                 unavailable.setdefault(case.name, {})[name] = reason
     say("ceilings of this machine")
-    ceilings = measure_ceilings()
+    ceilings = measure_ceilings(clock)
     rows: list[dict[str, Any]] = []
     for case in cases:
         for length in sorted(plan.lengths):
@@ -195,7 +195,7 @@ def _measure(
         return row | {"skipped": str(error), "competitors": {}}
     competitors = _competitors(work, names, cost, plan, earlier)
     flush = torch.zeros(FLUSH_BYTES // 4) if case.cold else None
-    clock, samples = choice("clock", plan.clock, CLOCKS), plan.repeats * (COLD_SAMPLES if case.cold else 1)
+    clock, samples = CLOCKS[plan.clock], plan.repeats * (COLD_SAMPLES if case.cold else 1)
     timed = [competitor for competitor in competitors.values() if competitor.run is not None]
     for index in range(samples + case.cold):  # a short call's first sample is its warm-up
         for competitor in timed:
