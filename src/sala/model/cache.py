@@ -145,11 +145,14 @@ class SparseCache(AttentionCache):
         total = k_BSGK.shape[1]
         for tier, (size, stride) in zip(self.tiers, compression_tiers(self.geometry), strict=True):
             done, complete = num_windows(self.shortest, size, stride), num_windows(total, size, stride)
-            places = tier.extend_to(complete, k_BSGK[:, :complete])
-            if complete > done:
+            if complete > done or tier.buffer is None:
+                places = tier.extend_to(complete, k_BSGK)
                 places[:, done:] = compress(k_BSGK[:, done * stride : (complete - 1) * stride + size], size, stride)
-        ends_B = rows.positions_BT.max(dim=1).values + 1
-        self.shortest = total if rows.start is not None else max(self.shortest, int(ends_B.min()))
+        if rows.start is not None:
+            self.shortest = total
+        else:
+            ends_B = rows.positions_BT.max(dim=1).values + 1
+            self.shortest = max(self.shortest, int(ends_B.min()))
         fine, coarse = (tier.filled for tier in self.tiers)
         assert fine is not None and coarse is not None
         return fine, coarse

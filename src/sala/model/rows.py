@@ -44,7 +44,7 @@ def place_rows(
     if cu_seqlens is not None:
         return _place_packed(batch, length, past, attention_mask, cu_seqlens)
     if attention_mask is None:
-        return Rows(torch.arange(past, past + length, device=device)[None].expand(batch, length), start=past)
+        return Rows(torch.arange(past, past + length, device=device).expand(batch, length), start=past)
     if attention_mask.ndim != 2 or attention_mask.shape != (batch, past + length):
         raise InputError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; right would be ({batch}, {past + length}): "

@@ -61,6 +61,8 @@ def add_rms_norm(x: Tensor, branch: Tensor, scale: float, weight_D: Tensor, eps:
 def _fake_heads(x_BTHK: Tensor, *_: object) -> Tensor:
     """Empty (B, T, H, K), the tokens of a head together."""
     B, T, H, K = x_BTHK.shape
+    if T == 1:
+        return _fake_like(x_BTHK)
     return x_BTHK.new_empty((B, H, T, K)).transpose(1, 2)
 
 
