@@ -11,7 +11,9 @@
 //
 // B is packed: panels of PANEL columns (the last one narrower, rounded up to N_STEP), each [k / PAIR][columns][PAIR], in
 // zeros where k or n was rounded up. `pack` takes B as it is, row-major (k, n); `pack_transposed` takes its transpose,
-// row-major (n, k): the keys of q k^T. A product with the first n of B's columns alone says how many were packed (`packed_n`).
+// row-major (n, k): the keys of q k^T; `pack_columns` packs N_STEP of n columns, from `column` on, whose rows in the
+// transpose may lie elsewhere: `count` of them, and zeros where these are fewer. A product with the first n of B's
+// columns alone says how many were packed (`packed_n`).
 #pragma once
 
 #include <algorithm>
@@ -96,25 +98,31 @@ struct Fma {
   }
 
   template <class From>
-  static void pack_transposed(const From* src, int64_t ld, int64_t n, int64_t k, float* dst) {
-    for (int64_t first = 0; first < n; first += PANEL) {
-      int64_t here = std::min(PANEL, n - first), width = round_up(here, N_STEP);
-      const From* rows = src + first * ld;
-      int64_t done = 0;  // of k
+  static void pack_columns(const From* rows, int64_t ld, int64_t count, int64_t column, int64_t n, int64_t k,
+                           float* dst) {
+    const int64_t first = column / PANEL * PANEL, width = round_up(std::min(PANEL, n - first), N_STEP);
+    dst += first * k + column - first;
+    int64_t done = 0;  // of k
 #if defined(__AVX512F__)
-      for (; done + 16 <= k; done += 16)
-        for (int64_t row = 0; row < width; row += 16) {
-          alignas(64) float block[16][16];
-          int64_t there = std::min<int64_t>(16, here - row);
-          for (int64_t i = 0; i < 16; ++i) store(block[i], i < there ? load(rows + (row + i) * ld + done) : vf{});
-          transpose_16x16(block, 64, dst + done * width + row, width * 4);
-        }
-#endif
-      for (; done < k; ++done)
-        for (int64_t row = 0; row < width; ++row)
-          dst[done * width + row] = row < here ? to_float(rows[row * ld + done]) : 0.0f;
-      dst += k * width;
+    for (; done + 16 <= k; done += 16) {
+      if (std::is_same_v<From, float> && count >= 16) {
+        transpose_16x16(rows + done, ld * 4, dst + done * width, width * 4);
+        continue;
+      }
+      alignas(64) float block[16][16];
+      for (int64_t i = 0; i < 16; ++i) store(block[i], i < count ? load(rows + i * ld + done) : vf{});
+      transpose_16x16(block, 64, dst + done * width, width * 4);
     }
+#endif
+    for (; done < k; ++done)
+      for (int64_t row = 0; row < N_STEP; ++row)
+        dst[done * width + row] = row < count ? to_float(rows[row * ld + done]) : 0.0f;
+  }
+
+  template <class From>
+  static void pack_transposed(const From* src, int64_t ld, int64_t n, int64_t k, float* dst) {
+    for (int64_t column = 0; column < n; column += N_STEP)
+      pack_columns(src + column * ld, ld, n - column, column, n, k, dst);
   }
 
   static constexpr int64_t left_transposed_size(int64_t k, int64_t m) { return k * m; }
@@ -232,30 +240,30 @@ struct PairsOfBf16 {
   }
 
   template <class From>
-  static void pack_transposed(const From* src, int64_t ld, int64_t n, int64_t k, bf16* dst, int64_t k_step) {
+  static void pack_columns(const From* rows, int64_t ld, int64_t count, int64_t column, int64_t n, int64_t k, bf16* dst,
+                           int64_t k_step) {
+    const int64_t first = column / PANEL * PANEL, width = round_up(std::min(PANEL, n - first), N_STEP);
     const int64_t padded = round_up(k, k_step);
-    for (int64_t first = 0; first < n; first += PANEL) {
-      int64_t here = std::min(PANEL, n - first), width = round_up(here, N_STEP);
-      for (int64_t row = 0; row < width; row += 16) {
-        int64_t there = std::min<int64_t>(16, here - row);
-        const From* rows = src + (first + row) * ld;
-        for (int64_t p = 0; p < padded; p += 32) {
-          // 32 numbers of k are 16 pairs
-          int64_t pairs = std::min<int64_t>(32, padded - p) / 2;
-          bf16* out = dst + p * width + row * 2;
-          if (std::is_same_v<From, bf16> && there == 16 && p + 32 <= k) {
-            transpose_16x16(rows + p, ld * 2, out, width * 4);
-            continue;
-          }
-          alignas(64) bf16 block[16][32], turned[16][32];
-          for (int64_t i = 0; i < 16; ++i)
-            convert_rows(rows + i * ld + p, 0, 1, i < there ? std::min<int64_t>(32, k - p) : 0, block[i], 0, 32);
-          transpose_16x16(block, 64, turned, 64);
-          for (int64_t i = 0; i < pairs; ++i) std::memcpy(out + i * width * 2, turned[i], 64);
-        }
+    dst += first * padded + (column - first) * 2;
+    for (int64_t p = 0; p < padded; p += 32, dst += 32 * width) {
+      // 32 numbers of k are 16 pairs
+      if (std::is_same_v<From, bf16> && count >= 16 && p + 32 <= k) {
+        transpose_16x16(rows + p, ld * 2, dst, width * 4);
+        continue;
       }
-      dst += padded * width;
+      alignas(64) bf16 block[16][32], turned[16][32];
+      for (int64_t i = 0; i < 16; ++i)
+        convert_rows(rows + i * ld + p, 0, 1, i < count ? std::min<int64_t>(32, k - p) : 0, block[i], 0, 32);
+      transpose_16x16(block, 64, turned, 64);
+      int64_t pairs = std::min<int64_t>(32, padded - p) / 2;
+      for (int64_t i = 0; i < pairs; ++i) std::memcpy(dst + i * width * 2, turned[i], 64);
     }
+  }
+
+  template <class From>
+  static void pack_transposed(const From* src, int64_t ld, int64_t n, int64_t k, bf16* dst, int64_t k_step) {
+    for (int64_t column = 0; column < n; column += N_STEP)
+      pack_columns(src + column * ld, ld, n - column, column, n, k, dst, k_step);
   }
 };
 
@@ -271,6 +279,11 @@ struct Dot : PairsOfBf16 {
   template <class From>
   static void pack_transposed(const From* src, int64_t ld, int64_t n, int64_t k, bf16* dst) {
     PairsOfBf16::pack_transposed(src, ld, n, k, dst, K_STEP);
+  }
+  template <class From>
+  static void pack_columns(const From* rows, int64_t ld, int64_t count, int64_t column, int64_t n, int64_t k,
+                           bf16* dst) {
+    PairsOfBf16::pack_columns(rows, ld, count, column, n, k, dst, K_STEP);
   }
 
   // [k / 2][m rounded up to 16][2]
@@ -350,6 +363,11 @@ struct Amx : PairsOfBf16 {
   template <class From>
   static void pack_transposed(const From* src, int64_t ld, int64_t n, int64_t k, bf16* dst) {
     PairsOfBf16::pack_transposed(src, ld, n, k, dst, K_STEP);
+  }
+  template <class From>
+  static void pack_columns(const From* rows, int64_t ld, int64_t count, int64_t column, int64_t n, int64_t k,
+                           bf16* dst) {
+    PairsOfBf16::pack_columns(rows, ld, count, column, n, k, dst, K_STEP);
   }
 
   // A itself, rows of k rounded up

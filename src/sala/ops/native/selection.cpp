@@ -17,10 +17,12 @@ constexpr float NOTHING = -1e30f;
 constexpr float HEADROOM = 64.0f;
 // queries of a tile; fewer where a group has many heads
 constexpr int64_t TILE_QUERIES = 64, TILE_ROWS = 512;
-// rows whose scores are made at a time
+// rows whose scores are made at a time, at least: with the panel they stay in the first-level cache
 constexpr int64_t STEP_ROWS = 16;
 // up to so many rows of a group, packing the windows costs more than it gains, and few calls' worth of tasks are split
 constexpr int64_t FEW_ROWS = 128;
+// rows that filling up may add: packing a window costs about as much as multiplying it by so many
+constexpr int64_t MAX_FILL = 6;
 // windows of a task when a tile's windows are shared out
 constexpr int64_t SEGMENT_WINDOWS = 1024;
 // windows of a task that compresses keys
@@ -101,8 +103,16 @@ void gather_rows(const Call<T>& call, const Query* queries, int64_t count, int64
   for (int64_t i = 0; i < count; ++i) {
     const T* query = call.q + queries[i].index / call.T_ * call.q_stride[0] +
                      queries[i].index % call.T_ * call.q_stride[1] + g * group * call.q_stride[2];
-    for (int64_t h = 0; h < group; ++h, dst += call.K) std::memcpy(dst, query + h * call.q_stride[2], call.K * sizeof(T));
+    for (int64_t h = 0; h < group; ++h, dst += call.K)
+      std::memcpy(dst, query + h * call.q_stride[2], call.K * sizeof(T));
   }
+}
+
+// Have the panel after this one brought to the second-level cache: the processor does not foresee where its rows lie.
+template <class T>
+void fetch_ahead(const Keys<T>& keys, const T* windows, int64_t K, int64_t columns, int64_t available) {
+  for (int64_t row = columns; row < std::min(available, 2 * columns); ++row)
+    for (int64_t k = 0; k < K; k += int64_t(64 / sizeof(T))) __builtin_prefetch(windows + row * keys.stride + k, 0, 2);
 }
 
 // Both kinds of tile call body(first query, queries, scores, columns) with the products of some queries' rows and a
@@ -116,15 +126,17 @@ class QueriesOnTheLeft {
 
  public:
   static size_t bytes(int64_t rows, int64_t group, int64_t K, int64_t columns) {
-    return Scratch::bytes<X>((rows + E::M_STEP) * round_up(K, E::K_STEP)) + Scratch::bytes<T>(std::max(rows, columns) * K) +
-           Scratch::bytes<X>(E::packed_size(K, columns)) + Scratch::bytes<float>((step_rows(group) + E::M_STEP) * columns);
+    return Scratch::bytes<X>((rows + E::M_STEP) * round_up(K, E::K_STEP)) + Scratch::bytes<T>(rows * K) +
+           Scratch::bytes<X>(E::packed_size(K, columns)) +
+           Scratch::bytes<float>((step_rows(group) + E::M_STEP) * columns);
   }
 
-  QueriesOnTheLeft(Scratch& scratch, const Call<T>& call, const Query* queries, int64_t count, int64_t g, int64_t columns)
+  QueriesOnTheLeft(Scratch& scratch, const Call<T>& call, const Query* queries, int64_t count, int64_t g,
+                   int64_t columns)
       : K(call.K), count(count), group(call.group()), lda(round_up(K, E::K_STEP)) {
     const int64_t rows = count * group;
     left = scratch.take<X>((rows + E::M_STEP) * lda);
-    gathered = scratch.take<T>(std::max(rows, columns) * K);
+    T* gathered = scratch.take<T>(rows * K);
     packed = scratch.take<X>(E::packed_size(K, columns));
     scores = scratch.take<float>((step_rows(group) + E::M_STEP) * columns);
     gather_rows(call, queries, count, g, gathered);
@@ -134,16 +146,14 @@ class QueriesOnTheLeft {
   template <class Body>
   void multiply(const Keys<T>& keys, int64_t first, int64_t available, const Layout& layout, const Body& body) {
     const int64_t columns = layout.columns();
-    T* row = gathered;
+    const T* windows = keys.data + first * keys.stride;
+    fetch_ahead(keys, windows, K, columns, available);
     for (int64_t offset = 0; offset < layout.step; ++offset)
-      for (int64_t b = 0; b < layout.blocks; ++b, row += K) {
-        int64_t window = b * layout.step + offset;
-        if (window < available)
-          std::memcpy(row, keys.data + (first + window) * keys.stride, K * sizeof(T));
-        else
-          std::memset(row, 0, K * sizeof(T));
+      for (int64_t b = 0; b < layout.blocks; b += E::N_STEP) {
+        int64_t window = b * layout.step + offset, there = ceil_div(available - window, layout.step);
+        E::pack_columns(windows + window * keys.stride, layout.step * keys.stride, std::max<int64_t>(0, there),
+                        offset * layout.blocks + b, columns, K, packed);
       }
-    E::pack_transposed(gathered, K, columns, K, packed);
     const int64_t queries = step_rows(group) / group;
     for (int64_t query = 0; query < count; query += queries) {
       int64_t here = std::min(queries, count - query);
@@ -153,12 +163,14 @@ class QueriesOnTheLeft {
   }
 
  private:
-  static int64_t step_rows(int64_t group) { return std::max<int64_t>(1, STEP_ROWS / group) * group; }
+  static int64_t step_rows(int64_t group) {
+    // tiles are multiplied two by two
+    return std::max<int64_t>(1, std::max(STEP_ROWS, 2 * E::M_STEP) / group) * group;
+  }
 
   typename E::Session session;
   int64_t K, count, group, lda;
   X *left, *packed;
-  T* gathered;
   float* scores;
 };
 
@@ -176,7 +188,11 @@ class KeysOnTheLeft {
   }
 
   KeysOnTheLeft(Scratch& scratch, const Call<T>& call, const Query* queries, int64_t count, int64_t g, int64_t columns)
-      : K(call.K), count(count), rows(count * call.group()), wide(round_up(rows, E::N_STEP)), lda(round_up(K, E::K_STEP)) {
+      : K(call.K),
+        count(count),
+        rows(count * call.group()),
+        wide(round_up(rows, E::N_STEP)),
+        lda(round_up(K, E::K_STEP)) {
     const int64_t high = round_up(columns, E::M_STEP);
     T* gathered = scratch.take<T>(rows * K);
     packed = scratch.take<X>(E::packed_size(K, rows));
@@ -191,9 +207,7 @@ class KeysOnTheLeft {
   void multiply(const Keys<T>& keys, int64_t first, int64_t available, const Layout& layout, const Body& body) {
     const int64_t columns = layout.columns();
     const T* windows = keys.data + first * keys.stride;
-    // the processor does not foresee where the next rows lie
-    for (int64_t row = columns; row < std::min(available, 2 * columns); ++row)
-      for (int64_t k = 0; k < K; k += int64_t(64 / sizeof(T))) __builtin_prefetch(windows + row * keys.stride + k);
+    fetch_ahead(keys, windows, K, columns, available);
     available = std::min(available, columns);
     bool as_they_lie = std::is_same_v<T, X> && K == lda && available % E::M_STEP == 0;
     if constexpr (std::is_same_v<T, X>)
@@ -203,7 +217,8 @@ class KeysOnTheLeft {
       E::template multiply<false>(available, rows, K, copied, lda, packed, products, wide);
     }
     for (int64_t offset = 0; offset < layout.step; ++offset)
-      transpose(products + offset * wide, layout.step * wide, layout.blocks, wide, scores + offset * layout.blocks, columns);
+      transpose(products + offset * wide, layout.step * wide, layout.blocks, wide, scores + offset * layout.blocks,
+                columns);
     body(0, count, scores, columns);
   }
 
@@ -253,13 +268,14 @@ void sum_windows(Tile& tile, const Call<T>& call, const Keys<T>& keys, const int
                           best = max(best, x[v]);
                         }
                         Total& total = totals[(query + i) * group + h];
-                        vf& sum = sums[(query + i) * group + h];
+                        vf sum = sums[(query + i) * group + h];
                         if (any_above(best, broadcast(total.peak + HEADROOM))) {
                           float peak = max(best);
                           sum *= exp2(broadcast(total.peak - peak));
                           total.peak = peak;
                         }
                         for (int64_t v = 0; v < PANEL / W; ++v) sum += exp2(x[v] - total.peak);
+                        sums[(query + i) * group + h] = sum;
                       }
                     }
                   });
@@ -267,8 +283,8 @@ void sum_windows(Tile& tile, const Call<T>& call, const Keys<T>& keys, const int
   for (int64_t row = 0; row < queries * group; ++row) totals[row].sum = sum(sums[row]);
 }
 
-// Raise the scores of blocks, `ld` numbers from one query to the next and zero on entry, to the best of the windows that
-// overlap them, for windows that start in the panels first..last; scores[0] is the first panel's first block.
+// Raise the scores of blocks, `ld_blocks` numbers from one query to the next and zero on entry, to the best of the
+// windows that overlap them, for windows that start in the panels first..last; blocks[0] is the first panel's first.
 template <class T, class Tile>
 void score_blocks(Tile& tile, const Call<T>& call, const Keys<T>& keys, const Query* queries, int64_t num_queries,
                   const float* normalizers, int64_t first_panel, int64_t last_panel, float* blocks, int64_t ld_blocks,
@@ -281,7 +297,7 @@ void score_blocks(Tile& tile, const Call<T>& call, const Keys<T>& keys, const Qu
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
     const int64_t first_block = panel * layout.blocks, first = first_block * layout.step;
     float* here = blocks + (panel - first_panel) * layout.blocks;
-    tile.multiply(keys, first, most - first, layout, [&](int64_t query, int64_t count, const float* scores, int64_t ld) {
+    tile.multiply(keys, first, most - first, layout, [&](int64_t query, int64_t count, float* scores, int64_t ld) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t seen = queries[query + i].fine - first;
         if (seen <= 0) continue;
@@ -297,10 +313,13 @@ void score_blocks(Tile& tile, const Call<T>& call, const Keys<T>& keys, const Qu
             if (seen < layout.columns()) {
               share = first_lanes(ceil_div(std::max<int64_t>(0, seen - offset), layout.step) - b, share, vf{});
             }
-            for (int64_t shift = geometry.reach(offset); shift >= 0; --shift) pooled[shift] = max(share, pooled[shift]);  // not NaN
+            // what is no number counts as nothing
+            for (int64_t shift = geometry.reach(offset); shift >= 0; --shift)
+              pooled[shift] = max(share, pooled[shift]);
           }
           float* out = here + (query + i) * ld_blocks + b;
-          for (int64_t shift = 0; shift <= furthest; ++shift) store(out + shift, max(load(out + shift), pooled[shift]));
+          for (int64_t shift = 0; shift <= furthest; ++shift)
+            store(out + shift, max(load(out + shift), pooled[shift]));
         }
       }
     });
@@ -418,8 +437,9 @@ void select_tile(const Call<T>& call, int64_t b, int64_t g, int64_t t0, int64_t 
   length += std::max(furthest, W);
 
   Scratch scratch;
-  scratch.reserve(Tile::bytes(rows, group, call.K, columns) + Scratch::bytes<vf>(rows) + 2 * Scratch::bytes<Total>(rows) +
-                  Scratch::bytes<float>(rows) + Scratch::bytes<vf>(furthest + 1) + Scratch::bytes<float>(num * length));
+  scratch.reserve(Tile::bytes(rows, group, call.K, columns) + Scratch::bytes<vf>(rows) +
+                  2 * Scratch::bytes<Total>(rows) + Scratch::bytes<float>(rows) + Scratch::bytes<vf>(furthest + 1) +
+                  Scratch::bytes<float>(num * length));
   Tile tile(scratch, call, queries.data(), num, g, columns);
   vf* sums = scratch.take<vf>(rows);
   Total* totals[2] = {scratch.take<Total>(rows), scratch.take<Total>(rows)};
@@ -441,9 +461,8 @@ void select_tile(const Call<T>& call, int64_t b, int64_t g, int64_t t0, int64_t 
 }
 
 // Few queries, as in decoding: a task is a piece of the windows, and what the tasks found is put together.
-template <class T>
+template <class T, class Tile>
 void select_few(const Call<T>& call) {
-  using Tile = KeysOnTheLeft<T>;
   struct Piece {
     int64_t b, g;
     bool coarse;
@@ -457,7 +476,7 @@ void select_few(const Call<T>& call) {
 
   std::vector<std::vector<Query>> queries;
   std::vector<Piece> sums, scores;
-  std::vector<int64_t> panels;
+  std::vector<int64_t> panels, first_scores;  // of a row of the batch; of a row and group
   auto split = [&](std::vector<Piece>& pieces, int64_t b, int64_t g, bool coarse, int64_t panels, int64_t width) {
     const int64_t step = std::max<int64_t>(1, SEGMENT_WINDOWS / width);
     for (int64_t first = 0; first < panels; first += step)
@@ -466,13 +485,15 @@ void select_few(const Call<T>& call) {
   for (int64_t b = 0; b < call.B; ++b) {
     queries.push_back(read_positions(call, b, 0, call.T_, 0, call.G));
     panels.push_back(num_panels(queries[b], layout));
-    if (queries[b].empty()) continue;
     for (int64_t g = 0; g < call.G; ++g) {
+      first_scores.push_back(int64_t(scores.size()));
+      if (queries[b].empty()) continue;
       for (bool coarse : {false, true})
         split(sums, b, g, coarse, num_panels(normalizing(queries[b], coarse)), IN_ORDER.columns());
       split(scores, b, g, false, panels[b], layout.columns());
     }
   }
+  first_scores.push_back(int64_t(scores.size()));
 
   std::vector<Total> totals(sums.size() * max_rows);
   parallel_for(int64_t(sums.size()), call.threads, [&](int64_t task) {
@@ -517,8 +538,7 @@ void select_few(const Call<T>& call) {
     scratch.reserve(Scratch::bytes<float>(length));
     float* blocks = scratch.take<float>(length);
     std::fill_n(blocks, length, 0.0f);
-    for (size_t piece = 0; piece < scores.size(); ++piece) {
-      if (scores[piece].b != b || scores[piece].g != g) continue;
+    for (int64_t piece = first_scores[b * call.G + g]; piece < first_scores[b * call.G + g + 1]; ++piece) {
       const float* part = found.data() + (piece * call.T_ + i) * widest;
       float* here = blocks + scores[piece].first_panel * layout.blocks;
       const int64_t num = (scores[piece].last_panel - scores[piece].first_panel) * layout.blocks + furthest;
@@ -531,7 +551,12 @@ void select_few(const Call<T>& call) {
 
 template <class T>
 void select(const Call<T>& call) {
-  if (call.T_ * call.group() <= FEW_ROWS) return select_few(call);
+  const int64_t rows = call.T_ * call.group();
+  if (rows <= FEW_ROWS) {
+    // on the right rows are filled up to whole vectors, which can cost more than packing does
+    const bool fills = round_up(rows, Engine<T>::N_STEP) - rows <= MAX_FILL || Engine<T>::M_STEP > 1;
+    return fills ? select_few<T, KeysOnTheLeft<T>>(call) : select_few<T, QueriesOnTheLeft<T>>(call);
+  }
   const int64_t height = std::min(TILE_QUERIES, std::max<int64_t>(1, TILE_ROWS / call.group()));
   const int64_t tiles = ceil_div(call.T_, height);
   parallel_for(call.B * call.G * tiles, call.threads, [&](int64_t task) {

@@ -152,7 +152,7 @@ inline vf first_lanes(int64_t n, vf a, vf b) {
 }
 
 // 2^x of a finite x with a relative error below 2e-7, or below 1e-4 where it is ROUGH, for results that are rounded to
-// bfloat16. Zero where float32 leaves its normal numbers or soon after; more than 2^127.9, perhaps infinity, from 128 on.
+// bfloat16. Zero where float32 leaves its normal numbers or soon after; at least 2^127.9, or infinity, from 128 on.
 template <bool ROUGH = false>
 inline vf exp2(vf x) {
 #if defined(__AVX512F__)
