@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The operators' tests with the C++ built under the address and undefined-behaviour sanitizers: what reads or writes
+# The native operators at random shapes, built under the address and undefined-behaviour sanitizers: what reads or writes
 # past a tensor, or overflows, ends the run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,4 +10,4 @@ export SALA_CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefine
 LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)"
 export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONMALLOC=malloc
 
-"$bin/python" -m pytest -q -p no:cacheprovider -k cpu tests/ops "$@"
+PYTHONPATH=${PYTHONPATH:-src}:tests "$bin/python" tests/ops/sanitize.py "${ROUNDS:-4}"
