@@ -573,13 +573,16 @@ void compress(const T* keys, int64_t ld, int64_t first, int64_t last, int64_t si
   for (int64_t window = first; window < last; ++window) {
     const T* rows = keys + window * stride * ld;
     T* mean = means + window * ld_means;
-    int64_t k = 0;
-    for (; k + W <= K; k += W) {
-      vf sum{};
-      for (int64_t i = 0; i < size; ++i) sum += load(rows + i * ld + k);
-      store(mean + k, sum / float(size));
-    }
-    for (; k < K; ++k) {
+    // several vectors side by side: one sum alone would wait for itself at every row
+    const int64_t whole = K / W * W;
+    for (int64_t k = 0; k < whole; k += 4 * W)
+      with_constant<4>((std::min(whole, k + 4 * W) - k) / W, [&](auto vectors) {
+        vf sums[vectors] = {};
+        for (int64_t i = 0; i < size; ++i)
+          for (int64_t v = 0; v < vectors; ++v) sums[v] += load(rows + i * ld + k + v * W);
+        for (int64_t v = 0; v < vectors; ++v) store(mean + k + v * W, sums[v] / float(size));
+      });
+    for (int64_t k = whole; k < K; ++k) {
       float sum = 0.0f;
       for (int64_t i = 0; i < size; ++i) sum += to_float(rows[i * ld + k]);
       mean[k] = from_float<T>(sum / float(size));
