@@ -190,7 +190,7 @@ class Tile {
   }
 
   // Read the keys [first, end) for the rows of the queries in `who`.
-  void read(int64_t first, int64_t end, uint64_t who) {
+  void read(int64_t first, int64_t end, uint64_t who, int64_t next_first) {
     int64_t count = 0;
     for (uint64_t left = who; left; left &= left - 1) {
       const int64_t row = __builtin_ctzll(left) * group_;
@@ -198,7 +198,10 @@ class Tile {
     }
     // what lies behind the last key need not be a number
     end = std::min(end, last_ + 1);
-    for (; first < end; first += PANEL_KEYS) read_panel(first, std::min(PANEL_KEYS, end - first), count);
+    for (; first < end; first += PANEL_KEYS) {
+      const int64_t next = first + PANEL_KEYS < end ? first + PANEL_KEYS : next_first;
+      read_panel(first, std::min(PANEL_KEYS, end - first), count, next, std::min(next + PANEL_KEYS, last_ + 1));
+    }
   }
 
   // The result of row i, not yet divided, its sum, and the product q k that both are relative to.
@@ -208,10 +211,17 @@ class Tile {
   int64_t num_rows() const { return num_rows_; }
 
  private:
-  void read_panel(int64_t first, int64_t keys, int64_t count) {
+  static void prefetch(const T* rows, int64_t stride, int64_t first, int64_t end, int64_t width) {
+    for (int64_t key = first; key < end; ++key)
+      for (int64_t x = 0; x < width; x += int64_t(64 / sizeof(T))) __builtin_prefetch(rows + key * stride + x, 0, 2);
+  }
+
+  void read_panel(int64_t first, int64_t keys, int64_t count, int64_t next, int64_t next_end) {
     E::pack_transposed(k_ + first * c_.k_token, c_.k_token, keys, c_.K, packed_k_);
     E::pack(v_ + first * c_.v_token, c_.v_token, keys, c_.V, packed_v_);
     const int64_t width = round_up(keys, std::max(E::K_STEP, W));
+    prefetch(k_, c_.k_token, next, next_end, c_.K);
+    prefetch(v_, c_.v_token, next, next_end, c_.V);
     for (int64_t done = 0; done < count; done += PRODUCT_ROWS) {
       const int64_t* rows = readers_ + done;
       const int64_t m = std::min(PRODUCT_ROWS, count - done);
@@ -328,7 +338,7 @@ void attend(const Call& c, int64_t threads) {
         readers.advance();
         ++count, --left;
       } while (left && readers.block == begin + count && readers.who == who && (count + 1) * c.block_size <= PANEL_KEYS);
-      rows.read(begin * c.block_size, (begin + count) * c.block_size, who);
+      rows.read(begin * c.block_size, (begin + count) * c.block_size, who, readers.block == END ? 0 : readers.block * c.block_size);
     }
     for (int64_t row = 0; row < rows.num_rows(); ++row) {
       if (plan.segments == 1) {
