@@ -22,8 +22,8 @@ constexpr int64_t TILE_QUERIES = 64;
 constexpr int64_t TILE_BYTES = 640 << 10;
 // fewer rows than this do not pay for packing the keys once more
 constexpr int64_t MIN_TILE_ROWS = 128;
-// keys in one product, where readers share that many
-constexpr int64_t PANEL_KEYS = 128;
+// keys in one product, where readers share that many: few rows wait for the next keys to arrive, and want them sooner
+constexpr int64_t PANEL_KEYS = 256, FEW_ROWS_PANEL_KEYS = 64;
 // rows in one product: a multiple of BLOCK_ROWS and of every M_STEP; their scores stay near
 constexpr int64_t PRODUCT_ROWS = 48;
 // with fewer tasks than this, and with many keys, a tile's keys are split
@@ -54,14 +54,15 @@ struct Call {
 
 // How the work is cut. Looks at sizes and positions only, so that results do not depend on the number of threads.
 struct Plan {
-  int64_t queries, tiles, segments, segment_blocks;
+  int64_t queries, tiles, segments, segment_blocks, panel_keys;
   double work;
 
   template <class T>
   static Plan make(const Call& c) {
     const int64_t group = c.group();
     const int64_t row_bytes = c.V * 4 + c.K * int64_t(sizeof(T)) + 64;
-    int64_t queries = std::clamp<int64_t>(TILE_BYTES / row_bytes / group, 1, TILE_QUERIES);
+    int64_t queries = TILE_QUERIES;
+    while (queries > 1 && queries * group * row_bytes > TILE_BYTES) queries /= 2;
     const auto num_tasks = [&] { return c.B * c.G * ceil_div(c.T, queries); };
     queries = std::min(queries, c.T);
     while (num_tasks() < ENOUGH_TASKS && queries * group > MIN_TILE_ROWS && queries > 1) queries = ceil_div(queries, 2);
@@ -78,7 +79,8 @@ struct Plan {
     const int64_t per_segment = std::max<int64_t>(1, SEGMENT_KEYS / c.block_size);
     int64_t segments = std::max<int64_t>(1, std::min(ceil_div(blocks, per_segment), ENOUGH_TASKS / num_tasks()));
     double work = double(c.B) * c.T * c.H * (c.K + c.V) * double(blocks) * c.block_size;
-    return {queries, ceil_div(c.T, queries), segments, ceil_div(blocks, segments), work};
+    const int64_t panel_keys = queries * group < PRODUCT_ROWS ? FEW_ROWS_PANEL_KEYS : PANEL_KEYS;
+    return {queries, ceil_div(c.T, queries), segments, ceil_div(blocks, segments), panel_keys, work};
   }
 };
 
@@ -144,7 +146,6 @@ class Tile {
  public:
   Tile(const Call& c, int64_t b, int64_t g, int64_t first_query, int64_t num_queries)
       : c_(c),
-        first_query_(first_query),
         group_(c.group()),
         num_rows_(num_queries * group_),
         k_width_(round_up(c.K, E::K_STEP)),
@@ -189,8 +190,8 @@ class Tile {
       for (int64_t i = 0; i < num_rows_ * k_width_; ++i) q_[i] = from_float<Element>(-to_float(q_[i]));
   }
 
-  // Read the keys [first, end) for the rows of the queries in `who`.
-  void read(int64_t first, int64_t end, uint64_t who, int64_t next_first) {
+  // Read the keys [first, end) for the rows of the queries in `who`; [next_first, next_end) will be read after them.
+  void read(int64_t first, int64_t end, uint64_t who, int64_t panel_keys, int64_t next_first, int64_t next_end) {
     int64_t count = 0;
     for (uint64_t left = who; left; left &= left - 1) {
       const int64_t row = __builtin_ctzll(left) * group_;
@@ -198,9 +199,13 @@ class Tile {
     }
     // what lies behind the last key need not be a number
     end = std::min(end, last_ + 1);
-    for (; first < end; first += PANEL_KEYS) {
-      const int64_t next = first + PANEL_KEYS < end ? first + PANEL_KEYS : next_first;
-      read_panel(first, std::min(PANEL_KEYS, end - first), count, next, std::min(next + PANEL_KEYS, last_ + 1));
+    next_end = std::min(next_end, last_ + 1);
+    for (int64_t here; first < end; first = here) {
+      here = std::min(first + panel_keys, end);
+      if (here < end)
+        read_panel(first, here - first, count, here, std::min(here + panel_keys, end));
+      else
+        read_panel(first, here - first, count, next_first, next_end);
     }
   }
 
@@ -211,20 +216,18 @@ class Tile {
   int64_t num_rows() const { return num_rows_; }
 
  private:
-  static void prefetch(const T* rows, int64_t stride, int64_t first, int64_t end, int64_t width) {
-    for (int64_t key = first; key < end; ++key)
-      for (int64_t x = 0; x < width; x += int64_t(64 / sizeof(T))) __builtin_prefetch(rows + key * stride + x, 0, 2);
-  }
-
   void read_panel(int64_t first, int64_t keys, int64_t count, int64_t next, int64_t next_end) {
     E::pack_transposed(k_ + first * c_.k_token, c_.k_token, keys, c_.K, packed_k_);
     E::pack(v_ + first * c_.v_token, c_.v_token, keys, c_.V, packed_v_);
     const int64_t width = round_up(keys, std::max(E::K_STEP, W));
-    prefetch(k_, c_.k_token, next, next_end, c_.K);
-    prefetch(v_, c_.v_token, next, next_end, c_.V);
-    for (int64_t done = 0; done < count; done += PRODUCT_ROWS) {
+    // few rows wait for memory: they go a block of sums at a time, so that fetching is spread over their products
+    const int64_t step = E::M_STEP == 1 && count < PRODUCT_ROWS ? BLOCK_ROWS : PRODUCT_ROWS;
+    const int64_t products = ceil_div(count, step), ahead = std::max<int64_t>(0, next_end - next);
+    for (int64_t done = 0, product = 0; done < count; done += step, ++product) {
       const int64_t* rows = readers_ + done;
-      const int64_t m = std::min(PRODUCT_ROWS, count - done);
+      const int64_t m = std::min(step, count - done);
+      const int64_t fetched = next + product * ahead / products, wanted = next + (product + 1) * ahead / products;
+      fetch(k_, c_.k_token, c_.K, fetched, wanted);
       // rows that stand together are used where they are
       const bool together = rows[m - 1] - rows[0] == m - 1 && m % E::M_STEP == 0;
       const Element* q = q_ + rows[0] * k_width_;
@@ -236,6 +239,7 @@ class Tile {
       for (int64_t i = 0; i < m; ++i)
         soften(rows[i], scores_ + i * PANEL_KEYS, std::min(keys, positions_[rows[i]] - first + 1), width,
                probs_ + i * width);
+      fetch(v_, c_.v_token, c_.V, fetched, wanted);
       if (together) {
         E::template multiply<true>(m, c_.V, keys, probs_, width, packed_v_, out_ + rows[0] * v_width_, v_width_);
         continue;
@@ -246,6 +250,11 @@ class Tile {
         for (int64_t x = 0; x < v_width_; x += W) store(out + x, load(out + x) + load(some_out_ + i * v_width_ + x));
       }
     }
+  }
+
+  static void fetch(const T* rows, int64_t stride, int64_t width, int64_t first, int64_t end) {
+    for (int64_t key = first; key < end; ++key)
+      for (int64_t x = 0; x < width; x += int64_t(64 / sizeof(T))) __builtin_prefetch(rows + key * stride + x, 0, 2);
   }
 
   // probs[0..seen) = 2^((scores - top) * factor), zero from there to `width`, and the row's sum.
@@ -288,7 +297,7 @@ class Tile {
   }
 
   const Call& c_;
-  int64_t first_query_, group_, num_rows_, k_width_, v_width_, last_;
+  int64_t group_, num_rows_, k_width_, v_width_, last_;
   float factor_, slack_;
   const T *k_, *v_;
   Scratch scratch_;
@@ -337,8 +346,11 @@ void attend(const Call& c, int64_t threads) {
       do {
         readers.advance();
         ++count, --left;
-      } while (left && readers.block == begin + count && readers.who == who && (count + 1) * c.block_size <= PANEL_KEYS);
-      rows.read(begin * c.block_size, (begin + count) * c.block_size, who, readers.block == END ? 0 : readers.block * c.block_size);
+      } while (left && readers.block == begin + count && readers.who == who &&
+               (count + 1) * c.block_size <= plan.panel_keys);
+      const int64_t next = left && readers.block != END ? readers.block * c.block_size : 0;
+      const int64_t next_keys = next == 0 ? 0 : c.table ? c.block_size : plan.panel_keys;
+      rows.read(begin * c.block_size, (begin + count) * c.block_size, who, plan.panel_keys, next, next + next_keys);
     }
     for (int64_t row = 0; row < rows.num_rows(); ++row) {
       if (plan.segments == 1) {
