@@ -79,7 +79,7 @@ def test_a_report_has_what_the_folder_holds(folder):
     assert report.total_parameters == sum(parameter.numel() for parameter in tiny_model().parameters())
     assert report.mixer_types == tuple(tiny_config().mixer_types)
     assert report.dtype == "float32"
-    assert report.backends.keys() == {"infllm", "lightning"}
+    assert report.backends.keys() == {"dense", "infllm", "lightning"}
     assert report.cache_bytes["1M"] > report.cache_bytes["128K"] > report.state_bytes > 0
     assert json.loads(json.dumps(report.to_dict()))["total_parameters"] == report.total_parameters
 

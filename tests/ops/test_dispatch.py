@@ -3,13 +3,13 @@
 import pytest
 
 from sala.errors import BackendError
-from sala.ops.dispatch import BACKENDS, NATIVE, choose, explain, unavailable
+from sala.ops.dispatch import BACKENDS, choose, explain, unavailable
 
 
 @pytest.mark.parametrize("op", BACKENDS)
 def test_the_definition_is_never_chosen_for_the_user(op: str) -> None:
     name, reason = explain(op)
-    assert name == ("cpu" if op in NATIVE and unavailable(op, "cpu") is None else "eager")
+    assert name == ("cpu" if unavailable(op, "cpu") is None else "eager")
     assert reason
     assert choose(op).__name__ == f"sala.ops.{op}.{name}"
     assert not BACKENDS[op]["reference"].automatic

@@ -58,7 +58,9 @@ def show(report: "Report", console: Console) -> None:
     console.print(_parameters(report))
     console.print(_memory(report))
     if report.backends:
-        console.print(_backends(report))
+        console.print("[bold]Backends that would run here[/bold]")
+        for operator, (backend, reason) in report.backends.items():
+            console.print(f"  {operator}: {backend}, {reason}", soft_wrap=True)
     if report.sglang:
         console.print("[bold]SGLang's MiniCPM-SALA model cannot run it:[/bold]")
         for reason in report.sglang:
@@ -106,13 +108,4 @@ def _memory(report: "Report") -> Table:
     table.add_row("states, at any length", human_bytes(report.state_bytes))
     for label, size in report.cache_bytes.items():
         table.add_row(f"{label} tokens", human_bytes(size))
-    return table
-
-
-def _backends(report: "Report") -> Table:
-    table = Table(title="Backends that would run here", title_justify="left")
-    for name in ("operator", "backend", "why"):
-        table.add_column(name)
-    for operator, (backend, reason) in report.backends.items():
-        table.add_row(operator, backend, reason)
     return table

@@ -22,8 +22,12 @@ STATE_BYTES = torch.float32.itemsize
 # lengths that `cache_bytes` is reported at
 LENGTHS = {"128K": 128 * 1024, "1M": 1024 * 1024}
 
-# the operator behind what a layer remembers; full attention has one implementation, torch's own
-OPERATORS: dict[Callable[..., LayerCache], str] = {SparseCache: "infllm", LightningCache: "lightning"}
+# the operator behind what a layer remembers
+OPERATORS: dict[Callable[..., LayerCache], str] = {
+    AttentionCache: "dense",
+    SparseCache: "infllm",
+    LightningCache: "lightning",
+}
 # parameters of a layer by the mixer that they belong to
 MIXER_KINDS = {
     "attention": "full attention",

@@ -20,6 +20,7 @@ def _never(*_: object) -> None:
 class Backend:
     """One implementation of an operator: where it lives, why one would run it, and what keeps it from running.
 
+    details: returns more of the reason, that only this machine knows.
     unavailable: returns why this machine cannot run it, or None.
     refuses: takes a call's tensors and returns why it does not take them, or None.
     """
@@ -28,26 +29,27 @@ class Backend:
     reason: str
     # the definition is for tests and for doubt: correct, slow, and never what a user wants by default
     automatic: bool = True
+    details: Callable[[], str | None] = _never
     unavailable: Callable[[], str | None] = _never
     refuses: Callable[[Sequence[Tensor | None]], str | None] = _never
 
 
-# operators with C++ of their own
-NATIVE: tuple[str, ...] = ("lightning", "infllm", "dense", "pointwise")
-
-
 def _rows(op: str, refuses: Callable[[Sequence[Tensor | None]], str | None] = native.refuses) -> Mapping[str, Backend]:
-    rows = {
-        "cpu": Backend(
-            f"sala.ops.{op}.cpu",
-            "C++ for this processor, without gradients",
-            unavailable=native.unavailable,
-            refuses=refuses,
-        ),
-        "eager": Backend(f"sala.ops.{op}.eager", "plain torch: differentiable, on every device"),
-        "reference": Backend(f"sala.ops.{op}.reference", "the definition: token by token in float64", automatic=False),
-    }
-    return MappingProxyType({name: row for name, row in rows.items() if name != "cpu" or op in NATIVE})
+    return MappingProxyType(
+        {
+            "cpu": Backend(
+                f"sala.ops.{op}.cpu",
+                "the fastest on a CPU, without gradients",
+                details=native.describe,
+                unavailable=native.unavailable,
+                refuses=refuses,
+            ),
+            "eager": Backend(f"sala.ops.{op}.eager", "plain torch: differentiable, on every device"),
+            "reference": Backend(
+                f"sala.ops.{op}.reference", "the definition: token by token in float64", automatic=False
+            ),
+        }
+    )
 
 
 # a row's key is the backend's file, its `backend=` value and its test id; the best stands first
@@ -72,7 +74,7 @@ def explain(op: str) -> tuple[str, str]:
         if row.automatic:
             why_not = row.unavailable()
             if why_not is None:
-                return name, "; ".join([row.reason, *passed_over])
+                return name, "; ".join(filter(None, [row.reason, row.details(), *passed_over]))
             passed_over.append(f"{name} cannot run here: {why_not}")
     raise BackendError(f"{op} has no backend for this machine: {'; '.join(passed_over)}")
 
