@@ -388,7 +388,7 @@ def test_every_level_of_cpu_and_width_agrees_with_the_definition(
         assert_close(final, expected_final, dtype)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     rows=st.integers(1, 3),
     T=st.integers(1, 200),
@@ -472,6 +472,36 @@ def test_cpu_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, 
     for out, final in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(final, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cpu_outputs_too_large_for_a_cache_are_those_of_small_calls(dtype: torch.dtype) -> None:
+    # past 8 MiB of outputs and 2 MiB of states other instructions write them
+    T = 2**23 // (2 * 128 * dtype.itemsize) + 70
+    q, k = torch.randn(2, 1, T, 2, 8, dtype=dtype)
+    v = torch.randn(1, T, 2, 128, dtype=dtype)
+    whole, final = attend(q, k, v, backend="cpu")
+    parts, carried = [], None
+    for part in zip(*(x.split(T // 2, dim=1) for x in (q, k, v)), strict=True):
+        part_out, carried = attend(*part, initial_state_BHKV=carried, backend="cpu")
+        parts.append(part_out)
+    assert_close(torch.cat(parts, dim=1), whole)
+    assert_close(carried, final, dtype)
+    q, k, v = torch.randn(3, 1, 1, 32, 128, dtype=dtype)
+    initial = torch.randn(1, 32, 128, 128)
+    out, final = attend(q, k, v, initial_state_BHKV=initial, backend="cpu")
+    own = slice(7, 8)
+    head_out, head_final = lightning_attention(
+        q[:, :, own],
+        k[:, :, own],
+        v[:, :, own],
+        log_decay(32)[own],
+        scale=SCALE,
+        initial_state_BHKV=initial[:, own],
+        backend="cpu",
+    )
+    assert torch.equal(out[:, :, own], head_out)
+    assert torch.equal(final[:, own], head_final)
 
 
 @pytest.mark.parametrize("T", [1, 5])

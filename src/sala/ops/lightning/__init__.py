@@ -1,6 +1,7 @@
 """Lightning attention: linear attention with a fixed exponential decay per head."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,10 +31,22 @@ def log_decay(num_heads: int) -> Tensor:
     """
     if num_heads < 1:
         raise InputError(f"num_heads must be at least 1, not {num_heads}")
+    return torch.tensor(_log_decays(num_heads), dtype=torch.float32)
+
+
+# torch.compile takes the answer as it is: it does not trace a cache
+@torch.compiler.assume_constant_result
+def _log_decays(num_heads: int) -> tuple[float, ...]:
+    return _computed_log_decays(num_heads)
+
+
+# asked for by every layer at every decoded token
+@lru_cache
+def _computed_log_decays(num_heads: int) -> tuple[float, ...]:
     power = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
     slopes += [2.0 ** (-4 * (head + 1) / power) for head in range(0, 2 * power, 2)][: num_heads - power]
-    return -torch.tensor(slopes, dtype=torch.float32)
+    return tuple(-slope for slope in slopes)
 
 
 def lightning_attention(
@@ -116,12 +129,12 @@ def _check(
         # a model cast to bfloat16 casts its buffers too
         raise InputError(f"log_decay must be float32, not {log_decay_H.dtype}: a rounded slope is another decay")
     # a graph cannot look at a value, and on a device looking waits for all the work before it
-    if not torch.compiler.is_compiling() and (T > 1 or log_decay_H.is_cpu) and not log_decay_H.is_meta:
+    can_look = not torch.compiler.is_compiling() and (T > 1 or log_decay_H.is_cpu) and not log_decay_H.is_meta
+    if can_look and not all(-math.inf < value <= 0 for value in log_decay_H.tolist()):
         lowest, highest = (extreme.item() for extreme in log_decay_H.aminmax())
-        if not -math.inf < lowest <= highest <= 0:
-            raise InputError(
-                f"log_decay must be finite and not above zero, not {lowest} to {highest}: pass minus the slope"
-            )
+        raise InputError(
+            f"log_decay must be finite and not above zero, not {lowest} to {highest}: pass minus the slope"
+        )
     if mask is not None and (mask.shape != (B, T) or mask.dtype != torch.bool):
         raise InputError(f"mask must be bool of shape {(B, T)}, not {mask.dtype} of shape {tuple(mask.shape)}")
     num_rows = B

@@ -75,6 +75,10 @@ inline void convert_rows(const From* src, int64_t lds, int64_t rows, int64_t col
                          int64_t padded) {
   for (int64_t r = 0; r < rows; ++r) {
     int64_t c = 0;
+    if constexpr (std::is_same_v<To, From>) {
+      std::memcpy(dst + r * ldd, src + r * lds, size_t(cols) * sizeof(To));
+      c = cols;
+    }
     for (; c + W <= cols; c += W) store(dst + r * ldd + c, load(src + r * lds + c));
     for (; c < cols; ++c) dst[r * ldd + c] = from_float<To>(to_float(src[r * lds + c]));
     for (; c < padded; ++c) dst[r * ldd + c] = from_float<To>(0.0f);
@@ -196,27 +200,39 @@ struct PairsOfBf16 {
   static constexpr int64_t N_STEP = 16;
 
   // two rows (k, k + 1) of 16 numbers each -> 16 pairs
+  static void interleave(__m512i even_then_odd, bf16* dst) {
+    alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    _mm512_storeu_si512(dst, _mm512_permutexvar_epi16(_mm512_load_si512(order), even_then_odd));
+  }
   static void interleave(vf even, vf odd, bf16* dst) {
-    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
-    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
-    _mm512_storeu_si512(dst, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    interleave((__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even), dst);
   }
   static void interleave(const bf16* even, const bf16* odd, bf16* dst) {
-    __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
-    __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
-    _mm512_storeu_si512(dst, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+    interleave(_mm512_inserti64x4(low, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)), 1), dst);
+  }
+
+  static void interleave_32(const bf16* even, const bf16* odd, bf16* dst) {
+    alignas(64) static constexpr uint16_t low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd), order = _mm512_load_si512(low);
+    _mm512_storeu_si512(dst, _mm512_permutex2var_epi16(a, order, b));
+    order = _mm512_add_epi16(order, _mm512_set1_epi16(16));
+    _mm512_storeu_si512(dst + 32, _mm512_permutex2var_epi16(a, order, b));
   }
 
   // columns c..c + 15 of `cols` of the rows p and p + 1 of k, times their factors -> 16 pairs, zeros beyond the matrix
   template <class From>
   static void interleave_scaled(const From* src, int64_t ld, int64_t p, int64_t k, int64_t c, int64_t cols,
                                 const float* factors, bf16* dst) {
-    vf rows[2] = {};
-    for (int64_t i = 0; i < 2 && p + i < k; ++i) {
-      const From* row = src + (p + i) * ld + c;
-      rows[i] = (c + 16 <= cols ? load(row) : load_part(row, cols - c)) * factors[p + i];
-    }
-    interleave(rows[0], rows[1], dst);
+    const From* row = src + p * ld + c;
+    if (p + 1 < k && c + 16 <= cols)
+      return interleave(load(row) * factors[p], load(row + ld) * factors[p + 1], dst);
+    const int64_t there = std::min<int64_t>(16, cols - c);
+    vf even = p < k ? load_part(row, there) * factors[p] : vf{};
+    vf odd = p + 1 < k ? load_part(row + ld, there) * factors[p + 1] : vf{};
+    interleave(even, odd, dst);
   }
 
   template <class From>
@@ -227,14 +243,22 @@ struct PairsOfBf16 {
         for (int64_t c = 0; c < width; c += 16, dst += 32) {
           const From* even = src + p * ld + first + c;
           int64_t there = here - c;
-          if (std::is_same_v<From, bf16> && p + 1 < k && there >= 16) {
-            if constexpr (std::is_same_v<From, bf16>) interleave(even, even + ld, dst);
+          if constexpr (std::is_same_v<From, bf16>) {
+            if (p + 1 < k && there >= 32) {
+              interleave_32(even, even + ld, dst);
+              c += 16, dst += 32;
+              continue;
+            }
+          }
+          if (p + 1 < k && there >= 16) {
+            if constexpr (std::is_same_v<From, bf16>)
+              interleave(even, even + ld, dst);
+            else
+              interleave(load(even), load(even + ld), dst);
             continue;
           }
-          vf rows[2] = {};
-          for (int64_t i = 0; i < 2; ++i)
-            if (p + i < k) rows[i] = there >= 16 ? load(even + i * ld) : load_part(even + i * ld, there);
-          interleave(rows[0], rows[1], dst);
+          const int64_t some = std::min<int64_t>(16, there);
+          interleave(p < k ? load_part(even, some) : vf{}, p + 1 < k ? load_part(even + ld, some) : vf{}, dst);
         }
     }
   }

@@ -19,10 +19,14 @@
 namespace sala {
 namespace {
 
-// tokens in a chunk: what is done once a chunk (the state's conversion) against the work that grows with it
+// most tokens in a chunk
 constexpr int64_t CHUNK = 64;
 // rows that share a causal edge: above it nothing is computed
 constexpr int64_t TILE = 16;
+// rows of the state that are taken from L2 to L1 once a chunk: read by the outputs, decayed, added to
+constexpr int64_t STRIP = 32;
+// outputs of so many bytes and states of so many are not found in a cache by whoever reads them next: measured
+constexpr int64_t OUTPUT_PAST_CACHE = 8 << 20, STATE_PAST_CACHE = 2 << 20;
 
 // A tensor (B, T, H, width) of any outer strides, counted in elements.
 template <class T>
@@ -68,17 +72,23 @@ struct Prefill {
   const int64_t* positions;  // the tokens that bounds cut, as positions on the time axis, or null: they are their own
   int64_t num_tokens, H, K, V;
   float scale;
+  bool past_cache;
 
+  // tokens in a chunk: the work on the state, done once a chunk, against the scores, which grow with it; measured
+  int64_t chunk() const { return sizeof(X) == 4 || K * V <= 64 * 64 ? 32 : CHUNK; }
   int64_t k_padded() const { return round_up(K, E::K_STEP); }
   int64_t v_padded() const { return round_up(V, E::N_STEP); }
   // a panel of [S; v]: the rows of the state, then those of the chunk's values
   int64_t panel_rows() const { return k_padded() + round_up(CHUNK, E::K_STEP); }
-  int64_t state_size() const { return round_up(K, E::M_STEP) * v_padded(); }
+  // the state stands in panels of columns too: [K][columns], so that its rows follow one another
+  int64_t state_rows() const { return round_up(K, E::M_STEP); }
+  int64_t state_size() const { return state_rows() * v_padded(); }
+  static constexpr int64_t strip_size() { return E::left_transposed_size(CHUNK, STRIP); }
 
   size_t scratch_bytes(int64_t heads) const {
     return Scratch::bytes<float>(heads * state_size()) + Scratch::bytes<Decay>(heads) +
            Scratch::bytes<X>(round_up(CHUNK, E::M_STEP) * panel_rows()) + Scratch::bytes<X>(E::packed_size(K, CHUNK)) +
-           Scratch::bytes<X>(E::left_transposed_size(CHUNK, K)) + Scratch::bytes<X>(panel_rows() * v_padded()) +
+           Scratch::bytes<X>(ceil_div(K, STRIP) * strip_size()) + Scratch::bytes<X>(panel_rows() * v_padded()) +
            Scratch::bytes<float>(TILE * CHUNK) + Scratch::bytes<float>(TILE * PANEL) +
            2 * Scratch::bytes<T>(CHUNK * std::max(K, V));
   }
@@ -93,7 +103,7 @@ struct Prefill {
     Decay* decays = scratch.take<Decay>(heads);
     work.left = scratch.take<X>(round_up(CHUNK, E::M_STEP) * panel_rows());
     work.keys = scratch.take<X>(E::packed_size(K, CHUNK));
-    work.keys_decayed = scratch.take<X>(E::left_transposed_size(CHUNK, K));
+    work.keys_decayed = scratch.take<X>(ceil_div(K, STRIP) * strip_size());
     work.right = scratch.take<X>(panel_rows() * v_padded());
     work.scores = scratch.take<float>(TILE * CHUNK);
     work.sums = scratch.take<float>(TILE * PANEL);
@@ -106,15 +116,26 @@ struct Prefill {
       float* state = states + h * state_size();
       std::fill(state, state + state_size(), 0.0f);
       if (initial)
-        convert_rows(initial + (n * H + first_head + h) * K * V, V, K, V, state, v_padded(), v_padded());
+        for_each_panel([&](int64_t column, int64_t columns, int64_t width) {
+          convert_rows(initial + (n * H + first_head + h) * K * V + column, V, K, columns, state + column * state_rows(),
+                       width, width);
+        });
     }
     const int64_t first = bounds ? bounds[n] : 0, last = bounds ? bounds[n + 1] : num_tokens;
-    for (int64_t token = first; token < last; token += CHUNK)
-      for (int64_t h = 0; h < heads; ++h)
-        attend_chunk(n, first_head + h, token, std::min(CHUNK, last - token), decays[h], states + h * state_size(),
-                     work);
+    for (int64_t token = first; token < last; token += chunk())
+      for (int64_t h = 0; h < heads; ++h) {
+        const bool last_head_here = h + 1 == heads;
+        const int64_t token_ahead = last_head_here ? token + chunk() : token;
+        const Ahead ahead{n, last_head_here ? first_head : first_head + h + 1, token_ahead,
+                          std::min(chunk(), last - token_ahead)};
+        attend_chunk(n, first_head + h, token, std::min(chunk(), last - token), decays[h], states + h * state_size(),
+                     work, ahead);
+      }
     for (int64_t h = 0; h < heads; ++h)
-      convert_rows(states + h * state_size(), v_padded(), K, V, final + (n * H + first_head + h) * K * V, V, V);
+      for_each_panel([&](int64_t column, int64_t columns, int64_t width) {
+        convert_rows(states + h * state_size() + column * state_rows(), width, K, columns,
+                     final + (n * H + first_head + h) * K * V + column, V, columns);
+      });
   }
 
  private:
@@ -124,10 +145,32 @@ struct Prefill {
     T* gathered[2];
   };
 
+  // the chunk after this one, whose rows are fetched while this one is computed: no hardware follows heads and pages
+  struct Ahead {
+    int64_t n, head, token, count;
+  };
+
+  // inlined by force: GCC takes a function that only prefetches for one without effects, and drops the call
+  __attribute__((always_inline)) void fetch(const Heads<const T>& x, const Ahead& ahead, int64_t i,
+                                            int64_t width) const {
+    if (i >= ahead.count) return;
+    const char* row = reinterpret_cast<const char*>(x.at(ahead.n, position(ahead.token + i), ahead.head));
+    for (int64_t byte = 0; byte < width * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+
   struct Rows {
     const T* data;
     int64_t ld;
   };
+
+  // body(first column, columns, columns rounded up) for the panels of V
+  template <class Body>
+  void for_each_panel(const Body& body) const {
+    for (int64_t column = 0; column < V; column += PANEL) {
+      const int64_t columns = std::min(PANEL, V - column);
+      body(column, columns, round_up(columns, E::N_STEP));
+    }
+  }
 
   int64_t position(int64_t token) const { return positions ? positions[token] : token; }
 
@@ -141,59 +184,56 @@ struct Prefill {
   }
 
   void attend_chunk(int64_t n, int64_t head, int64_t token, int64_t count, const Decay& decay, float* state,
-                    const Work& work) const {
-    const int64_t lda = panel_rows(), ldv = v_padded();
+                    const Work& work, const Ahead& ahead) const {
+    const int64_t lda = panel_rows();
     const Rows keys = rows(k, n, head, token, count, K, work.gathered[0]);
     const Rows values = rows(v, n, head, token, count, V, work.gathered[1]);
     E::pack_transposed(keys.data, keys.ld, count, K, work.keys);
-    E::pack_left_transposed(keys.data, keys.ld, count, K, decay.keys + CHUNK - count, work.keys_decayed);
+    for (int64_t row = 0; row < K; row += STRIP)
+      E::pack_left_transposed(keys.data + row, keys.ld, count, std::min(STRIP, K - row), decay.keys + CHUNK - count,
+                              work.keys_decayed + row / STRIP * strip_size());
     for (int64_t i = 0; i < count; ++i)
       convert_rows(q.at(n, position(token + i), head), 0, 1, K, work.left + i * lda, 0, k_padded());
-    for (int64_t column = 0; column < V; column += PANEL) {
-      const int64_t columns = std::min(PANEL, V - column);
+    for_each_panel([&](int64_t column, int64_t columns, int64_t width) {
       X* panel = work.right + panel_rows() * column;
-      pack_state(state + column, columns, decay.state[count], panel);
-      E::pack(values.data + column, values.ld, count, columns, panel + k_padded() * round_up(columns, E::N_STEP));
-    }
+      X* panel_values = panel + k_padded() * width;
+      E::pack(values.data + column, values.ld, count, columns, panel_values);
+      for (int64_t row = 0; row < K; row += STRIP) {
+        const int64_t height = std::min(STRIP, K - row);
+        float* strip = state + column * state_rows() + row * width;
+        E::pack(strip, width, height, columns, panel + row * width);
+        for (int64_t i = 0; i < height * width; i += W) store(strip + i, load(strip + i) * decay.state[count]);
+        E::template multiply_transposed<true>(height, columns, count, work.keys_decayed + row / STRIP * strip_size(),
+                                              panel_values, strip, width);
+      }
+    });
     for (int64_t top = 0; top < count; top += TILE) {
       const int64_t height = std::min(TILE, count - top), seen = std::min(top + TILE, count);
       X* left = work.left + top * lda;
       E::template multiply<false>(height, seen, K, left, lda, work.keys, work.scores, CHUNK, count);
       for (int64_t i = 0; i < height; ++i) {
+        fetch(q, ahead, top + i, K);
         scale_row(left + i * lda, decay.query[top + i]);
         decay_scores(work.scores + i * CHUNK, decay.scores + CHUNK - 1 - top - i, seen, left + i * lda + k_padded());
       }
     }
-    for (int64_t column = 0; column < V; column += PANEL) {
-      const int64_t columns = std::min(PANEL, V - column);
+    for_each_panel([&](int64_t column, int64_t columns, int64_t) {
       const X* panel = work.right + panel_rows() * column;
       for (int64_t top = 0; top < count; top += TILE) {
         const int64_t height = std::min(TILE, count - top), seen = std::min(top + TILE, count);
         E::template multiply<false>(height, columns, k_padded() + seen, work.left + top * lda, lda, panel, work.sums,
                                     PANEL);
-        for (int64_t i = 0; i < height; ++i)
-          convert_rows(work.sums + i * PANEL, 0, 1, columns, out.at(n, position(token + top + i), head) + column, 0,
-                       columns);
-      }
-      E::template multiply_transposed<true>(K, columns, count, work.keys_decayed,
-                                            panel + k_padded() * round_up(columns, E::N_STEP), state + column, ldv);
-    }
-  }
-
-  // The state's columns as the rows of a panel, and decayed where they stand: a few rows at a time, read from L1.
-  void pack_state(float* state, int64_t columns, float decay, X* panel) const {
-    const int64_t width = round_up(columns, E::N_STEP);
-    constexpr int64_t STRIP = 32;
-    for (int64_t row = 0; row < K; row += STRIP) {
-      const int64_t height = std::min(STRIP, K - row);
-      float* strip = state + row * v_padded();
-      E::pack(strip, v_padded(), height, columns, panel + row * width);
-      for (int64_t i = 0; i < height; ++i)
-        for (int64_t c = 0; c < width; c += W) {
-          float* p = strip + i * v_padded() + c;
-          store(p, load(p) * decay);
+        for (int64_t i = 0; i < height; ++i) {
+          if (column == 0) fetch(k, ahead, top + i, K);
+          if (column + PANEL >= V) fetch(v, ahead, top + i, V);
+          T* to = out.at(n, position(token + top + i), head) + column;
+          if (past_cache)
+            stream_row(work.sums + i * PANEL, columns, to);
+          else
+            convert_rows(work.sums + i * PANEL, 0, 1, columns, to, 0, columns);
         }
-    }
+      }
+    });
   }
 
   void scale_row(X* row, float factor) const {
@@ -217,7 +257,7 @@ struct Prefill {
 // The recurrence once, for one head: reads the state, writes the next one.
 template <class T>
 void step(const T* q, const T* k, const T* v, float decay, float scale, const float* state, float* next, T* out,
-          int64_t K, int64_t V) {
+          int64_t K, int64_t V, bool past_cache) {
   constexpr int64_t VECTORS = W == 16 ? 8 : 4;
   Scratch scratch;
   scratch.reserve(2 * Scratch::bytes<float>(K));
@@ -238,7 +278,7 @@ void step(const T* q, const T* k, const T* v, float decay, float scale, const fl
           const int64_t at = i * V + column + j * W;
           vf x = values[j] * keys[i];
           if (state) x += load(state + at) * decay;
-          store(next + at, x);
+          past_cache ? stream(next + at, x) : store(next + at, x);
           sums[j] += x * queries[i];
         }
       for (int64_t j = 0; j < vectors; ++j) store(out + column + j * W, sums[j] * scale);
@@ -261,12 +301,16 @@ int64_t heads_together(int64_t rows, int64_t heads, int64_t head_stride, int64_t
   constexpr int64_t MOST = 8, STATES_BYTES = 512 * 1024;
   if (head_stride > token_stride) return 1;  // each head's tokens follow one another
   int64_t cached = std::max<int64_t>(1, STATES_BYTES / state_bytes);
-  int64_t even = std::max<int64_t>(1, rows * heads / (4 * threads));
+  int64_t even = std::max<int64_t>(1, rows * heads / (threads == 1 ? 1 : 2 * threads));
   return std::min({MOST, cached, even});
 }
 
 template <class T>
 void prefill(Prefill<T> op, int64_t rows, int64_t threads) {
+  // a row's tokens are those of a batch row, or all rows share one
+  const int64_t out_bytes = (op.out.row ? rows : 1) * op.num_tokens * op.H * op.V * int64_t(sizeof(T));
+  expect_writes(op.out.data, size_t(out_bytes));
+  op.past_cache = out_bytes >= OUTPUT_PAST_CACHE && can_stream(op.out.data, op.V);
   // under 20 us of work
   if (op.num_tokens * op.H * (op.K + CHUNK / 2) * op.V * rows < 500000) threads = 1;
   const int64_t together =
@@ -275,6 +319,7 @@ void prefill(Prefill<T> op, int64_t rows, int64_t threads) {
   parallel_for(rows * groups, threads, [&](int64_t task) {
     const int64_t first = task % groups * together;
     op.attend(task / groups, first, std::min(first + together, op.H));
+    stream_end();
   });
 }
 
@@ -304,7 +349,8 @@ SALA_EXPORT void sala_lightning(int64_t is_bf16, const void* q, int64_t q_row, i
                       H,
                       K,
                       V,
-                      float(scale)},
+                      float(scale),
+                      false},
                      rows, threads);
   };
   is_bf16 ? run(sala::bf16{}) : run(float{});
@@ -317,6 +363,8 @@ SALA_EXPORT void sala_lightning_step(int64_t is_bf16, const void* q, int64_t q_r
                                      void* out, const float* log_decay, const float* state, float* next,
                                      const uint8_t* mask, int64_t rows, int64_t H, int64_t K, int64_t V, double scale,
                                      int64_t threads) {
+  const bool past_cache =
+      rows * H * K * V * int64_t(sizeof(float)) >= sala::STATE_PAST_CACHE && sala::can_stream(next, V);
   // under 20 us of reading and writing
   if (rows * H * K * V < 100000) threads = 1;
   auto run = [&](auto number) {
@@ -332,7 +380,8 @@ SALA_EXPORT void sala_lightning_step(int64_t is_bf16, const void* q, int64_t q_r
       sala::step(static_cast<const T*>(q) + row * q_row + head * q_head,
                  static_cast<const T*>(k) + row * k_row + head * k_head,
                  static_cast<const T*>(v) + row * v_row + head * v_head, std::exp(log_decay[head]), float(scale),
-                 state ? state + at : nullptr, next + at, to, K, V);
+                 state ? state + at : nullptr, next + at, to, K, V, past_cache);
+      sala::stream_end();
     });
   };
   is_bf16 ? run(sala::bf16{}) : run(float{});

@@ -8,6 +8,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 // a function that Python calls: sala.ops.native.Function
 #define SALA_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -46,6 +50,17 @@ void parallel_for(int64_t tasks, int64_t threads, const Body& body) {
   for (int64_t i = 1; i < threads; ++i) others.emplace_back(&Job::run, &job);
   Job::run(&job);
   for (auto& other : others) other.join();
+}
+
+// Ask for large pages under memory that is about to be written for the first time: a fault for every 4 KB of a fresh
+// output was a sixth of a kernel's time. Advice only; what the system makes of it changes no result.
+inline void expect_writes([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t LARGE = 2 << 20;
+  uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + LARGE - 1) / LARGE * LARGE;
+  uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / LARGE * LARGE;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 // Memory for the task at hand: taken piece by piece, all given back when the Scratch ends, kept by the thread for the

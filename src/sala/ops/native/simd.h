@@ -111,6 +111,44 @@ inline void store_part(T* p, vf x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(x[i]);
 }
 
+// Stores past the caches, for an output too large to be found in one by its next reader: no line is read to be written.
+// `can_stream` says whether there are such stores for rows of `width` numbers that follow one another from p;
+// `stream_end` makes them visible to other threads.
+template <class T>
+inline bool can_stream([[maybe_unused]] const T* p, [[maybe_unused]] int64_t width) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<uintptr_t>(p) % 64 == 0 && width * int64_t(sizeof(T)) % 64 == 0;
+#elif defined(__AVX512F__)
+  return sizeof(T) == 4 && reinterpret_cast<uintptr_t>(p) % 64 == 0 && width % 16 == 0;
+#else
+  return false;
+#endif
+}
+inline void stream(float* p, vf x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#else
+  store(p, x);
+#endif
+}
+// dst[0..n) = src, whole lines
+inline void stream_row(const float* src, int64_t n, float* dst) {
+  for (int64_t i = 0; i < n; i += W) stream(dst + i, load(src + i));
+}
+inline void stream_row([[maybe_unused]] const float* src, [[maybe_unused]] int64_t n, [[maybe_unused]] bf16* dst) {
+#if defined(__AVX512BF16__)
+  for (int64_t i = 0; i < n; i += 32) {
+    __m512bh both = _mm512_cvtne2ps_pbh((__m512)load(src + i + 16), (__m512)load(src + i));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), (__m512i)both);
+  }
+#endif
+}
+inline void stream_end() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 
 inline float sum(vf x) {
