@@ -219,7 +219,7 @@ inline vf exp2(vf x) {
 #if defined(__AVX512F__)
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
 #else
-  vf out = (vf)((vi)p + ((vi)shifted << 23));
+  vf out = (vf)((vu)p + ((vu)shifted << 23));
   return x < broadcast(-126.0f) ? vf{} : out;
 #endif
 }
@@ -239,7 +239,7 @@ inline vf exp(vf x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * (f * f) + f + 1.0f;
-  vf out = (vf)((vi)p + ((vi)shifted << 23));
+  vf out = (vf)((vu)p + ((vu)shifted << 23));
   return x < broadcast(-87.0f) ? vf{} : out;
 }
 
