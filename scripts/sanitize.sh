@@ -10,4 +10,4 @@ export SALA_CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefine
 LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)"
 export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONMALLOC=malloc
 
-PYTHONPATH=${PYTHONPATH:-src}:tests "$bin/python" tests/ops/sanitize.py "${ROUNDS:-4}"
+PYTHONPATH=${PYTHONPATH:-src}:tests "$bin/python" tests/ops/sanitize.py "${ROUNDS:-2}"
