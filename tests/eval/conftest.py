@@ -40,8 +40,8 @@ class Scripted(nn.Module):
     def forward(
         self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False, logits_to_keep: Any = 0
     ) -> Any:
-        if past_key_values is not None and past_key_values.columns == 0:
-            self.seen = input_ids[:, :0]
+        if past_key_values is not None:
+            self.seen = self.seen[:, : past_key_values.columns]
         self.seen = torch.cat([self.seen, input_ids], dim=1) if use_cache else input_ids
         if past_key_values is not None:
             past_key_values.columns += input_ids.shape[1]

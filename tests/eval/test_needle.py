@@ -1,4 +1,4 @@
-"""One needle in a real document."""
+"""Needles in a real document."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sala.data import Vocabulary
+from sala.data import Vocabulary, retrieval_document
 from sala.errors import InputError
-from sala.eval import find_needle, needle_document
+from sala.eval import find_needle, find_needles, needle_document
 
 
 def test_the_document_is_the_text_with_one_needle_at_its_depth(words: Vocabulary, text: np.ndarray) -> None:
@@ -64,3 +64,30 @@ def test_documents_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         needle_document(words, text, length=length, depth=depth)
+
+
+def test_each_of_several_needles_is_asked_for_alone(scripted: Any, words: Vocabulary, text: np.ndarray) -> None:
+    document = retrieval_document(400 - 5 + 5 * 3, haystack="text", seed=7, vocabulary=words, text=text, num_needles=3)
+    # what the model knows: the answers of two needles, and nothing of the one in the middle
+    middle = sorted(document.questions, key=lambda question: question.needle_start)[1]
+    known = {}
+    for question in document.questions:
+        if question is not middle:
+            first, second = question.answer.tolist()
+            known |= {tuple(question.prompt.tolist()): first, (*question.prompt[1:].tolist(), first): second}
+
+    def look_up(tokens_BT: Tensor) -> Tensor:
+        following = torch.zeros_like(tokens_BT)
+        following[0, -1] = known.get(tuple(tokens_BT[0, -3:].tolist()), 0)
+        return following
+
+    result = find_needles(scripted(look_up), words, text, length=400, num_needles=3, seed=7, chunk_size=128)
+    assert [answer.correct for answer in result.answers] == [True, False, True]
+    assert result.found == 2
+    depths = [answer.depth for answer in result.answers]
+    assert all(i / 3 <= depth <= (i + 1) / 3 for i, depth in enumerate(depths))
+
+
+def test_needles_that_do_not_fit_are_refused(scripted: Any, words: Vocabulary, text: np.ndarray) -> None:
+    with pytest.raises(InputError, match="needles"):
+        find_needles(scripted(torch.zeros_like), words, text, length=20, num_needles=8)

@@ -137,3 +137,28 @@ def test_a_cache_cannot_be_cut_back():
 def test_inputs_that_do_not_fit_are_refused(call, message):
     with pytest.raises(InputError, match=message):
         call(tiny_model())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_rewound_cache_has_forgotten(kind, batch):
+    model, ids = tiny_model(**KINDS[kind]), tokens(batch, 140)
+    body, first, second = ids[:, :90], ids[:, 90:120], ids[:, 120:]
+    # the second row of two is shorter: its windows of keys are complete at other places
+    mask = torch.ones(batch, 90, dtype=torch.long)
+    mask[1:, :37] = 0
+
+    def going_on(cache, part):
+        longer = torch.cat([mask, torch.ones_like(part)], dim=1)
+        return model(part, attention_mask=longer, past_key_values=cache).logits
+
+    with torch.no_grad():
+        cache = new_cache(model.config)
+        model(body, attention_mask=mask, past_key_values=cache)
+        mark, size = cache.mark(), cache.size_bytes
+        wanted = going_on(cache, first)
+        for part in (second, first):
+            cache.rewind(mark)
+            assert (cache.get_seq_length(), cache.size_bytes) == (90, size)
+            after = going_on(cache, part)
+    torch.testing.assert_close(after, wanted, atol=0, rtol=0)

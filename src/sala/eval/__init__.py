@@ -3,7 +3,7 @@
 from sala.eval.blocks import BlockCount, count_blocks
 from sala.eval.interval import wilson_interval
 from sala.eval.language import copy_accuracy, text_loss
-from sala.eval.needle import NeedleResult, find_needle, needle_document
+from sala.eval.needle import NeedleResult, NeedlesResult, find_needle, find_needles, needle_document
 from sala.eval.reading import logits_at
 from sala.eval.retrieval import DepthBin, RetrievalPoint, retrieval
 from sala.eval.scores import LayerScorers, layer_scorers
@@ -13,10 +13,12 @@ __all__ = [
     "DepthBin",
     "LayerScorers",
     "NeedleResult",
+    "NeedlesResult",
     "RetrievalPoint",
     "copy_accuracy",
     "count_blocks",
     "find_needle",
+    "find_needles",
     "layer_scorers",
     "logits_at",
     "needle_document",

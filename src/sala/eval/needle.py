@@ -1,4 +1,4 @@
-"""One needle in a real document, of any length: read in chunks, ask at the end, generate the answer."""
+"""Needles in a real document of any length: read it in chunks, ask at the end, generate the answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from sala.data import Question, Vocabulary, retrieval_document
-from sala.data.tasks import NEEDLE_SIZE
+from sala.data.tasks import ANSWER_SIZE, NEEDLE_SIZE
 from sala.errors import InputError
 from sala.eval.reading import CHUNK_SIZE, logits_at
 from sala.model import new_cache
@@ -105,4 +105,94 @@ def find_needle(
         read_tokens_per_s=length / read_s,
         decode_s=perf_counter() - started - read_s,
         cache_bytes=cache.size_bytes,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one of several needles came to; depth: 0 is the start of the document, 1 its end."""
+
+    depth: float
+    answer: tuple[int, ...]
+    wanted: tuple[int, ...]
+
+    @property
+    def correct(self) -> bool:
+        return self.answer == self.wanted
+
+
+@dataclass(frozen=True, slots=True)
+class NeedlesResult:
+    """What happened to the needles of one document, ordered by depth.
+
+    read_s: wall time of reading the document. answer_s: of asking for all of them. cache_bytes: after reading.
+    """
+
+    length: int
+    answers: tuple[Answer, ...]
+    read_s: float
+    read_tokens_per_s: float
+    answer_s: float
+    cache_bytes: int
+
+    @property
+    def found(self) -> int:
+        return sum(answer.correct for answer in self.answers)
+
+
+@torch.no_grad()
+def find_needles(
+    model: Any,
+    vocabulary: Vocabulary,
+    text: NDArray[np.int64],
+    *,
+    length: int,
+    num_needles: int,
+    seed: int = SEED,
+    chunk_size: int = CHUNK_SIZE,
+    on_chunk: Callable[[int, int], None] = lambda done, total: None,
+) -> NeedlesResult:
+    """Read a document with `num_needles` held-out needles once, and ask for each from the moment the reading ended.
+
+    Needle i lies at a random place of the i-th of equal parts. `length` counts the document with one question and its
+    answer. No question sees another: the cache is taken back to the mark at the end of the document each time.
+
+    Args:
+        text: (tokens,) the document; it is read in a circle when it is shorter than `length`.
+
+    Raises:
+        InputError: the needles do not fit.
+    """
+    questions_size = NEEDLE_SIZE * num_needles
+    document = retrieval_document(
+        length - NEEDLE_SIZE + questions_size,
+        haystack="text",
+        seed=seed,
+        vocabulary=vocabulary,
+        text=text,
+        num_needles=num_needles,
+    )
+    body_T = torch.from_numpy(document.body)
+    cache = new_cache(model.config, reserve=length)
+    started = perf_counter()
+    logits_at(model, body_T, torch.tensor([len(body_T) - 1]), chunk_size=chunk_size, cache=cache, on_chunk=on_chunk)
+    read_s, cache_bytes = perf_counter() - started, cache.size_bytes
+    end = cache.mark()
+    answers = []
+    for question in sorted(document.questions, key=lambda question: question.needle_start):
+        cache.rewind(end)
+        said: list[int] = []
+        given_T = torch.from_numpy(question.prompt)
+        while len(said) < ANSWER_SIZE:
+            logits_1X = logits_at(model, given_T, torch.tensor([len(given_T) - 1]), cache=cache)
+            said.append(int(logits_1X.argmax()))
+            given_T = torch.tensor(said[-1:])
+        answers.append(Answer(question.needle_start / len(body_T), tuple(said), tuple(question.answer.tolist())))
+    return NeedlesResult(
+        length=length,
+        answers=tuple(answers),
+        read_s=read_s,
+        read_tokens_per_s=len(body_T) / read_s,
+        answer_s=perf_counter() - started - read_s,
+        cache_bytes=cache_bytes,
     )

@@ -43,6 +43,12 @@ class GrowingTensor:
         if self.buffer is not None:
             self.buffer = self.buffer.index_select(0, rows.to(self.buffer.device))
 
+    def cut(self, length: int) -> None:
+        """Forget everything from place `length` on."""
+        if self.buffer is not None:
+            self.buffer[:, length : self.length] = 0
+        self.length = length
+
     @property
     def size_bytes(self) -> int:
         filled = self.filled
@@ -82,6 +88,14 @@ class LayerCache(CacheLayerMixin):
     def reset(self) -> None:
         for tensor in self.tensors():
             tensor.buffer, tensor.length = None, 0
+
+    def mark(self) -> Any:
+        """Return what `rewind` needs to come back to this moment."""
+        return [tensor.length for tensor in self.tensors()]
+
+    def rewind(self, mark: Any) -> None:
+        for tensor, length in zip(self.tensors(), mark, strict=True):
+            tensor.cut(length)
 
     def crop(self, tokens_to_remove: int) -> None:
         raise InputError("this cache holds recurrent states, which cannot be cut back; keep a copy from before instead")
@@ -161,6 +175,13 @@ class SparseCache(AttentionCache):
         super().reset()
         self.shortest = 0
 
+    def mark(self) -> Any:
+        return super().mark(), self.shortest
+
+    def rewind(self, mark: Any) -> None:
+        lengths, self.shortest = mark
+        super().rewind(lengths)
+
 
 class LightningCache(LayerCache):
     """One float32 state (B, H, K, V) whatever the length."""
@@ -186,6 +207,12 @@ class LightningCache(LayerCache):
     def reset(self) -> None:
         self.state_BHKV = None
 
+    def mark(self) -> Any:
+        return None if self.state_BHKV is None else self.state_BHKV.clone()
+
+    def rewind(self, mark: Any) -> None:
+        self.state_BHKV = None if mark is None else mark.clone()
+
 
 class SalaCache(Cache):
     """All layers' caches and the count of columns (tokens, padding included) seen so far; `new_cache` makes an empty one."""
@@ -200,6 +227,20 @@ class SalaCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.columns = 0
+
+    def mark(self) -> Any:
+        """Return a mark of this moment for `rewind`: lengths, and a copy of the recurrent states (keys are not copied).
+
+        The batch rows must stay the same ones in between.
+        """
+        return self.columns, [layer.mark() for layer in self.layers if isinstance(layer, LayerCache)]
+
+    def rewind(self, mark: Any) -> None:
+        """Forget everything that was read after `mark`; the mark can be used again."""
+        self.columns, marks = mark
+        for layer, own in zip(self.layers, marks, strict=True):
+            assert isinstance(layer, LayerCache)
+            layer.rewind(own)
 
     @property
     def size_bytes(self) -> int:
