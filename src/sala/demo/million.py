@@ -19,6 +19,7 @@ from sala.demo.measure import HYBRID_FULL, HYBRID_SPARSE, read_ground, variants
 from sala.demo.progress import Say
 from sala.demo.story import describe
 from sala.demo.trials import write_json
+from sala.engine.memory import human_bytes
 from sala.eval import find_needles
 from sala.model.checkpoint import find_checkpoint
 from sala.model.families import load_model
@@ -79,7 +80,8 @@ def find_in_million(
     }
     say(
         f"{result.found} of {needles} needles found in {length:,} tokens of source code; read in {result.read_s:,.0f} s, "
-        f"{result.read_tokens_per_s:,.0f} tokens/s, peak {memory.peak_bytes / 2**30:.1f} GiB"
+        f"{result.read_tokens_per_s:,.0f} tokens/s, peak memory "
+        + ("unknown here" if memory.peak_bytes is None else human_bytes(memory.peak_bytes))
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, written)
