@@ -32,7 +32,12 @@ Batches = Callable[[int], Batch]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One step as an observer sees it; `layer_errors` is empty but in alignment."""
+    """One step as an observer sees it; `step` counts from 1, `tokens` are those of the stage so far.
+
+    mfu: model FLOPs utilisation, None where the device's peak is not known. memory_bytes: peak of the device's memory, or
+    of the process's resident memory; 0 where the system does not tell. stage_index: the stage's place in the recipe.
+    layer_errors: empty but in alignment.
+    """
 
     stage: str
     step: int
@@ -44,6 +49,9 @@ class Progress:
     tokens_per_s: float
     seconds_left: float
     layer_errors: tuple[float, ...] = ()
+    mfu: float | None = None
+    memory_bytes: int = 0
+    stage_index: int = 0
 
 
 Observer = Callable[[Progress], None]
