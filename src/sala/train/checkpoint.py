@@ -1,0 +1,468 @@
+"""Checkpoints of a run: staged at once, written beside the training, published by one rename, verified before use."""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from sala.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST, LOCK = "manifest.json", ".lock"
+WRITING, DELETED = ".writing-", ".deleted-"
+# "-2" and so on: the same step saved again
+_NAME = re.compile(r"step-(\d{10,})(?:-(\d+))?")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A complete checkpoint on disk, and the JSON object that was saved with it."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return _order(self.folder)[0]
+
+
+class _Ranks:
+    """All ranks of a run, or the one process that there is; they talk over gloo, whatever the default backend is."""
+
+    def __init__(self) -> None:
+        self.rank, self.size, self._group = 0, 1, None
+        if dist.is_available() and dist.is_initialized():
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            # ranks wait here for the slowest disk
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+
+    def gather(self, value: T) -> list[T]:
+        """Return everybody's value to everybody."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def agree(self, fact: bool) -> bool:
+        """Return whether `fact` holds on every rank."""
+        if self._group is None:
+            return fact
+        flag = torch.tensor(int(fact))
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self._group)
+        return bool(flag)
+
+    def each(self, what: str, work: Callable[[], T]) -> list[T]:
+        """Do `work` on every rank and return all results; an error on any rank is one CheckpointError on all."""
+        value, error = None, None
+        try:
+            value = work()
+        except Exception as caught:
+            error = caught
+        answers = self.gather((value, None if error is None else _message(error)))
+        for rank, (_, message) in enumerate(answers):
+            if message is not None:
+                where = f" on rank {rank}" if self.size > 1 else ""
+                raise CheckpointError(f"{what}{where}: {message}") from error
+        return [value for value, _ in answers]  # type: ignore[misc]
+
+    def first(self, what: str, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0 and return its result on every rank; errors as in `each`."""
+        return self.each(what, work if self.rank == 0 else lambda: None)[0]  # type: ignore[return-value]
+
+
+class _Staging(DefaultSavePlanner):
+    """Plans a save, and holds the copies in CPU memory that are written: of a rank's own part, each until it is written."""
+
+    def __init__(self) -> None:
+        # keys are flat already
+        super().__init__(flatten_state_dict=False)
+        self._copies: dict[MetadataIndex, Any] = {}
+
+    def stage(self, plan: SavePlan) -> None:
+        resolve = super().resolve_data
+        self._copies = {item.index: resolve(item).detach().to("cpu", copy=True) for item in plan.items}  # type: ignore[union-attr]
+        # what was copied must not be kept alive
+        self.state_dict = {}
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        return self._copies.pop(write_item.index)
+
+
+# what a rank has written: for the metadata, and for the manifest
+_Written = tuple[list[WriteResult], dict[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    """A checkpoint under way."""
+
+    step: int
+    folder: Path
+    final: Path
+    facts: str
+    writer: FileSystemWriter
+    metadata: Metadata
+    files: Future[_Written]
+
+
+class Checkpoints:
+    """The checkpoints of one run: `folder/step-0000001200` and so on, in torch's distributed format.
+
+    Every rank makes one and calls each method at the same point, with the same arguments but for the tensors ("collective").
+    With a default process group of any backend, ranks talk over a gloo group of their own, on the calling thread only; all
+    ranks see one file system. A checkpoint is written under a hidden name, checksummed, and renamed when it is complete: a
+    folder with a visible name is a complete checkpoint, whenever the run was killed. The first `save` locks the folder for
+    this process and removes what killed runs left; reading neither locks nor changes anything.
+
+    A state is nested dicts of tensors and DTensors, on any device. A plain tensor counts as the same on all ranks, and one
+    rank writes it: what differs by rank needs a key by rank. Numbers and text go into `facts`.
+
+    Args:
+        keep: how many checkpoints stay, the newest.
+        asynchronous: write in a thread, beside the training; else `save` returns when the checkpoint is complete.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = True):
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; right would be 1 or more")
+        self.folder, self.keep, self.asynchronous = Path(folder), keep, asynchronous
+        self._ranks = _Ranks()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: _Writing | None = None
+        self._deletion: Future[None] | None = None
+        self._lock: int | None = None
+        # the step that this run has last saved or loaded
+        self._last_step: int | None = None
+        # what this rank wants to write, and what all agreed upon: the same in every save of a stage
+        self._wanted: SavePlan | None = None
+        self._plan, self._metadata = SavePlan([]), Metadata({})
+
+    def save(self, step: int, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Start to write a checkpoint; the tensors may change as soon as this returns. Collective.
+
+        Finishes the save before, if it is still under way. The same step may be saved again: the later one counts. A save
+        that follows a resume from an older checkpoint removes, when it is finished, the later ones of that history.
+
+        Args:
+            facts: a JSON object (rank 0's is kept).
+
+        Raises:
+            CheckpointError: the folder cannot be written, is in use, or holds later steps of a run that was not resumed;
+                or the save before has failed.
+            TypeError: the state holds something that is not a tensor, or the facts something that JSON does not know.
+            ValueError: a step before the last one, or two tensors of one name.
+        """
+        if self._last_step is not None and step < self._last_step:
+            raise ValueError(f"step {step} is saved after step {self._last_step}")
+        tensors, text = _flat(state), json.dumps(facts)
+        self.wait()
+        name = self._ranks.first(f"a checkpoint of step {step} cannot be started", partial(self._start, step))
+        folder = self.folder / f"{WRITING}{name}"
+        planner, writer = _Staging(), FileSystemWriter(folder, per_thread_copy_ahead=0)
+        plan = self._agree_on_plan(tensors, planner, writer)
+        planner.stage(plan)
+        files = self._thread.submit(_write, folder, self._ranks.rank, writer, plan, planner)
+        self._writing = _Writing(step, folder, self.folder / name, text, writer, self._metadata, files)
+        if not self.asynchronous:
+            self.wait()
+
+    def poll(self) -> None:
+        """Publish the checkpoint under way if every rank has written its part; cheap. Collective.
+
+        Raises:
+            CheckpointError: it could not be written, on any rank. It is removed; those before it are untouched.
+        """
+        if self._writing is not None and self._ranks.agree(self._writing.files.done()):
+            self._finish(self._writing)
+
+    def wait(self) -> None:
+        """Return when the checkpoint under way is published and old ones are deleted. Collective; errors as in `poll`."""
+        if self._writing is not None:
+            wait([self._writing.files])
+            self._finish(self._writing)
+        deletion, self._deletion = self._deletion, None
+        self._ranks.first(
+            f"old checkpoints in {self.folder} cannot be deleted", deletion.result if deletion else _nothing
+        )
+
+    def newest(self, which: Literal["newest", "previous"] = "newest") -> Saved | None:
+        """Return the newest checkpoint, or the one before it, with every file verified; None when there is none. Collective.
+
+        Raises:
+            CheckpointError: its files are not those that were written, or of another format; or "previous" is asked for
+                and there is no checkpoint before the newest.
+        """
+        found = self._ranks.first(f"{self.folder} cannot be read", self._published)
+        if which == "previous" and len(found) < 2:
+            there = f"only {found[0].name}" if found else "no checkpoint"
+            raise CheckpointError(f"--resume previous: {self.folder} holds {there}, and none before it")
+        if not found:
+            return None
+        *older, folder = found if which == "newest" else found[:-1]
+        try:
+            what = f"{folder} cannot be resumed from"
+            manifest = self._ranks.first(what, partial(_read_manifest, folder))
+            self._ranks.each(what, partial(_verify, folder, manifest["files"], self._ranks.rank, self._ranks.size))
+        except CheckpointError as error:
+            if not older:
+                advice = "there is no checkpoint before it"
+            elif which == "newest":
+                advice = f"--resume previous would use {older[-1].name}"
+            else:
+                advice = f"with {folder.name} deleted, --resume previous would use {older[-1].name}"
+            raise CheckpointError(f"{error}; {advice}") from error
+        return Saved(folder, manifest["facts"])
+
+    def load(self, saved: Saved, state: Mapping[str, Any]) -> None:
+        """Read a checkpoint into the tensors of `state`, in place, bit by bit; on any number of ranks, any mesh. Collective.
+
+        Raises:
+            CheckpointError: a tensor that the checkpoint does not have, one that no rank takes, or one of another shape
+                or dtype. Nothing is read then.
+        """
+        tensors = _flat(state)
+        reader, planner = FileSystemReader(saved.folder), DefaultLoadPlanner(flatten_state_dict=False)
+
+        def compare() -> set[str]:
+            metadata = reader.read_metadata()
+            _require_same_tensors(metadata, tensors)
+            planner.set_up_planner(tensors, metadata, is_coordinator=self._ranks.rank == 0)
+            reader.set_up_storage_reader(metadata, is_coordinator=self._ranks.rank == 0)
+            return metadata.state_dict_metadata.keys() - tensors.keys()
+
+        def read() -> None:
+            plan = reader.prepare_local_plan(planner.create_local_plan())
+            reader.read_data(planner.finish_plan(plan), planner).wait()
+
+        what = f"{saved.folder} cannot be loaded"
+        unread = set.intersection(*self._ranks.each(what, compare))
+        if unread:
+            raise CheckpointError(f"{what}: it has {_listed(unread)}, which nothing here takes")
+        self._ranks.each(what, read)
+        self._last_step = saved.step
+
+    def _published(self) -> list[Path]:
+        """Return the complete checkpoints from the oldest to the newest, one a step."""
+        if not self.folder.is_dir():
+            return []
+        folders = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+        return list({_order(path)[0]: path for path in sorted(folders, key=_order)}.values())
+
+    def _start(self, step: int) -> str:
+        """Make room for a checkpoint and return the name that it will have."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._lock = _lock(self.folder / LOCK)
+            for left in [*self.folder.glob(f"{WRITING}*"), *self.folder.glob(f"{DELETED}*")]:
+                shutil.rmtree(left)
+        published = self._published()
+        if self._last_step is None and published and _order(published[-1])[0] > step:
+            raise CheckpointError(
+                f"{published[-1]} is later, and this run was not resumed; right would be to resume it, or another folder"
+            )
+        times = [_order(path)[1] for path in published if _order(path)[0] == step]
+        name = f"step-{step:010}" + (f"-{times[0] + 1}" if times else "")
+        (self.folder / f"{WRITING}{name}").mkdir()
+        return name
+
+    def _agree_on_plan(self, tensors: dict[str, Tensor], planner: _Staging, writer: FileSystemWriter) -> SavePlan:
+        """Return what this rank writes: replicas are written once."""
+        first = self._ranks.rank == 0
+        planner.set_up_planner(tensors, writer.storage_meta(), is_coordinator=first)
+        writer.set_up_storage_writer(first)
+        wanted = writer.prepare_local_plan(planner.create_local_plan())
+        if not self._ranks.agree(wanted == self._wanted):
+            plans, self._metadata = planner.create_global_plan(self._ranks.gather(wanted))
+            self._wanted, self._plan = wanted, writer.prepare_global_plan(plans)[self._ranks.rank]
+        return planner.finish_plan(self._plan)
+
+    def _finish(self, writing: _Writing) -> None:
+        self._writing = None
+        what = f"the checkpoint of step {writing.step} could not be written to {self.folder}"
+        try:
+            written = self._ranks.each(what, writing.files.result)
+            self._ranks.first(what, partial(self._publish, writing, written))
+        except CheckpointError:
+            # the next run removes what cannot be removed now
+            self._ranks.first(what, partial(shutil.rmtree, writing.folder, ignore_errors=True))
+            raise
+        self._last_step = writing.step
+
+    def _publish(self, writing: _Writing, written: list[_Written]) -> None:
+        """Complete a checkpoint that every rank has written its part of, rename it, and delete what it replaces."""
+        writer, folder = writing.writer, writing.folder
+        writer.finish(writing.metadata, [results for results, _ in written])
+        files = {name: facts for _, part in written for name, facts in part.items()}
+        for path in sorted(folder.iterdir()):
+            if path.name not in files:
+                files[path.name] = _checksum(path)
+        _write_manifest(folder / MANIFEST, {"format": FORMAT, "facts": json.loads(writing.facts), "files": files})
+        # later steps are a history that this run has left by resuming before them: they must never be newest again
+        later = [path for path in self._published() if _order(path)[0] > writing.step]
+        deleted = [self._set_aside(path) for path in later]
+        folder.rename(writing.final)
+        _sync_folder(self.folder)
+        kept = {path.name for path in self._published()[-self.keep :]}
+        old = [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name) and path.name not in kept]
+        deleted += [self._set_aside(path) for path in old]
+        self._deletion = self._thread.submit(_delete, deleted)
+
+    def _set_aside(self, path: Path) -> Path:
+        return path.rename(path.with_name(f"{DELETED}{path.name}"))
+
+
+def _nothing() -> None:
+    """What ranks do that have nothing to do."""
+
+
+def _message(error: BaseException) -> str:
+    """Return an error in one line, with its class where the text alone would not say enough."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError | CheckpointError):
+        # torch's file format meets a full disk with an error about positions, which hides the system's
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(str(cause or error).split())
+    return text if cause is not None else f"{type(error).__name__}: {text}"
+
+
+def _order(folder: Path) -> tuple[int, int]:
+    """Return (step, how many times it has been saved) of a checkpoint's folder."""
+    found = _NAME.fullmatch(folder.name)
+    assert found is not None, folder
+    return int(found[1]), int(found[2] or 1)
+
+
+def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors of nested dicts by their dotted names."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            part = _flat(value, f"{name}.")
+        elif isinstance(value, Tensor) and not value.is_meta:
+            part = {name: value}
+        else:
+            kind = "without numbers (meta)" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise TypeError(f"{name} is {kind}; a state holds tensors, and anything else goes into the facts")
+        if twice := tensors.keys() & part.keys():
+            raise ValueError(f"two tensors are called {min(twice)}")
+        tensors |= part
+    return tensors
+
+
+def _require_same_tensors(metadata: Metadata, tensors: dict[str, Tensor]) -> None:
+    saved: dict[str, Any] = metadata.state_dict_metadata
+    if missing := tensors.keys() - saved.keys():
+        raise CheckpointError(f"it does not have {_listed(missing)}")
+    for name, tensor in tensors.items():
+        shape, dtype = tuple(saved[name].size), saved[name].properties.dtype
+        if shape != tuple(tensor.shape) or dtype != tensor.dtype:
+            raise CheckpointError(
+                f"its {name} is {dtype} of shape {shape}; here it is {tensor.dtype} of {tuple(tensor.shape)}"
+            )
+
+
+def _listed(names: set[str]) -> str:
+    """Return the first names and how many more there are."""
+    shown, more = sorted(names)[:3], len(names) - 3
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+def _write(folder: Path, rank: int, writer: FileSystemWriter, plan: SavePlan, planner: _Staging) -> _Written:
+    """Write what this rank writes; return what the metadata needs, and the files with their checksums."""
+    results = writer.write_data(plan, planner).wait()
+    return results, {path.name: _checksum(path) for path in sorted(folder.glob(f"__{rank}_*"))}
+
+
+def _checksum(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        json.dump(manifest | {"sha256": _digest(manifest)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(path.parent)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint; CheckpointError if it is not the one that was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{MANIFEST} is missing") from None
+    except ValueError as error:
+        raise CheckpointError(f"{MANIFEST} is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise CheckpointError(f"{MANIFEST} does not say its format")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"its format is {manifest['format']!r}, and this version of sala reads format {FORMAT}")
+    expected = manifest.pop("sha256", None)
+    if expected != _digest(manifest):
+        raise CheckpointError(f"{MANIFEST} has changed: sha256 {_digest(manifest)}, and it says {expected}")
+    return manifest
+
+
+def _verify(folder: Path, files: dict[str, dict[str, Any]], rank: int, size: int) -> None:
+    """Compare this rank's share of a checkpoint's files with the manifest: all sizes, then all checksums."""
+    share = sorted(files, key=lambda name: -files[name]["bytes"])[rank::size]
+    for name in share:
+        path, expected = folder / name, files[name]["bytes"]
+        if not path.is_file():
+            raise CheckpointError(f"{name} is missing; {MANIFEST} says {expected:,} bytes")
+        if (found := path.stat().st_size) != expected:
+            raise CheckpointError(f"{name} has {found:,} bytes; {MANIFEST} says {expected:,}")
+    for name in share:
+        if (digest := _checksum(folder / name)["sha256"]) != files[name]["sha256"]:
+            raise CheckpointError(f"{name} has changed: sha256 {digest}; {MANIFEST} says {files[name]['sha256']}")
+
+
+def _lock(path: Path) -> int:
+    """Lock a file for this process until it ends; CheckpointError if another process has."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(f"{path.parent} is in use by another process; right would be to end it first") from None
+    return descriptor
+
+
+def _delete(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make names in a folder last through a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
