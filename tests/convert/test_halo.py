@@ -1,5 +1,6 @@
 """A conversion end to end on tiny random teachers, with training passed in."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -142,6 +143,98 @@ def test_the_same_seed_gives_the_same_hybrid(teacher_of: Callable) -> None:
     first, again, other = (convert(teacher_of(), Settings(gate_init="random"), seed=seed)[0] for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+class Notes:
+    """Remembers in JSON text, as a file would."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        if name not in self.texts:
+            self.texts[name] = json.dumps(compute())
+        return json.loads(self.texts[name])
+
+    def each(self, name: str, count: int, compute: Callable[[int], Any]) -> list[Any]:
+        return [self.once(f"{name}-{index}", lambda index=index: compute(index)) for index in range(count)]
+
+
+class Checkpoints:
+    """Trains by moving every parameter, and hands back what it trained when it is asked again."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, Any] = {}
+
+    def __call__(self, model: Any, stage: Stage, *, teacher: Any) -> Any:
+        if stage.name not in self.states:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.01 * torch.randn_like(parameter)
+            self.states[stage.name] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(self.states[stage.name])
+        return SimpleNamespace(loss=1.0, layer_errors=())
+
+
+STAGES = [Stage("align", "align"), Stage("distill", "distill")]
+MEASURED = Settings(gate_init="random", output_norm_init="measured")
+
+
+def count_swaps(teacher: Any, seen: list[int]) -> Callable[[Any], float]:
+    own = [layer.self_attn for layer in teacher.model.layers]
+
+    def recall(model: Any) -> float:
+        seen.extend(i for i, layer in enumerate(model.model.layers) if layer.self_attn is not own[i])
+        return 0.1 * len(seen)
+
+    return recall
+
+
+def test_a_conversion_that_is_started_again_measures_nothing_twice(teacher_of: Callable, family: str) -> None:
+    remember, run_stage, seen = Notes(), Checkpoints(), []
+    teacher = teacher_of(family)
+    known = {"remember": remember, "run_stage": run_stage}
+    first, report = convert(teacher, MEASURED, STAGES, score_recall=count_swaps(teacher, seen), **known)
+    assert seen == [0, 1, 2, 3]
+
+    def never(model: Any) -> float:
+        raise AssertionError("no candidate may be evaluated again")
+
+    texts = dict(remember.texts)
+    assert set(texts) == {"output_norms", *(f"layer_scores-{layer}" for layer in range(4)), "kept", "step_zero"}
+    again, same = convert(teacher_of(family), MEASURED, STAGES, score_recall=never, score_language=never, **known)
+    assert same == report
+    assert remember.texts == texts
+    assert first.state_dict().keys() == again.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+
+
+def test_candidates_scored_before_are_not_scored_again(teacher_of: Callable) -> None:
+    remember, seen, teacher = Notes(), [], teacher_of()
+    remember.texts |= {"layer_scores-0": "[0.9, 0.5]", "layer_scores-2": "[0.0, 0.5]"}
+    _, report = convert(teacher, Settings(), remember=remember, score_recall=count_swaps(teacher, seen))
+    assert seen == [1, 3]
+    assert report.scores.recall == (0.9, 0.1, 0.0, 0.2)
+    assert report.kept == (2,)
+
+
+def test_what_the_modules_start_from_is_no_matter_of_chance(teacher_of: Callable) -> None:
+    """A conversion draws nothing from torch's own generator, whatever it remembers."""
+    remember, teacher = Notes(), teacher_of()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    starts = []
+
+    def run_stage(model: Any, stage: Stage, *, teacher: Any) -> Any:
+        starts.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return SimpleNamespace(loss=1.0, layer_errors=())
+
+    convert(teacher, MEASURED, STAGES, run_stage=run_stage, remember=remember)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    convert(teacher, MEASURED, STAGES, run_stage=run_stage, remember=remember)
+    for first, again in zip(starts[:2], starts[2:], strict=True):
+        assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_what_the_teacher_does_not_have_is_refused_before_training(teacher_of: Callable) -> None:

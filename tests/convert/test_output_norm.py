@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sala.convert.align import Twins, watch_mixers
-from sala.convert.output_norm import measure_output_norms
+from sala.convert.output_norm import measure_output_norms, scale_output_norms
 from sala.convert.transfer import hybrid_config, linear_twin
 
 IDS = torch.arange(2 * 24).view(2, 24) % 50
@@ -22,7 +22,7 @@ def test_every_head_starts_at_the_teachers_size(
     twins = Twins(
         teacher, [linear_twin(layer.self_attn, config, gate_init, generator) for layer in teacher.model.layers]
     )
-    measure_output_norms(twins, IDS)
+    scale_output_norms(twins, measure_output_norms(twins, IDS))
     sizes: list[torch.Tensor] = []
 
     def note(heads_BTD: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sala.convert.align import Twins, swapped
-from sala.convert.output_norm import measure_output_norms
+from sala.convert.output_norm import measure_output_norms, scale_output_norms
 from sala.convert.select import RANKINGS, LayerScores, importance, select
 from sala.convert.transfer import (
     GateInit,
@@ -45,6 +45,34 @@ class RunStage(Protocol):
     """Train `model` in place through `stage`; the result has the last `loss`."""
 
     def __call__(self, model: Any, stage: Any, *, teacher: Any) -> Any: ...
+
+
+class Remember(Protocol):
+    """What a run has measured or decided already, so that a run that is started again does not do it again.
+
+    Names are unique within a run and fit a file name; results are JSON values, floats included exactly.
+    """
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return the result of `compute`: computed once in the life of a run, on any rank, the same on all ranks."""
+        ...
+
+    def each(self, name: str, count: int, compute: Callable[[int], Any]) -> list[Any]:
+        """Return the results for 0 to count - 1: each computed once in the life of a run, shared out over the ranks."""
+        ...
+
+
+class Forgetful:
+    """Remembers nothing: computes whenever it is asked."""
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        return compute()
+
+    def each(self, name: str, count: int, compute: Callable[[int], Any]) -> list[Any]:
+        return [compute(index) for index in range(count)]
+
+
+FORGETFUL = Forgetful()
 
 
 class Keep(Protocol):
@@ -114,13 +142,17 @@ def num_kept(keep: Keep, num_layers: int) -> int:
 
 
 @torch.no_grad()
-def score_layers(teacher: Any, twins: Sequence[nn.Module], recall: Score, language: Score, say: Say) -> LayerScores:
+def score_layers(
+    teacher: Any, twins: Sequence[nn.Module], recall: Score, language: Score, remember: Remember, say: Say
+) -> LayerScores:
     """Score the models M_i: the teacher with only layer i linear."""
-    rows = []
-    for layer, twin in enumerate(twins):
+
+    def score(layer: int) -> list[float]:
         say(f"scoring layer {layer + 1} of {len(twins)}")
-        with swapped(teacher, {layer: twin}):
-            rows.append((recall(teacher), language(teacher)))
+        with swapped(teacher, {layer: twins[layer]}):
+            return [recall(teacher), language(teacher)]
+
+    rows = remember.each("layer_scores", len(twins), score)
     return LayerScores(recall=tuple(r for r, _ in rows), language=tuple(c for _, c in rows))
 
 
@@ -154,6 +186,7 @@ def halo(
     score_language: Score,
     sample: Tensor,
     seed: int = 0,
+    remember: Remember = FORGETFUL,
     say: Say = lambda text: None,
 ) -> tuple[Any, Report]:
     """Convert `teacher` (every layer "attention") and return the hybrid with what was done.
@@ -164,6 +197,9 @@ def halo(
         score_recall, score_language: model -> score, higher is better; asked for every swapped layer when the layers
             are chosen by score.
         sample: token ids (B, T) for the measurements before training.
+        remember: what was measured and decided before, when a run is started again: the twins' output norms, the scores
+            of every candidate, the kept layers, the cost of step zero. All else is a function of teacher, settings and
+            seed, so with `run_stage` restoring the parameters it trained, the same modules are reached.
         say: takes a line on what happens now.
 
     Raises:
@@ -177,15 +213,15 @@ def halo(
     generator = torch.Generator().manual_seed(seed)
     twins = _make_twins(teacher, settings, generator)
     if settings.output_norm_init == "measured":
-        say("measuring the size of every head's output")
-        measure_output_norms(twins, sample)
+        say("setting the size of every head's output")
+        scale_output_norms(twins, remember.once("output_norms", lambda: measure_output_norms(twins, sample)))
     results, remaining = [], list(stages)
     if remaining and remaining[0].loss == "align":
         results.append(_run(run_stage, twins, remaining.pop(0), teacher=None))
     scores = None
     if settings.keep.layers is None and settings.keep.method in RANKINGS:
-        scores = score_layers(teacher, list(twins.twins), score_recall, score_language, say)
-    kept = select_layers(settings, num_layers, scores)
+        scores = score_layers(teacher, list(twins.twins), score_recall, score_language, remember, say)
+    kept = tuple(remember.once("kept", lambda: list(select_layers(settings, num_layers, scores))))
     say(f"layers that stay attention: {', '.join(map(str, kept)) or 'none'}")
 
     config = _config_of_hybrid(teacher.config, settings, kept)
@@ -194,7 +230,7 @@ def halo(
     for layer in kept:
         attention = teacher.model.layers[layer].self_attn
         mixers[layer] = kept_attention(attention, config, settings.gate_init, generator)
-    step_zero = _step_zero(teacher, settings, kinds, mixers, sample)
+    step_zero = remember.once("step_zero", lambda: _step_zero(teacher, settings, kinds, mixers, sample))
     hybrid = assemble(teacher, config, mixers)
 
     def switched(sparse: bool, scaling: bool) -> Any:

@@ -1,5 +1,6 @@
 """The size of every head at the start: output norms from what the teacher's heads put out."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,8 +12,10 @@ from sala.convert.transfer import ZERO_GATE
 
 
 @torch.no_grad()
-def measure_output_norms(twins: Twins, input_ids: Tensor) -> None:
-    """Set each twin's output norm so that every head starts at the root mean square of the teacher's head.
+def measure_output_norms(twins: Twins, input_ids: Tensor) -> list[list[float]]:
+    """Return, for every layer and head, the factor by which the teacher's head is larger than the twin's.
+
+    By root mean square over `input_ids` (B, T), after the twin's output norm and gate.
 
     Heads with slow decay add up far more keys, so with weights of 1 they fill the norm that all heads share and the
     others start near zero. A deviation from HALO, which leaves that to alignment.
@@ -36,10 +39,21 @@ def measure_output_norms(twins: Twins, input_ids: Tensor) -> None:
     for index, (twin, (x_BTD, rows, _)) in enumerate(zip(twins.twins, layers, strict=True)):
         mixer: Any = twin
         note(index, num_heads, own, mixer.o_norm(mixer.attend(x_BTD, rows).flatten(2)))
+    factors = []
     for index, twin in enumerate(twins.twins):
         module: Any = twin
         gate: nn.Linear = module.z_proj
         # a gate with random weights lets through half on average; an open one is made up for in o_proj
         passed = ZERO_GATE if bool(gate.weight.any()) else 1.0
         ratio_H = sizes[index] / (own[index].clamp_min(torch.finfo(torch.float32).tiny) * passed)
-        module.o_norm.weight.mul_(ratio_H.repeat_interleave(module.o_norm.weight.shape[0] // num_heads))
+        factors.append(ratio_H.tolist())
+    return factors
+
+
+@torch.no_grad()
+def scale_output_norms(twins: Twins, factors: Sequence[Sequence[float]]) -> None:
+    """Multiply each twin's output norm by `factors`, one a layer and head (see `measure_output_norms`)."""
+    for twin, row in zip(twins.twins, factors, strict=True):
+        module: Any = twin
+        weight: Tensor = module.o_norm.weight
+        weight.mul_(weight.new_tensor(row).repeat_interleave(len(weight) // len(row)))

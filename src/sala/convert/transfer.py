@@ -1,7 +1,7 @@
 """Weights of an attention layer as those of a linear layer, and of a teacher as those of a hybrid."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,24 +64,36 @@ def hybrid_config(
     return MiniCPMSALAConfig(**(fields | changes))
 
 
-def _gate_weight(like: Tensor, gate_init: GateInit, generator: torch.Generator) -> Tensor:
+def _gate_weight(shape: torch.Size, gate_init: GateInit, generator: torch.Generator) -> Tensor:
     if gate_init == "open":
-        return torch.zeros_like(like)
-    # torch's default for a Linear, as HALO builds its layers
-    bound = like.shape[1] ** -0.5
-    return torch.empty_like(like).uniform_(-bound, bound, generator=generator)
+        return torch.zeros(shape)
+    # torch's default for a Linear, as HALO builds its layers; drawn on the CPU, the same for every device
+    bound = shape[1] ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def _projections(
-    weights: Mapping[str, Tensor], gate: str, like: Tensor, gate_init: GateInit, generator: torch.Generator
+    weights: Mapping[str, Tensor], gate: str, shape: torch.Size, gate_init: GateInit, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The projections among a layer's weights, and a new gate."""
     state = {name: tensor.clone() for name, tensor in weights.items() if "_proj." in name}
-    state[gate] = _gate_weight(like, gate_init, generator)
+    state[gate] = _gate_weight(shape, gate_init, generator)
     if gate_init == "open":
         # sigmoid(0) halves what the gate lets through; the projection behind it gives it back exactly
         state["o_proj.weight"] = state["o_proj.weight"] / ZERO_GATE
     return state
+
+
+def _unfilled(kind: Any, config: MiniCPMSALAConfig) -> Any:
+    # no weights are drawn that are replaced at once: it would take time, and numbers from torch's own generator
+    with torch.device("meta"):
+        return kind(config)
+
+
+def _filled(module: Any, state: Mapping[str, Tensor], like: Tensor) -> Any:
+    """Give `module`, made without weights, the tensors of `state` with the device and the dtype of `like`."""
+    module.load_state_dict({name: tensor.to(like) for name, tensor in state.items()}, assign=True)
+    return module
 
 
 def linear_twin(
@@ -96,38 +108,39 @@ def linear_twin(
     output norm is 1; the gate is new. Biases are copied where the teacher has them. Source: HALO section 4.1.
     Latent attention is multiplied out first, see `plain_projections`.
     """
-    twin = MIXERS["lightning-attn"].module(config)
+    twin = _unfilled(MIXERS["lightning-attn"].module, config)
     empty = twin.state_dict()
     weights = plain_projections(attention) if isinstance(attention, LatentAttention) else attention.state_dict()
-    state = _projections(weights, "z_proj.weight", empty["z_proj.weight"], gate_init, generator)
+    state = _projections(weights, "z_proj.weight", empty["z_proj.weight"].shape, gate_init, generator)
     for name in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"):
         if name in state:
             state[name] = expand_heads(state[name], attention.num_groups, attention.num_heads)
     for name in ("q_norm.weight", "k_norm.weight"):
-        state[name] = weights.get(name, torch.ones_like(empty[name])).clone()
-    state["o_norm.weight"] = torch.ones_like(empty["o_norm.weight"])
-    twin.load_state_dict(state)
-    return twin.to(attention.o_proj.weight.dtype)
+        state[name] = weights[name].clone() if name in weights else torch.ones(empty[name].shape)
+    state["o_norm.weight"] = torch.ones(empty["o_norm.weight"].shape)
+    return _filled(twin, state, attention.o_proj.weight)
 
 
 def kept_attention(
     attention: Any, config: MiniCPMSALAConfig, gate_init: GateInit, generator: torch.Generator
 ) -> nn.Module:
     """Return an attention layer with the weights of `attention`, positions and gate as `config` says."""
-    kept = type(attention)(config)
+    kept = _unfilled(type(attention), config)
     state = {name: tensor.clone() for name, tensor in attention.state_dict().items()}
     empty = kept.state_dict()
     if "o_gate.weight" in empty:
-        state |= _projections(attention.state_dict(), "o_gate.weight", empty["o_gate.weight"], gate_init, generator)
-    kept.load_state_dict(state)
-    return kept.to(attention.o_proj.weight.dtype)
+        shape = empty["o_gate.weight"].shape
+        state |= _projections(attention.state_dict(), "o_gate.weight", shape, gate_init, generator)
+    return _filled(kept, state, attention.o_proj.weight)
 
 
 def assemble(teacher: MiniCPMSALAForCausalLM, config: MiniCPMSALAConfig, mixers: Mapping[int, nn.Module]) -> Any:
     """Return a hybrid of `config`: the given mixers, the rest copied from the teacher; heads are tied only as there."""
-    hybrid = MiniCPMSALAForCausalLM(config)
-    state = {name: tensor for name, tensor in teacher.state_dict().items() if ".self_attn." not in name}
+    hybrid = _unfilled(MiniCPMSALAForCausalLM, config)
+    state = {name: tensor.clone() for name, tensor in teacher.state_dict().items() if ".self_attn." not in name}
     for layer, mixer in mixers.items():
-        state |= {f"model.layers.{layer}.self_attn.{name}": tensor for name, tensor in mixer.state_dict().items()}
-    hybrid.load_state_dict(state)
-    return cast(nn.Module, hybrid).to(teacher.dtype).eval()
+        own = mixer.state_dict().items()
+        state |= {f"model.layers.{layer}.self_attn.{name}": tensor.clone() for name, tensor in own}
+    _filled(hybrid, state, teacher.lm_head.weight)
+    hybrid.tie_weights()
+    return hybrid.eval()
