@@ -91,7 +91,11 @@ def test_layers_are_drawn_and_counted():
 
 def step(number, **changes):
     fields = {"stage": "align", "step": number, "steps": 3, "loss": 0.5, "tokens_per_s": 1234.0, "seconds_left": 65.0}
-    return SimpleNamespace(**{**fields, **changes})
+    more = {"learning_rate": 3e-4, "gradient_norm": 0.4321, "mfu": None, "memory_bytes": 0}
+    return SimpleNamespace(**{**fields, **more, **changes})
+
+
+MEASUREMENT = {"loss": None, "learning_rate": None, "gradient_norm": None, "tokens_per_s": None}
 
 
 def lines(console_file):
@@ -104,20 +108,53 @@ def test_a_log_gets_the_first_and_the_last_step_of_a_stage():
         display.say("[set] is no markup")
         for number in (1, 2, 3):
             display.observe(step(number))
+        display.observe(step(3, stage="long", mfu=0.4321, memory_bytes=3 * 2**30))
+        display.observe(step(1, stage="needle", **MEASUREMENT))
     assert lines(file) == [
         "[set] is no markup",
-        "align: step 1 of 3, loss 0.5000, 1,234 tokens/s, 1 min 5 s left",
-        "align: step 3 of 3, loss 0.5000, 1,234 tokens/s",
+        "align: step 1 of 3, loss 0.5000, lr 3.0e-04, grad norm 0.432, 1,234 tokens/s, 1 min 5 s left",
+        "align: step 3 of 3, loss 0.5000, lr 3.0e-04, grad norm 0.432, 1,234 tokens/s",
+        "long: step 3 of 3, loss 0.5000, lr 3.0e-04, grad norm 0.432, 1,234 tokens/s, MFU 43.2%, memory 3.0 GiB",
+        "needle: step 1 of 3, 1 min 5 s left",
     ]
 
 
-def test_a_terminal_sees_stage_step_loss_speed_and_time_left():
+def test_a_terminal_sees_what_a_step_says_and_keeps_each_stage_s_loss():
     file = io.StringIO()
-    with Display(Console(file=file, width=120, force_terminal=True)) as display:
-        display.observe(step(2))
-        display.observe(step(1, stage="teacher", loss=None, tokens_per_s=None), phase="Measure")
-    for fact in ("align", "2/3", "loss 0.5000", "1,234 tokens/s", "1 min 5 s left", "Measure"):
-        assert fact in file.getvalue()
+    with Display(Console(file=file, width=100, force_terminal=True)) as display:
+        display.observe(step(2, mfu=0.4321, memory_bytes=3 * 2**30))
+        display._bars.refresh()
+        working = file.getvalue()
+        display.observe(step(1, stage="teacher", **MEASUREMENT), phase="Measure")
+    left = "".join(lines(file)[-3:])
+    for fact in ("align", "2/3", "loss 0.5000", "1 min 5 s left"):
+        assert fact in working
+        assert fact in left
+    below = "lr 3.0e-04, grad norm 0.432, 1,234 tokens/s, MFU 43.2%, memory 3.0 GiB"
+    assert below in working
+    assert "Measure" in left
+    assert below not in left
+
+
+def test_the_longest_step_fits_a_hundred_columns():
+    file = io.StringIO()
+    with Display(Console(file=file, width=100, force_terminal=True, color_system=None)) as display:
+        display.observe(
+            step(
+                127_999,
+                steps=128_000,
+                stage="short-decay",
+                gradient_norm=1234.5,
+                tokens_per_s=1_234_567.0,
+                mfu=0.4321,
+                memory_bytes=71 * 2**30,
+                seconds_left=80_000.0,
+            )
+        )
+        display._bars.refresh()
+        row, below = lines(file)[-2:]
+    assert "128000" in row and "22 h 13 min left" in row
+    assert below.strip() == "lr 3.0e-04, grad norm 1.23e+03, 1,234,567 tokens/s, MFU 43.2%, memory 71.0 GiB"
 
 
 def test_a_bar_is_gone_when_all_is_done():

@@ -11,7 +11,18 @@ from sala.errors import InputError, RecipeError
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.model.families import config_from
 from sala.train import budget, load_recipe, parse_recipe
-from sala.train.budget import GPUS, Memory, Networks, activation_numbers, cluster, stage_budgets, stage_flops
+from sala.train.budget import (
+    DEVICE_NAMES,
+    GPUS,
+    Memory,
+    Networks,
+    activation_numbers,
+    cluster,
+    model_flops,
+    peak_flops,
+    stage_budgets,
+    stage_flops,
+)
 from sala.train.loop import _backward, _training_only, trainable_parameters
 from sala.train.recipe import Conversion, Keep, Stage
 
@@ -279,3 +290,26 @@ def test_the_table_of_cards_has_what_a_plan_needs() -> None:
             cluster(name, precision="bfloat16", mfu=0.4).peak_flops_s
             > cluster(name, precision="float32", mfu=1).peak_flops_s
         )
+
+
+@pytest.mark.parametrize("loss", ["next_token", "distill"])
+def test_model_flops_are_those_of_a_step_without_recomputation(loss: str) -> None:
+    networks = Networks(config("attention", "lightning-attn"), teacher=config("attention", "attention"))
+    plain, checkpointed = (row(loss=loss, activation_checkpointing=on, steps=3) for on in (False, True))
+    assert stage_flops(checkpointed, networks).recompute > 0
+    assert model_flops(plain, networks) == model_flops(checkpointed, networks)
+    assert 3 * model_flops(plain, networks) == stage_flops(plain, networks).total
+
+
+def test_the_peak_is_that_of_the_card_by_the_name_that_torch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200")
+    assert peak_flops(cuda, "bfloat16") == pytest.approx(989.4e12)
+    assert peak_flops(cuda, "float32") == pytest.approx(66.9e12)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200 NVL")
+    assert peak_flops(cuda, "bfloat16") is None
+    assert peak_flops(torch.device("cpu"), "float32") is None
+
+
+def test_every_named_card_has_a_peak() -> None:
+    assert set(DEVICE_NAMES.values()) == set(GPUS)

@@ -1,9 +1,10 @@
 """The command line: `sala` and its verbs, one file each."""
 
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from sala.cli.bench import bench
 from sala.cli.convert import convert
@@ -12,12 +13,23 @@ from sala.cli.demo import demo
 from sala.cli.generate import generate
 from sala.cli.inspect import inspect
 from sala.cli.plan import plan
+from sala.cli.plot import plot
 from sala.cli.select import select
 from sala.cli.train import train
 from sala.errors import SalaError
 
+
+class Verbs(TyperGroup):
+    """Verbs of one word or two: `train RECIPE` and `train plot RUN`, where `plot` is no recipe."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        pair = " ".join(args[:2])
+        return super().parse_args(ctx, [pair, *args[2:]] if pair in self.commands else args)
+
+
 app = typer.Typer(
     name="sala",
+    cls=Verbs,
     help="Turn a pretrained Transformer into a sparse-linear hybrid that reads a million tokens, and run it.",
     no_args_is_help=True,
     # what a user causes is one line of `main`; anything else is ours and keeps its plain traceback
@@ -26,6 +38,7 @@ app = typer.Typer(
 )
 for verb in (generate, inspect, plan, convert, data, train, select, demo):
     app.command()(verb)
+app.command("train plot")(plot)
 app.add_typer(bench)
 
 

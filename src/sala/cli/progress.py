@@ -1,12 +1,13 @@
 """What a person sees while work goes on: live bars in a terminal, a plain line now and then anywhere else."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 # a log file wants to see that work goes on, not every step
 PLAIN_LINE_EVERY_S = 10.0
@@ -70,17 +72,40 @@ class Step(Protocol):
     @property
     def loss(self) -> float | None: ...
     @property
+    def learning_rate(self) -> float | None: ...
+    @property
+    def gradient_norm(self) -> float | None: ...
+    @property
     def tokens_per_s(self) -> float | None: ...
     @property
     def seconds_left(self) -> float | None: ...
+    @property
+    def mfu(self) -> float | None: ...
+    @property
+    def memory_bytes(self) -> int: ...
+
+
+class Rows(Progress):
+    """Bars with a line below them, which tells of the work that goes on more than a row has room for."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.below:
+            yield Padding(Text(self.below, style="dim"), (0, 0, 0, 2))
 
 
 class Display:
-    """The stages of a run: a row each with step, loss, tokens/s and time left; remarks above them."""
+    """The stages of a run: a row each with step, loss and time left, and below them what else the last step says.
+
+    Remarks stand above the rows. In a pipe or a file a step is one line.
+    """
 
     def __init__(self, console: Console):
         self.console = console
-        self._bars = Progress(
+        self._rows: dict[str, TaskID] = {}
+        self._bars = Rows(
             TextColumn("{task.description}", style="bold"),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
@@ -88,7 +113,6 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self._rows: dict[str, TaskID] = {}
         self._shown = ""
         self._said_at = float("-inf")
 
@@ -99,6 +123,7 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._bars.below = ""  # no more work goes on
         self._bars.stop()
 
     def say(self, text: str) -> None:
@@ -110,25 +135,43 @@ class Display:
 
         phase: its short stages share one row; None gives the stage a row of its own that stays.
         """
-        facts = ", ".join(_facts(step))
         if self.console.is_terminal:
             row = phase or step.stage
             if row not in self._rows:
                 self._rows[row] = self._bars.add_task(row, total=step.steps, facts="")
+            self._bars.below = ", ".join(_below(step))
+            facts = ", ".join((*_loss(step), *_time_left(step)))
             self._bars.update(self._rows[row], completed=step.step, total=step.steps, facts=facts)
             return
         now, name = time.monotonic(), f"{phase}: {step.stage}" if phase else step.stage
         first, last = name != self._shown, phase is None and step.step == step.steps
         if (phase is None and first) or last or now - self._said_at >= PLAIN_LINE_EVERY_S:
             self._said_at, self._shown = now, name
-            self.say(f"{name}: step {step.step} of {step.steps}, {facts}".rstrip(", "))
+            told = (*_loss(step), *_below(step), *_time_left(step))
+            self.say(", ".join((f"{name}: step {step.step} of {step.steps}", *told)))
 
 
-def _facts(step: Step) -> Iterator[str]:
+def _loss(step: Step) -> Iterator[str]:
     if step.loss is not None:
         yield f"loss {step.loss:.4f}"
+
+
+def _below(step: Step) -> Iterator[str]:
+    if step.learning_rate is not None:
+        yield f"lr {step.learning_rate:.1e}"
+    if step.gradient_norm is not None:
+        yield f"grad norm {step.gradient_norm:.3g}"
     if step.tokens_per_s is not None:
         yield f"{step.tokens_per_s:,.0f} tokens/s"
+    if step.mfu is not None:
+        yield f"MFU {step.mfu:.1%}"
+    if step.memory_bytes:
+        from sala.engine import human_bytes
+
+        yield f"memory {human_bytes(step.memory_bytes)}"
+
+
+def _time_left(step: Step) -> Iterator[str]:
     if step.seconds_left is not None and step.step < step.steps:
         yield f"{duration(step.seconds_left)} left"
 

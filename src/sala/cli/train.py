@@ -46,7 +46,10 @@ def train(
     mfu: Annotated[float, typer.Option(help="Part of the peak that is reached.", rich_help_panel=DRY_RUN)] = 0.4,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=DRY_RUN)] = False,
 ) -> None:
-    """Train a model from random weights, or print what a recipe costs."""
+    """Train a model from random weights, or print what a recipe costs.
+
+    `sala train plot RUN` draws a run, one under way too.
+    """
     prepare(threads)
     from sala.errors import InputError, RecipeError
     from sala.train import TrainingRecipe, load_recipe

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
 from sala.demo.measure import HYBRID_FULL, HYBRID_SPARSE, TEACHER
+from sala.train.plot import smooth
 
 # colours that people with any colour vision tell apart (Okabe and Ito), and a marker each for print
 STYLES: dict[str, dict[str, Any]] = {
@@ -126,15 +127,6 @@ def _draw_training(axes: Axes, results: Results) -> None:
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("loss / loss at the stage's first step", color=INK)
     axes.set_title("Training of the conversion", fontsize=11, color=INK, loc="left")
-
-
-def smooth(losses: Sequence[float], keep: float = 0.9) -> list[float]:
-    """Return the running mean in which a step's weight falls by `keep` with each later step, unbiased at the start."""
-    smoothed, total, weight = [], 0.0, 0.0
-    for loss in losses:
-        total, weight = keep * total + (1 - keep) * loss, keep * weight + (1 - keep)
-        smoothed.append(total / weight)
-    return smoothed
 
 
 def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:

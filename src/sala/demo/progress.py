@@ -18,7 +18,8 @@ class Moment:
     """One step of a stage; what does not apply to the stage is None.
 
     phase: a key of `PHASES`. stage: in "convert" a stage of the recipe, else the phase's own name: a row of a display.
-    detail: which model and length is at work, or "". seconds_left: of the stage.
+    detail: which model and length is at work, or "".
+    seconds_left: of the stage. memory_bytes: 0 where nobody watches it.
     """
 
     phase: str
@@ -27,8 +28,12 @@ class Moment:
     steps: int
     detail: str = ""
     loss: float | None = None
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
     tokens_per_s: float | None = None
     seconds_left: float | None = None
+    mfu: float | None = None
+    memory_bytes: int = 0
 
 
 Observer = Callable[[Moment], None]

@@ -138,8 +138,12 @@ def convert(
                 progress.step,
                 progress.steps,
                 loss=progress.loss,
+                learning_rate=progress.learning_rate,
+                gradient_norm=progress.gradient_norm,
                 tokens_per_s=progress.tokens_per_s,
                 seconds_left=progress.seconds_left,
+                mfu=progress.mfu,
+                memory_bytes=progress.memory_bytes,
             )
         )
 

@@ -40,6 +40,21 @@ GPUS: Mapping[str, Gpu] = {
     "rtx-4090": Gpu(165.2, 82.6, 24),
     "rtx-5090": Gpu(209.5, 104.8, 32),
 }
+# what torch calls these cards. PCIe and NVL cards of the same generation are slower where they are not named
+DEVICE_NAMES: Mapping[str, str] = {
+    "NVIDIA A100-SXM4-40GB": "a100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA A100-PCIE-40GB": "a100",
+    "NVIDIA A100 80GB PCIe": "a100",
+    "NVIDIA A800-SXM4-80GB": "a800",
+    "NVIDIA A800 80GB PCIe": "a800",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA GeForce RTX 4090": "rtx-4090",
+    "NVIDIA GeForce RTX 5090": "rtx-5090",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +331,24 @@ def stage_flops(stage: Stage, networks: Networks) -> Flops:
             work -= 2 * teacher.matrices[HEAD] * stage.length
         flops = dataclasses.replace(flops, teacher=work)
     return flops.times(stage.steps * stage.batch)
+
+
+def model_flops(stage: Stage, networks: Networks) -> int:
+    """Return the operations of one step, over all ranks, that model FLOPs utilisation counts: `stage_flops` without
+    what activation checkpointing computes again. A teacher's forward pass is work of the loss, and counts.
+
+    Source: PaLM (Chowdhery et al. 2022, appendix B); utilisation is this / (seconds of a step x ranks x `peak_flops`).
+    """
+    flops = stage_flops(stage, networks)
+    return (flops.total - flops.recompute) // stage.steps
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Return the dense FLOP/s of a GPU in a recipe's precision as in `GPUS`; None for another device."""
+    if device.type != "cuda":
+        return None
+    name = DEVICE_NAMES.get(torch.cuda.get_device_name(device))
+    return None if name is None else getattr(GPUS[name], precision) * 1e12
 
 
 def _student(stage: Stage, networks: Networks) -> tuple[_Network, tuple[str, ...]]:

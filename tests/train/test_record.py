@@ -1,0 +1,203 @@
+"""What a run writes about itself survives a kill, forgets what is undone, and reads back as it was."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+
+from sala.errors import InputError
+from sala.train import memory
+from sala.train.loop import Progress
+from sala.train.memory import peak_memory_bytes
+from sala.train.record import Record
+
+CONFIG = {"stages": [{"name": "align", "steps": 3}, {"name": "long", "steps": 4}]}
+
+
+def step(stage_index: int, number: int, **changes: Any) -> Progress:
+    stage = CONFIG["stages"][stage_index]
+    values = {
+        "loss": 10.0 * stage_index + number,
+        "learning_rate": 1e-3,
+        "gradient_norm": 0.5,
+        "tokens": 64 * number,
+        "tokens_per_s": 1000.0,
+        "seconds_left": 2.0,
+        "memory_bytes": 2**29,
+        "stage_index": stage_index,
+    }
+    return Progress(stage=stage["name"], step=number, steps=stage["steps"], **(values | changes))
+
+
+@pytest.fixture(autouse=True)
+def files_sort_by_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Event files of one second and one process sort by a number, as text: 10 comes before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+
+
+WHOLE_RUN = [step(0, 1), step(0, 2), step(0, 3), step(1, 1), step(1, 2), step(1, 3), step(1, 4)]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder / "tensorboard"))
+    accumulator.Reload()
+    return accumulator
+
+
+def drawn(folder: Path, name: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events(folder).Scalars(name)]
+
+
+def test_a_step_is_a_line_with_all_of_its_fields(tmp_path: Path) -> None:
+    progress = step(0, 1, layer_errors=(0.25, 0.5), mfu=0.4)
+    with Record(tmp_path, config=CONFIG) as record:
+        record(progress)
+    assert lines(tmp_path) == [dataclasses.asdict(progress) | {"layer_errors": [0.25, 0.5]}]
+
+
+def test_tensorboard_counts_steps_over_all_stages(tmp_path: Path) -> None:
+    with Record(tmp_path, config=CONFIG) as record:
+        for progress in WHOLE_RUN:
+            record(progress)
+    assert drawn(tmp_path, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 11.0), (5, 12.0), (6, 13.0), (7, 14.0)]
+
+
+def test_tensorboard_has_every_metric_that_is_known(tmp_path: Path) -> None:
+    for name in ("cpu", "gpu"):
+        (tmp_path / name).mkdir()
+    known = {"loss", "learning_rate", "gradient_norm", "tokens_per_s", "memory_gib"}
+    with Record(tmp_path / "cpu", config=CONFIG) as record:
+        record(step(0, 1))
+    assert set(events(tmp_path / "cpu").Tags()["scalars"]) == known
+    with Record(tmp_path / "gpu", config=CONFIG) as record:
+        record(step(0, 1, mfu=0.5, layer_errors=(0.25, 0.75)))
+    assert set(events(tmp_path / "gpu").Tags()["scalars"]) == known | {"mfu", "layer_errors/00", "layer_errors/01"}
+    assert drawn(tmp_path / "gpu", "memory_gib") == [(1, 0.5)]
+    assert drawn(tmp_path / "gpu", "layer_errors/01") == [(1, 0.75)]
+
+
+def test_a_step_is_on_disk_before_the_next_one(tmp_path: Path) -> None:
+    record = Record(tmp_path, config=CONFIG)
+    record(step(0, 1))
+    # nothing was closed: so a killed process leaves it
+    assert len(lines(tmp_path)) == 1
+    assert drawn(tmp_path, "loss") == [(1, 1.0)]
+    record.close()
+
+
+@pytest.mark.parametrize(("kept", "torn"), [(0, b""), (2, b'{"stage": "al'), (3, b""), (4, b"{}"), (6, b'{"stage')])
+def test_a_resumed_run_has_every_step_once(tmp_path: Path, kept: int, torn: bytes) -> None:
+    with Record(tmp_path, config=CONFIG) as record:
+        for progress in WHOLE_RUN[:6]:
+            record(dataclasses.replace(progress, loss=-1.0) if progress in WHOLE_RUN[kept:] else progress)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(torn)
+    with Record(tmp_path, config=CONFIG) as record:
+        last = WHOLE_RUN[kept - 1] if kept else step(0, 0)
+        record.rewind(last.stage_index, last.step)
+        for progress in WHOLE_RUN[kept:]:
+            record(progress)
+    assert [(row["stage_index"], row["step"], row["loss"]) for row in lines(tmp_path)] == [
+        (progress.stage_index, progress.step, progress.loss) for progress in WHOLE_RUN
+    ]
+    assert drawn(tmp_path, "loss") == [(i + 1, progress.loss) for i, progress in enumerate(WHOLE_RUN)]
+
+
+class FakeWandb:
+    """Stands for the package: remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.started: list[dict[str, Any]] = []
+        self.logged: list[dict[str, float]] = []
+        self.axes: list[tuple[str, str | None]] = []
+        self.finished = 0
+
+    def init(self, **settings: Any) -> SimpleNamespace:
+        self.started.append(settings)
+        return SimpleNamespace(
+            id=settings["id"] or "fresh", log=self.logged.append, finish=self._finish, define_metric=self._axis
+        )
+
+    def _axis(self, name: str, step_metric: str | None = None) -> None:
+        self.axes.append((name, step_metric))
+
+    def _finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    package = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    return package
+
+
+def test_wandb_gets_what_tensorboard_gets(tmp_path: Path, wandb: FakeWandb) -> None:
+    with Record(tmp_path, config=CONFIG, wandb_project="hybrids") as record:
+        record(step(1, 2))
+    assert wandb.started[0] | {"dir": None} == {
+        "project": "hybrids",
+        "id": None,
+        "resume": "allow",
+        "name": tmp_path.name,
+        "config": CONFIG,
+        "dir": None,
+    }
+    assert wandb.logged == [
+        {
+            "global_step": 5,
+            "loss": 12.0,
+            "learning_rate": 1e-3,
+            "gradient_norm": 0.5,
+            "tokens_per_s": 1000.0,
+            "memory_gib": 0.5,
+        }
+    ]
+    assert ("*", "global_step") in wandb.axes
+    assert wandb.finished == 1
+
+
+def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path: Path, wandb: FakeWandb) -> None:
+    for _ in range(2):
+        Record(tmp_path, config=CONFIG, wandb_project="hybrids").close()
+    assert [settings["id"] for settings in wandb.started] == [None, "fresh"]
+    with pytest.raises(InputError, match="'hybrids', which would be right"):
+        Record(tmp_path, config=CONFIG, wandb_project="others")
+
+
+def test_without_the_option_wandb_is_not_touched(tmp_path: Path, wandb: FakeWandb) -> None:
+    with Record(tmp_path, config=CONFIG) as record:
+        record(step(0, 1))
+    assert not wandb.started
+    assert not (tmp_path / "wandb.json").exists()
+
+
+def test_wandb_that_is_not_installed_is_named_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"pip install 'sala\[wandb\]'"):
+        Record(tmp_path, config=CONFIG, wandb_project="hybrids")
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_memory_is_the_peak_that_the_system_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = tmp_path / "status"
+    monkeypatch.setattr(memory, "STATUS", status)
+    assert peak_memory_bytes(torch.device("cpu")) == 0
+    status.write_text("Name:\tpython\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\n")
+    assert peak_memory_bytes(torch.device("cpu")) == 2 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+def test_memory_of_this_process_is_known() -> None:
+    assert peak_memory_bytes(torch.device("cpu")) > torch.ones(2**20).nbytes
