@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sala.train.loop import Progress
-from sala.train.plot import draw, short, smooth
+from sala.train.plot import draw
 
 
 def stage(index: int, name: str, steps: int, **changes: Any) -> list[dict[str, Any]]:
@@ -43,19 +43,3 @@ def test_learning_rates_of_different_size_share_a_logarithmic_axis_and_a_warm_up
     warm_up[0]["learning_rate"] = 1e-9
     assert draw([warm_up], "a run").get_axes()[1].get_yscale() == "linear"
     assert draw([warm_up, stage(1, "two", 3, learning_rate=1e-5)], "a run").get_axes()[2].get_yscale() == "log"
-
-
-def test_a_smoothed_line_does_not_lag() -> None:
-    line = [float(n) for n in range(40)]
-    assert smooth(line)[5:-5] == pytest.approx(line[5:-5])
-    assert smooth([1.0]) == [1.0]
-    assert smooth([0.0] * 5 + [11.0] + [0.0] * 5)[5] == pytest.approx(1.0)
-    # a fiftieth of a long run
-    assert smooth([0.0] * 1000 + [1.0] * 1000)[1020] == 1.0 > smooth([0.0] * 1000 + [1.0] * 1000)[1019]
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(0, "0"), (512, "512"), (1.5e6, "1.5M"), (3e-4, "3e-4"), (2.5e-5, "2.5e-5"), (0.05, "0.05")]
-)
-def test_numbers_are_short(number: float, text: str) -> None:
-    assert short(number) == text

@@ -16,7 +16,7 @@ from sala.errors import InputError
 from sala.train import memory
 from sala.train.loop import Progress
 from sala.train.memory import peak_memory_bytes
-from sala.train.record import Record
+from sala.train.record import Record, short, smooth
 
 CONFIG = {"stages": [{"name": "align", "steps": 3}, {"name": "long", "steps": 4}]}
 
@@ -201,3 +201,19 @@ def test_memory_is_the_peak_that_the_system_tells(tmp_path: Path, monkeypatch: p
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
 def test_memory_of_this_process_is_known() -> None:
     assert peak_memory_bytes(torch.device("cpu")) > torch.ones(2**20).nbytes
+
+
+def test_a_smoothed_line_does_not_lag() -> None:
+    line = [float(n) for n in range(40)]
+    assert smooth(line)[5:-5] == pytest.approx(line[5:-5])
+    assert smooth([1.0]) == [1.0]
+    assert smooth([0.0] * 5 + [11.0] + [0.0] * 5)[5] == pytest.approx(1.0)
+    # a fiftieth of a long run
+    assert smooth([0.0] * 1000 + [1.0] * 1000)[1020] == 1.0 > smooth([0.0] * 1000 + [1.0] * 1000)[1019]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (512, "512"), (1.5e6, "1.5M"), (3e-4, "3e-4"), (2.5e-5, "2.5e-5"), (0.05, "0.05")]
+)
+def test_numbers_are_short(number: float, text: str) -> None:
+    assert short(number) == text

@@ -2,9 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from sala.errors import InputError
-from sala.train.record import read_metrics
+from sala.train.record import Row, in_stages, read_metrics, short, smooth
 
 # colours that people with any colour vision tell apart (Okabe and Ito)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7a7a7a")
@@ -21,19 +19,6 @@ WIDTH_INCHES, ROW_INCHES, DOTS_PER_INCH = 10.0, 2.6, 150
 LOSSES_IN_A_ROW = 4
 # values that differ by a larger factor are drawn on a logarithmic axis
 LINEAR_UP_TO = 8.0
-
-Row = dict[str, Any]
-
-
-def smooth(values: Sequence[float]) -> list[float]:
-    """Return the mean of each value and its neighbours: a fiftieth of them, at least ten; fewer at the ends.
-
-    Neighbours of both sides, because a mean of the past alone lags behind a loss that falls.
-    """
-    reach = max(5, len(values) // 100)
-    sums = [0.0, *accumulate(values)]
-    ends = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
-    return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
 
 
 def plot_run(folder: Path, out: Path) -> None:
@@ -44,8 +29,7 @@ def plot_run(folder: Path, out: Path) -> None:
     """
     if out.suffix != ".png":
         raise InputError(f"--out {str(out)!r}: the picture is a PNG; right would be {str(out.with_suffix('.png'))!r}")
-    stages = [list(rows) for _, rows in groupby(read_metrics(folder), lambda row: row["stage_index"])]
-    figure = draw(stages, folder.resolve().name)
+    figure = draw(in_stages(read_metrics(folder)), folder.resolve().name)
     working = out.with_name(f".{out.name}.part")
     try:
         # the program's version in the file would make equal runs differ
@@ -138,14 +122,3 @@ def _axes(axes: Axes, label: str, values: Sequence[float]) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-
-
-def short(number: float) -> str:
-    """Return 1500000 as 1.5M and 0.0003 as 3e-4: decimal units, as tokens are counted."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    if not 0 < number < 0.01:
-        return f"{number:.3g}"
-    mantissa, exponent = f"{number:.1e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"

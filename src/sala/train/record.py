@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
-from itertools import accumulate, takewhile
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, groupby, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +14,9 @@ from sala.train.loop import Progress
 
 METRICS, TENSORBOARD, WANDB = "metrics.jsonl", "tensorboard", "wandb.json"
 GIB = 2**30
+
+# a step as it is read back: the fields of `Progress`
+Row = Mapping[str, Any]
 
 
 def scalars(progress: Progress) -> dict[str, float]:
@@ -124,6 +127,33 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         if missing := names - row.keys():
             raise InputError(f"{path} lacks {', '.join(sorted(missing))}; right would be a file that sala train wrote")
     return rows
+
+
+def in_stages(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return the steps of each stage."""
+    return [list(steps) for _, steps in groupby(rows, lambda row: row["stage_index"])]
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Return the mean of each value and its neighbours: a fiftieth of them, at least ten; fewer at the ends.
+
+    Neighbours of both sides, because a mean of the past alone lags behind a loss that falls.
+    """
+    reach = max(5, len(values) // 100)
+    sums = [0.0, *accumulate(values)]
+    ends = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
+
+
+def short(number: float) -> str:
+    """Return 1500000 as 1.5M and 0.0003 as 3e-4: decimal units, as tokens are counted."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    if not 0 < number < 0.01:
+        return f"{number:.3g}"
+    mantissa, exponent = f"{number:.1e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _tensorboard(folder: Path, purge_step: int | None = None) -> Any:
