@@ -70,7 +70,7 @@ def test_a_card_says_what_the_model_is() -> None:
     text = card()
     assert "# a-hybrid" in text
     assert "1,316,736 parameters in 4 layers" in text
-    assert "1 of sparse attention (1), 3 of lightning attention" in text
+    assert "1 of sparse attention (number 1, from 0), 3 of lightning attention" in text
     assert "converted from Qwen/Qwen3-1.7B by the recipe `smoke`" in text
     assert "trained from random weights" in card(teacher=None, base_model=None)
 

@@ -13,9 +13,9 @@ from sala.cli.demo import demo
 from sala.cli.generate import generate
 from sala.cli.inspect import inspect
 from sala.cli.plan import plan
-from sala.cli.plot import plot
 from sala.cli.select import select
 from sala.cli.train import train
+from sala.cli.train_plot import train_plot
 from sala.errors import SalaError
 
 
@@ -36,9 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (generate, inspect, plan, convert, data, train, select, demo):
-    app.command()(verb)
-app.command("train plot")(plot)
+for verb in (generate, inspect, plan, convert, data, train, train_plot, select, demo):
+    app.command(verb.__name__.replace("_", " "))(verb)
 app.add_typer(bench)
 
 

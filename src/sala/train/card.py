@@ -84,12 +84,12 @@ def _summary(recipe: Mapping[str, Any], config: Mapping[str, Any], parameters: i
     for kind, words in MIXER_KINDS.items():
         places = [index for index, mixer in enumerate(kinds) if mixer == kind]
         if places:
-            # those that are many need no list
-            where = "" if len(places) > len(kinds) / 2 else f" ({', '.join(map(str, places))})"
+            # those that are most of them need no list
+            where = "" if len(places) > len(kinds) / 2 else f" (number {', '.join(map(str, places))}, from 0)"
             layers.append(f"{len(places)} of {words}{where}")
     origin = "trained from random weights" if teacher is None else f"converted from {teacher}"
     return (
-        f"A causal language model of {parameters:,} parameters in {len(kinds)} layers, counted from 0: {', '.join(layers)}.\n"
+        f"A causal language model of {parameters:,} parameters in {len(kinds)} layers: {', '.join(layers)}.\n"
         f"It was {origin} by the recipe `{recipe['name']}`, with sala."
     )
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 
-def plot(
+def train_plot(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="The folder of a run: finished, interrupted or under way.")
     ],
