@@ -174,6 +174,18 @@ def test_of_a_step_saved_again_the_later_counts(saved_twice: Checkpoints) -> Non
     assert names(saved_twice.folder) == [EARLIER, f"{LATER}-3"]
 
 
+def test_a_state_may_change_its_shape_between_saves(tmp_path: Path) -> None:
+    # as from one stage of a run to the next
+    checkpoints = Checkpoints(tmp_path, keep=3, asynchronous=False)
+    states = [{"a": torch.arange(3.0)}, {"a": torch.arange(4.0), "b": torch.ones(2)}, {"a": torch.arange(4, 0, -1)}]
+    for step, state in enumerate(states):
+        checkpoints.save(step, state, {})
+        found, saved = blank(state), checkpoints.newest()
+        assert saved is not None
+        checkpoints.load(saved, found)
+        assert same_bits(found, state)
+
+
 def change(path: Path, work: Callable[[bytearray], None]) -> None:
     content = bytearray(path.read_bytes())
     work(content)
@@ -313,8 +325,33 @@ def test_what_killed_runs_left_is_ignored_then_removed(saved_twice: Checkpoints)
     checkpoints = Checkpoints(folder, asynchronous=False)
     saved = checkpoints.newest()
     assert saved is not None and saved.step == 20 and len(names(folder)) == 5
-    checkpoints.save(30, values(30), {})
-    assert names(folder) == ["notes", LATER, "step-0000000030"]
+    checkpoints.claim()
+    assert names(folder) == ["notes", EARLIER, LATER]
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    checkpoints = Checkpoints(tmp_path / "file" / "checkpoints")
+    said = rf"{checkpoints.folder} cannot be written: \[Errno 20\] Not a directory: .*"
+    with pytest.raises(CheckpointError, match=f"^{said}$"):
+        checkpoints.claim()
+    with pytest.raises(
+        CheckpointError, match=r"^a checkpoint of step 1 cannot be started: \[Errno 20\] Not a directory: "
+    ):
+        checkpoints.save(1, {}, {})
+
+
+def test_copies_that_cannot_be_made_leave_nothing(saved_twice: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*args: Any) -> None:
+        raise MemoryError("12 GB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint._Staging, "stage", no_memory)
+        with pytest.raises(CheckpointError, match=r"^a checkpoint of step 30 cannot be started: MemoryError: 12 GB$"):
+            saved_twice.save(30, values(30), {})
+    assert saved_twice.newest() is not None
+    saved_twice.save(30, values(30), {})
+    assert names(saved_twice.folder) == [LATER, "step-0000000030"]
 
 
 def fail_to_write(*args: Any) -> Any:
@@ -459,8 +496,21 @@ def two_ranks(rank: int, folder: Path) -> None:
     saved_alone = alone.newest()
     assert saved_alone is not None
     alone.load(saved_alone, found["of one"])
+    # a rank alone is slow
+    write, event = checkpoint._write, threading.Event()
+    checkpoint._write = (lambda *args: event.wait(60) and write(*args)) if rank == 1 else write
+    slow = Checkpoints(folder / "slow")
+    slow.save(7, sharded(7, [Shard(0)], mesh), {})
+    if rank == 0:
+        assert slow._writing is not None
+        slow._writing.files.result()
+    slow.poll()
+    found["while slow"] = names(folder / "slow")
+    dist.barrier()
+    event.set()
+    slow.wait()
+    found["after slow"] = names(folder / "slow")
     # a rank alone fails: to write, and to find a tensor
-    write = checkpoint._write
     checkpoint._write = fail_to_write if rank == 1 else write
     checkpoints.save(30, sharded(30, [Shard(0)], mesh), {})
     found["write"] = error_of(checkpoints.wait)
@@ -531,6 +581,12 @@ def test_what_is_the_same_on_all_ranks_is_written_once(pair: Pair) -> None:
         return [written.count(name) for name in ("model.weight", "model.count", "optimizer.state.0.moment")]
 
     assert times_written("two") == [2, 1, 1] and times_written("replicas") == [1, 1, 1]
+
+
+def test_a_checkpoint_waits_for_the_slowest_rank(pair: Pair) -> None:
+    name = "step-0000000007"
+    assert [found["while slow"] for found in pair[1]] == [[f".writing-{name}"]] * 2
+    assert [found["after slow"] for found in pair[1]] == [[name]] * 2
 
 
 def test_an_error_on_one_rank_is_the_same_error_on_all(pair: Pair) -> None:

@@ -131,8 +131,8 @@ class Checkpoints:
     Every rank makes one and calls each method at the same point, with the same arguments but for the tensors ("collective").
     With a default process group of any backend, ranks talk over a gloo group of their own, on the calling thread only; all
     ranks see one file system. A checkpoint is written under a hidden name, checksummed, and renamed when it is complete: a
-    folder with a visible name is a complete checkpoint, whenever the run was killed. The first `save` locks the folder for
-    this process and removes what killed runs left; reading neither locks nor changes anything.
+    folder with a visible name is a complete checkpoint, whenever the run was killed. Reading changes nothing, so another
+    process may read while a run writes.
 
     A state is nested dicts of tensors and DTensors, on any device. A plain tensor counts as the same on all ranks, and one
     rank writes it: what differs by rank needs a key by rank. Numbers and text go into `facts`.
@@ -157,6 +157,16 @@ class Checkpoints:
         self._wanted: SavePlan | None = None
         self._plan, self._metadata = SavePlan([]), Metadata({})
 
+    def claim(self) -> None:
+        """Lock the folder for this process, and remove what killed runs left. Collective.
+
+        `save` does it too; a run that begins with it fails at once where it could not save later.
+
+        Raises:
+            CheckpointError: the folder cannot be written, or another process saves there.
+        """
+        self._ranks.first(f"{self.folder} cannot be written", self._claim)
+
     def save(self, step: int, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Start to write a checkpoint; the tensors may change as soon as this returns. Collective.
 
@@ -180,7 +190,7 @@ class Checkpoints:
         folder = self.folder / f"{WRITING}{name}"
         planner, writer = _Staging(), FileSystemWriter(folder, per_thread_copy_ahead=0)
         plan = self._agree_on_plan(tensors, planner, writer)
-        planner.stage(plan)
+        self._ranks.each(f"a checkpoint of step {step} cannot be started", partial(planner.stage, plan))
         files = self._thread.submit(_write, folder, self._ranks.rank, writer, plan, planner)
         self._writing = _Writing(step, folder, self.folder / name, text, writer, self._metadata, files)
         if not self.asynchronous:
@@ -268,13 +278,16 @@ class Checkpoints:
         folders = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
         return list({_order(path)[0]: path for path in sorted(folders, key=_order)}.values())
 
-    def _start(self, step: int) -> str:
-        """Make room for a checkpoint and return the name that it will have."""
+    def _claim(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
             self._lock = _lock(self.folder / LOCK)
-            for left in [*self.folder.glob(f"{WRITING}*"), *self.folder.glob(f"{DELETED}*")]:
-                shutil.rmtree(left)
+        for left in [*self.folder.glob(f"{WRITING}*"), *self.folder.glob(f"{DELETED}*")]:
+            shutil.rmtree(left)
+
+    def _start(self, step: int) -> str:
+        """Make room for a checkpoint and return the name that it will have."""
+        self._claim()
         published = self._published()
         if self._last_step is None and published and _order(published[-1])[0] > step:
             raise CheckpointError(
@@ -303,7 +316,7 @@ class Checkpoints:
             written = self._ranks.each(what, writing.files.result)
             self._ranks.first(what, partial(self._publish, writing, written))
         except CheckpointError:
-            # the next run removes what cannot be removed now
+            # the next save, of this run or another, removes what cannot be removed now
             self._ranks.first(what, partial(shutil.rmtree, writing.folder, ignore_errors=True))
             raise
         self._last_step = writing.step
