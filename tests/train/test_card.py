@@ -72,7 +72,14 @@ def test_a_card_says_what_the_model_is() -> None:
     assert "1,316,736 parameters in 4 layers" in text
     assert "1 of sparse attention (number 1, from 0), 3 of lightning attention" in text
     assert "converted from Qwen/Qwen3-1.7B by the recipe `smoke`" in text
-    assert "trained from random weights" in card(teacher=None, base_model=None)
+
+
+def test_a_card_says_what_the_model_started_from() -> None:
+    trained = load_recipe("teacher").resolved
+    assert "converted from Qwen/Qwen3-1.7B by" in card()
+    assert "random" not in card(teacher=None)
+    assert "trained from random weights by" in card(recipe=trained, metrics=[], teacher=None)
+    assert "trained further from ./hybrid by" in card(recipe=trained, metrics=[], teacher="./hybrid")
 
 
 def test_a_card_has_a_row_a_stage_with_its_loss() -> None:

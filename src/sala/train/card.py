@@ -54,8 +54,8 @@ def model_card(
         data: what the stages drew from, name -> description with hashes.
         tokenizer_sha256: `sala.data.shards.tokenizer_hash`.
         versions: `versions()`.
-        teacher: whose weights were converted; None for a model from random weights.
-        base_model: the teacher's name on the hub, where it is there.
+        teacher: the model whose weights were converted or trained further; None when it started from random weights.
+        base_model: the same model's name on the hub, where it is there.
     """
     sections = {
         "How it was made": _stages(recipe, metrics),
@@ -87,11 +87,16 @@ def _summary(recipe: Mapping[str, Any], config: Mapping[str, Any], parameters: i
             # those that are most of them need no list
             where = "" if len(places) > len(kinds) / 2 else f" (number {', '.join(map(str, places))}, from 0)"
             layers.append(f"{len(places)} of {words}{where}")
-    origin = "trained from random weights" if teacher is None else f"converted from {teacher}"
     return (
         f"A causal language model of {parameters:,} parameters in {len(kinds)} layers: {', '.join(layers)}.\n"
-        f"It was {origin} by the recipe `{recipe['name']}`, with sala."
+        f"It was {_origin(recipe, teacher)} by the recipe `{recipe['name']}`, with sala."
     )
+
+
+def _origin(recipe: Mapping[str, Any], teacher: str | None) -> str:
+    if "conversion" in recipe:
+        return f"converted from {teacher or 'a teacher without a name'}"
+    return "trained from random weights" if teacher is None else f"trained further from {teacher}"
 
 
 def _stages(recipe: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -169,6 +174,6 @@ def _limits(recipe: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], tea
     limits.append(
         "The losses above are of training data. No evaluation is part of this card: measure before you rely on it."
     )
-    whose = "its data" if teacher is None else "its teacher and its data"
+    whose = "its data" if teacher is None else f"{teacher} and its data"
     limits.append(f"What {whose} get wrong, it does too. Its licence follows from theirs; nobody has checked it here.")
     return "\n".join(f"- {limit}" for limit in limits)
