@@ -1,11 +1,14 @@
 """Checkpoints: complete or absent, the same bits on any number of ranks, and damage said, never read."""
 
 import errno
+import itertools
 import json
+import os
 import random
 import resource
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
@@ -17,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from sala.errors import CheckpointError
@@ -468,6 +472,35 @@ def error_of(work: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
+def step_twice(folder: Path, mesh: Any) -> list[Tensor]:
+    """Return the weight that a sharded module has after its second step, and after resuming from its first."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(5, 7)
+    fully_shard(module, mesh=mesh)
+    optimizer = torch.optim.AdamW(module.parameters())
+    checkpoints, weights = Checkpoints(folder), []
+
+    def step() -> None:
+        optimizer.zero_grad()
+        module(torch.full((2, 5), 1.0 + dist.get_rank())).square().sum().backward()
+        optimizer.step()
+
+    def state() -> dict[str, Any]:
+        moments = {name: optimizer.state[parameter] for name, parameter in module.named_parameters()}
+        return {"model": module.state_dict(), "optimizer": moments}
+
+    step()
+    checkpoints.save(1, state(), {})
+    step()
+    weights.append(module.weight.full_tensor().detach())
+    checkpoints.wait()
+    saved = checkpoints.newest()
+    assert saved is not None
+    checkpoints.load(saved, state())
+    step()
+    return [*weights, module.weight.full_tensor().detach()]
+
+
 def two_ranks(rank: int, folder: Path) -> None:
     """What one of two ranks does and finds; the tests below read what it found."""
     torch.set_num_threads(1)
@@ -496,6 +529,7 @@ def two_ranks(rank: int, folder: Path) -> None:
     saved_alone = alone.newest()
     assert saved_alone is not None
     alone.load(saved_alone, found["of one"])
+    found["sharded module"] = step_twice(folder / "module", mesh)
     # a rank alone is slow
     write, event = checkpoint._write, threading.Event()
     checkpoint._write = (lambda *args: event.wait(60) and write(*args)) if rank == 1 else write
@@ -559,6 +593,12 @@ def test_two_ranks_resume_on_two_with_any_placement(pair: Pair) -> None:
         assert found["facts"] == {"step": 20, "rank": 0}
 
 
+def test_a_sharded_module_and_its_optimizer_go_on_as_if_nothing_had_happened(pair: Pair) -> None:
+    for found in pair[1]:
+        uninterrupted, resumed = found["sharded module"]
+        assert torch.equal(uninterrupted, resumed)
+
+
 @pytest.mark.parametrize(("name", "step"), [("two", 20), ("replicas", 6)])
 def test_two_ranks_resume_on_one(pair: Pair, name: str, step: int) -> None:
     checkpoints = Checkpoints(pair[0] / name)
@@ -603,7 +643,7 @@ def test_an_error_on_one_rank_is_the_same_error_on_all(pair: Pair) -> None:
 
 
 def filled(step: int) -> dict[str, Tensor]:
-    return {name: torch.full((50_000,), step) for name in ("weight", "moment")}
+    return {name: torch.full((10_000,), step) for name in ("weight", "moment")}
 
 
 def save_forever(folder: Path, ready: Any) -> None:
@@ -641,6 +681,52 @@ def test_a_killed_run_leaves_complete_checkpoints(tmp_path: Path) -> None:
     checkpoints.save(steps[-1] + 1, filled(0), {})
     checkpoints.wait()
     assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+
+def die_before_operation(folder: Path, count: int) -> None:
+    """Kill this process as it is about to open, make, rename, list or remove something in `folder` for the count-th time."""
+    left = iter(range(count - 1))
+
+    def operation(event: str, args: tuple[Any, ...]) -> None:
+        if args and str(args[0]).startswith(str(folder)) and next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(operation)
+
+
+def die_everywhere(folder: Path) -> None:
+    """Let processes that save three times die, each one operation later than the one before; note what they left."""
+    torch.set_num_threads(1)
+    left: list[int] = []
+    for count in itertools.count(1):
+        place = folder / str(count)
+        child = os.fork()
+        if child == 0:
+            checkpoints = Checkpoints(place, keep=1, asynchronous=False)
+            checkpoints.save(1, filled(1), {"filled": 1})
+            die_before_operation(place, count)
+            checkpoints.save(2, filled(2), {"filled": 2})
+            checkpoints.save(2, filled(3), {"filled": 3})
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert status in (0, signal.SIGKILL)
+        checkpoints, state = Checkpoints(place), filled(-1)
+        saved = checkpoints.newest()
+        assert saved is not None
+        checkpoints.load(saved, state)
+        assert all(torch.equal(state[name], tensor) for name, tensor in filled(saved.facts["filled"]).items())
+        left.append(saved.facts["filled"])
+        if status == 0:
+            break
+    (folder / "left.json").write_text(json.dumps(left))
+
+
+def test_killed_before_any_operation_a_run_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
+    process = start(die_everywhere, tmp_path)
+    process.join(120)
+    assert process.exitcode == 0
+    left = json.loads((tmp_path / "left.json").read_text())
+    assert left == sorted(left) and all(left.count(step) > 5 for step in (1, 2, 3))
 
 
 def hold(folder: Path, held: Any, enough: Any) -> None:
