@@ -1,9 +1,21 @@
-"""What holds for every test: one thread, a fixed seed, and fresh memory that reads NaN."""
+"""What holds for every test: one thread, a fixed seed, fresh memory that reads NaN, and where Triton runs."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    # before anything imports Triton, which decides for good whether it compiles or interprets
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(scope="session", autouse=True)

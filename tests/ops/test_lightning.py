@@ -1,6 +1,7 @@
 """Laws of lightning attention: every backend against the definition, and what any of them must keep."""
 
 from itertools import pairwise
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from devices import GPU, on_device_of, row
 from sala.errors import BackendError, InputError
-from sala.ops.dispatch import BACKENDS
-from sala.ops.lightning import lightning_attention, log_decay
+from sala.ops import gpu, lightning
+from sala.ops.dispatch import BACKENDS, choose
+from sala.ops.lightning import log_decay
 from sala.ops.native import at_level, levels_here
 from tolerances import assert_close
 
@@ -18,17 +21,15 @@ B, H, K, V = 2, 3, 8, 5
 SCALE = K**-0.5
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DTYPES_OF = {"cpu": (torch.float32, torch.bfloat16)}
+DTYPES_OF = {"cpu": DTYPES[:2], "triton": DTYPES[:3]}
+OTHERS = [name for name in BACKENDS["lightning"] if name != "reference"]
 DIFFERENTIABLE = [name for name in BACKENDS["lightning"] if name != "cpu"]
 
-every_backend = pytest.mark.parametrize("backend", BACKENDS["lightning"])
-every_other_backend = pytest.mark.parametrize(
-    "backend", [name for name in BACKENDS["lightning"] if name != "reference"]
-)
+every_backend = pytest.mark.parametrize("backend", [row(name) for name in BACKENDS["lightning"]])
+every_other_backend = pytest.mark.parametrize("backend", [row(name) for name in OTHERS])
+every_differentiable_backend = pytest.mark.parametrize("backend", [row(name) for name in DIFFERENTIABLE])
 every_other_backend_and_dtype = pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [(name, dtype) for name in BACKENDS["lightning"] if name != "reference" for dtype in DTYPES_OF.get(name, DTYPES)],
-    ids=str,
+    ("backend", "dtype"), [row(name, dtype) for name in OTHERS for dtype in DTYPES_OF.get(name, DTYPES)]
 )
 every_level = pytest.mark.parametrize("level", levels_here())
 
@@ -44,6 +45,10 @@ def state(rows: int = B, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def lightning_attention(*tensors: Tensor, backend: str = "auto", **options) -> tuple[Tensor, Tensor]:
+    return on_device_of(backend, lightning.lightning_attention, *tensors, **options)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
@@ -97,10 +102,13 @@ def test_backends_agree_with_the_definition(backend: str, dtype: torch.dtype, ma
         assert_close(final, expected_final, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [row(name, dtype) for name in ("eager", "triton") for dtype in (torch.float32, torch.bfloat16)],
+)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("T", [1, 65, 130])
-def test_gradients_agree_with_the_definition(dtype: torch.dtype, masked: bool, T: int) -> None:
+def test_gradients_agree_with_the_definition(backend: str, dtype: torch.dtype, masked: bool, T: int) -> None:
     mask_BT = torch.rand(B, T) > 0.3 if masked else None
     inputs = [x.requires_grad_() for x in (*qkv(T, dtype=dtype), state())]
     out_weights, state_weights = torch.randn(B, T, H, V), state()
@@ -110,7 +118,7 @@ def test_gradients_agree_with_the_definition(dtype: torch.dtype, masked: bool, T
         out, final = attend(q, k, v, initial_state_BHKV=initial, mask_BT=mask_BT, backend=name)
         return torch.autograd.grad((out.float() * out_weights).sum() + (final * state_weights).sum(), inputs)
 
-    for gradient, expected in zip(gradients("auto"), gradients("reference"), strict=True):
+    for gradient, expected in zip(gradients(backend), gradients("reference"), strict=True):
         assert_close(gradient, expected, dtype)
 
 
@@ -134,7 +142,7 @@ def test_gradients_are_the_derivatives(T: int) -> None:
 @every_backend
 @pytest.mark.parametrize("T", [1, 63, 130, 1100])
 def test_the_closed_form_holds(backend: str, T: int) -> None:
-    dtype = torch.float32 if backend == "cpu" else torch.float64
+    dtype = torch.float32 if backend in ("cpu", "triton") else torch.float64
     q, k, v = qkv(T, dtype=dtype)
     position_T = torch.arange(T)
     age_TT = position_T[:, None] - position_T
@@ -144,7 +152,7 @@ def test_the_closed_form_holds(backend: str, T: int) -> None:
     assert_close(out, torch.einsum("bhts,bshv->bthv", scores_BHTT, v.double()).to(dtype))
 
 
-@every_other_backend
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_wide_heads_agree_with_the_definition(backend: str) -> None:
     # a state too large to hold those of many chunks at once
     q, k, v = torch.randn(3, 1, 130, 1, 600)
@@ -204,8 +212,10 @@ def test_any_splits_are_one_call(lengths: list[int], seed: int) -> None:
     assert_close(carried, final)
 
 
-@every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [row(name, dtype) for name in BACKENDS["lightning"] for dtype in (torch.float32, torch.bfloat16)],
+)
 def test_step_by_step_is_one_call(backend: str, dtype: torch.dtype) -> None:
     T = 66
     inputs = qkv(T, dtype=dtype)
@@ -222,8 +232,8 @@ def test_step_by_step_is_one_call(backend: str, dtype: torch.dtype) -> None:
 def test_batch_rows_are_independent(backend: str) -> None:
     inputs, initial = qkv(70, rows=3), state(3)
     out, final = attend(*inputs, initial_state_BHKV=initial, backend=backend)
-    for row in range(3):
-        own = slice(row, row + 1)
+    for index in range(3):
+        own = slice(index, index + 1)
         own_out, own_final = attend(*(x[own] for x in inputs), initial_state_BHKV=initial[own], backend=backend)
         assert_close(out[own], own_out)
         assert_close(final[own], own_final)
@@ -238,18 +248,20 @@ def test_packed_rows_are_separate_rows(backend: str, dtype: torch.dtype, masked:
     mask_BT = torch.rand(1, 130) > 0.3 if masked else None
     cu_seqlens = torch.tensor(bounds, dtype=dtype)
     out, final = attend(*inputs, initial_state_BHKV=initial, cu_seqlens=cu_seqlens, mask_BT=mask_BT, backend=backend)
-    for row, (start, end) in enumerate(pairwise(bounds)):
+    for index, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
-            assert torch.equal(final[row], initial[row])
+            assert torch.equal(final[index], initial[index])
             continue
         own = [x[:, start:end] for x in inputs]
         own_mask = mask_BT[:, start:end] if masked else None
-        own_out, own_final = attend(*own, initial_state_BHKV=initial[row : row + 1], mask_BT=own_mask, backend=backend)
+        own_out, own_final = attend(
+            *own, initial_state_BHKV=initial[index : index + 1], mask_BT=own_mask, backend=backend
+        )
         assert_close(out[:, start:end], own_out)
-        assert_close(final[row : row + 1], own_final)
+        assert_close(final[index : index + 1], own_final)
 
 
-@pytest.mark.parametrize("backend", DIFFERENTIABLE)
+@every_differentiable_backend
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_of_packed_rows_are_those_of_separate_rows(backend: str, masked: bool) -> None:
     bounds = [0, 1, 66, 66, 130]
@@ -260,12 +272,12 @@ def test_gradients_of_packed_rows_are_those_of_separate_rows(backend: str, maske
     )
     weights = torch.randn_like(out)
     gradients = torch.autograd.grad((out * weights).sum(), inputs)
-    for row, (start, end) in enumerate(pairwise(bounds)):
+    for index, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             continue
         own = [x[:, start:end].detach().requires_grad_() for x in inputs]
         own_mask = mask_BT[:, start:end] if masked else None
-        own_out, _ = attend(*own, initial_state_BHKV=initial[row : row + 1], mask_BT=own_mask, backend=backend)
+        own_out, _ = attend(*own, initial_state_BHKV=initial[index : index + 1], mask_BT=own_mask, backend=backend)
         own_gradients = torch.autograd.grad((own_out * weights[:, start:end]).sum(), own)
         for gradient, expected in zip(gradients, own_gradients, strict=True):
             assert_close(gradient[:, start:end], expected)
@@ -327,20 +339,24 @@ def test_steep_heads_do_not_overflow_over_long_rows(dtype: torch.dtype) -> None:
             assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_steep_heads_are_exact_on_the_cpu(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [row(name, dtype) for name in ("cpu", "triton") for dtype in (torch.float32, torch.bfloat16)],
+)
+def test_steep_heads_are_exact(backend: str, dtype: torch.dtype) -> None:
     slopes_H, inputs, initial = torch.tensor([-90.0, -1.5, 0.0]), qkv(200, rows=1, dtype=dtype), state(1)
     options = {"scale": SCALE, "initial_state_BHKV": initial}
-    out, final = lightning_attention(*inputs, slopes_H, **options, backend="cpu")
+    out, final = lightning_attention(*inputs, slopes_H, **options, backend=backend)
     expected_out, expected_final = lightning_attention(*inputs, slopes_H, **options, backend="reference")
     for head in range(H):
         assert_close(out[:, :, head], expected_out[:, :, head])
         assert_close(final[:, head], expected_final[:, head], dtype)
 
 
-def test_sums_beyond_the_range_of_float16_are_right() -> None:
+@pytest.mark.parametrize("backend", [row("eager"), row("triton")])
+def test_sums_beyond_the_range_of_float16_are_right(backend: str) -> None:
     q, k, v = (torch.full((1, 64, 1, 1), 64.0, dtype=torch.float16) for _ in range(3))
-    out, final = lightning_attention(q, k, v, torch.tensor([0.0]), scale=2.0**-12)
+    out, final = lightning_attention(q, k, v, torch.tensor([0.0]), scale=2.0**-12, backend=backend)
     assert final.item() == 64 * 64 * 64
     assert out[0, -1].item() == 64 * 64
 
@@ -354,12 +370,13 @@ def test_the_given_state_is_not_changed(backend: str) -> None:
         assert torch.equal(initial, copy)
 
 
+@pytest.mark.parametrize("backend", [row("auto"), row("triton")])
 @pytest.mark.parametrize("T", [1, 200])
-def test_one_graph_holds_the_whole_call(T: int) -> None:
+def test_one_graph_holds_the_whole_call(backend: str, T: int) -> None:
     inputs, initial = qkv(T), state()
 
     def call(q: Tensor, k: Tensor, v: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-        return attend(q, k, v, initial_state_BHKV=initial)
+        return attend(q, k, v, initial_state_BHKV=initial, backend=backend)
 
     # traced and run without code generation: what is tested is that nothing breaks the graph
     traced = torch.compile(call, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -540,6 +557,167 @@ def test_cpu_is_chosen_unless_it_cannot_run() -> None:
         attend(q, k, v, backend="cpu")
 
 
+# of the kernels for a GPU
+
+needs_triton = pytest.mark.skipif(gpu.unavailable() is not None, reason=str(gpu.unavailable()))
+
+
+@needs_triton
+@settings(max_examples=8, deadline=None)
+@given(
+    rows=st.integers(1, 2),
+    T=st.integers(1, 160),
+    heads=st.integers(1, 2),
+    width=st.integers(1, 40),
+    value_width=st.integers(1, 70),
+    masked=st.booleans(),
+    packed=st.booleans(),
+    carried=st.booleans(),
+    segment=st.sampled_from([64, 128, 1024]),
+    steepest=st.floats(0, 100),
+    seed=st.integers(0, 2**31),
+)
+def test_triton_agrees_with_eager_whatever_the_call(
+    rows: int,
+    T: int,
+    heads: int,
+    width: int,
+    value_width: int,
+    masked: bool,
+    packed: bool,
+    carried: bool,
+    segment: int,
+    steepest: float,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    B = 1 if packed else rows
+    slopes_H = -steepest * torch.rand(heads) ** 4
+    options = {
+        "scale": width**-0.5,
+        "mask_BT": torch.rand(B, T) > torch.rand(()) if masked else None,
+        "cu_seqlens": torch.tensor([0, *torch.randint(0, T + 1, (rows - 1,)).sort()[0], T]) if packed else None,
+    }
+    shapes = [(B, T, heads, width), (B, T, heads, width), (B, T, heads, value_width), (rows, heads, width, value_width)]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes[: 4 if carried else 3]]
+    weights = [torch.randn(shape) for shape in shapes[2:]]
+
+    def run(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        q, k, v, *initial = [x.to(dtype) for x in inputs]
+        states = {"initial_state_BHKV": initial[0]} if carried else {}
+        results = lightning_attention(q, k, v, slopes_H, **options, **states, backend=backend)
+        total = sum((x * weight).sum() for x, weight in zip(results, weights, strict=True))
+        return [x.float() for x in (*results, *torch.autograd.grad(total, inputs))]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_module(), "MIN_SEGMENT", segment)
+        actual = run("triton", torch.float32)
+    for x, expected in zip(actual, run("eager", torch.float64), strict=True):
+        assert_close(x, expected)
+
+
+def triton_module() -> ModuleType:
+    return choose("lightning", "triton")
+
+
+@needs_triton
+@pytest.mark.parametrize(("slope", "packed"), [(-90.0, False), (-0.3, True), (0.0, True)])
+def test_what_a_head_has_forgotten_is_left_out_and_nothing_else(slope: float, packed: bool, monkeypatch) -> None:
+    # segments of several chunks, of which a fast head's states need the last, or the first, alone
+    monkeypatch.setattr(triton_module(), "MIN_SEGMENT", 320)
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 700, 1, 16))
+    options = {"scale": 0.25, "cu_seqlens": torch.tensor([0, 30, 700]) if packed else None}
+    results = []
+    for backend in ("triton", "eager"):
+        out, final = lightning_attention(q, k, v, torch.tensor([slope]), **options, backend=backend)
+        results.append([out, final, *torch.autograd.grad((out * v.detach().sin()).sum() + final.sum(), (q, k, v))])
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("T", [1, 130])
+def test_triton_takes_any_strides(T: int) -> None:
+    # heads first, a slice of a wider tensor, every second number of a row, one tensor for all heads
+    q = torch.randn(B, H, T, K).transpose(1, 2)
+    k = torch.randn(B, T, H + 2, 3 * K)[:, :, 1:-1, K : 2 * K]
+    v = torch.randn(B, T, H, 2 * V)[..., ::2]
+    initial = torch.randn(B, H, V, K).transpose(2, 3)
+    mask_BT = (torch.rand(T, B) > 0.3).T
+    for inputs in ((q, k, v), (q, k[:, :, :1].expand_as(k), v.flip(1))):
+        options = {"initial_state_BHKV": initial, "mask_BT": mask_BT}
+        expected = attend(*inputs, **options, backend="reference")
+        for x, y in zip(attend(*inputs, **options, backend="triton"), expected, strict=True):
+            assert_close(x, y)
+
+
+@needs_triton
+def test_triton_may_be_differentiated_twice() -> None:
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 9, 1, 4))
+    initial = torch.randn(1, 1, 4, 4, requires_grad=True)
+    results = []
+    for backend in ("triton", "eager"):
+        out, final = attend(q, k, v, initial_state_BHKV=initial, backend=backend)
+        first = torch.autograd.grad((out**2).sum() + (final**3).sum(), (q, k, v, initial), create_graph=True)
+        results.append(torch.autograd.grad(sum((x**2).sum() for x in first), (q, k, v, initial)))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected)
+
+
+@needs_triton
+def test_triton_makes_only_the_gradients_that_are_wanted() -> None:
+    q, k, v = qkv(20)
+    for wanted in (q, k, v):
+        wanted.requires_grad_()
+        gradients = []
+        for backend in ("triton", "eager"):
+            out, final = attend(q, k, v, backend=backend)
+            gradients.append(torch.autograd.grad(final.sum() if wanted is not q else out.sum(), wanted)[0])
+        assert_close(*gradients)
+        wanted.requires_grad_(False)
+
+
+@needs_triton
+@pytest.mark.parametrize("T", [1, 70])
+def test_triton_takes_heads_without_numbers(T: int) -> None:
+    q, v = torch.randn(1, T, 2, 0), torch.randn(1, T, 2, 3)
+    out, final = attend(q, q, v, backend="triton")
+    assert out.shape == v.shape
+    assert not out.any()
+    assert final.shape == (1, 2, 0, 3)
+
+
+@needs_triton
+def test_triton_is_an_operator_that_torch_can_reason_about() -> None:
+    triton_module()
+    device = "cuda" if GPU else "cpu"
+    mask_BT = torch.rand(1, 20) > 0.3
+    for options in ((None, None, None, False), (state(1)[:, :1], mask_BT, torch.tensor([0, 20]), True)):
+        inputs = (*(x[:, :, :1] for x in qkv(20, rows=1)), log_decay(1), SCALE, *options)
+        inputs = tuple(x.to(device) if isinstance(x, Tensor) else x for x in inputs)
+        for x in inputs[:3]:
+            x.requires_grad_()
+        torch.library.opcheck(torch.ops.sala.lightning_scan.default, inputs)
+
+
+@needs_triton
+def test_triton_says_what_it_does_not_take() -> None:
+    q, k, v = qkv(3)
+    with pytest.raises(BackendError, match="torch.float64; it takes float32, bfloat16 and float16"):
+        attend(q.double(), k.double(), v.double(), backend="triton")
+    wide = torch.randn(1, 1, 1, 257)
+    with pytest.raises(BackendError, match="heads are 257 wide; it takes up to 256"):
+        attend(wide, wide, wide, backend="triton")
+    slopes_H = log_decay(H).requires_grad_()
+    with pytest.raises(BackendError, match="gradient of log_decay"):
+        lightning_attention(q, k, v, slopes_H, scale=1, backend="triton")
+    with torch.no_grad():
+        lightning_attention(q, k, v, slopes_H, scale=1, backend="triton")
+    if gpu.interpreted():
+        with pytest.raises(BackendError, match="interpreter multiplies bfloat16 wrongly"):
+            attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend="triton")
+
+
 # what is refused
 
 
@@ -581,5 +759,5 @@ def test_a_state_must_be_given_per_packed_row() -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(BackendError, match="'triton'; it has auto, cpu, eager, reference"):
-        attend(*qkv(4), backend="triton")
+    with pytest.raises(BackendError, match="'cuda'; it has auto, cpu, triton, eager, reference"):
+        attend(*qkv(4), backend="cuda")

@@ -141,8 +141,8 @@ class Case:
 
 
 def backends(op: str) -> tuple[str, ...]:
-    """Return the backends that are timed: all but the definition."""
-    return tuple(name for name in BACKENDS[op] if name != "reference")
+    """Return the backends that are timed: those that would be chosen for tensors on the CPU."""
+    return tuple(name for name, row in BACKENDS[op].items() if row.automatic_on("cpu"))
 
 
 # work

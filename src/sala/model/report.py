@@ -75,6 +75,7 @@ def inspect(name: str | Path) -> Report:
     check_tensors(folder, config)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     itemsize = dtype.itemsize
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     caches = {MIXERS[mixer].cache for mixer in config.mixer_types}
     operators = [operator for cache, operator in OPERATORS.items() if cache in caches]
     return Report(
@@ -85,7 +86,7 @@ def inspect(name: str | Path) -> Report:
         cache_bytes_per_token=cache_bytes_per_token(config, itemsize),
         state_bytes=cache_bytes(config, 0, itemsize),
         cache_bytes={label: cache_bytes(config, length, itemsize) for label, length in LENGTHS.items()},
-        backends={operator: explain(operator) for operator in operators},
+        backends={operator: explain(operator, device) for operator in operators},
         sglang=sglang_obstacles(config),
     )
 

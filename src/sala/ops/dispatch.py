@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType, ModuleType
 
+import torch
 from torch import Tensor
 
 from sala.errors import BackendError, nearest
-from sala.ops import native
+from sala.ops import gpu, native
 
 
 def _never(*_: object) -> None:
@@ -20,6 +21,7 @@ def _never(*_: object) -> None:
 class Backend:
     """One implementation of an operator: where it lives, why one would run it, and what keeps it from running.
 
+    devices: the types of device on whose tensors it may be chosen for the user; None: any.
     details: returns more of the reason, that only this machine knows.
     unavailable: returns why this machine cannot run it, or None.
     refuses: takes a call's tensors and returns why it does not take them, or None.
@@ -27,27 +29,43 @@ class Backend:
 
     module: str
     reason: str
-    # the definition is for tests and for doubt: correct, slow, and never what a user wants by default
-    automatic: bool = True
+    devices: tuple[str, ...] | None = None
     details: Callable[[], str | None] = _never
     unavailable: Callable[[], str | None] = _never
     refuses: Callable[[Sequence[Tensor | None]], str | None] = _never
 
+    def automatic_on(self, device: str) -> bool:
+        return self.devices is None or device in self.devices
 
-def _rows(op: str, refuses: Callable[[Sequence[Tensor | None]], str | None] = native.refuses) -> Mapping[str, Backend]:
+
+Refuses = Callable[[Sequence[Tensor | None]], str | None]
+
+
+def _rows(op: str, refuses: Refuses = native.refuses, triton_refuses: Refuses | None = None) -> Mapping[str, Backend]:
+    """Return the backends of an operator; one in Triton where it is said what that does not take."""
+    triton = Backend(
+        f"sala.ops.{op}.triton",
+        "kernels for GPUs",
+        # under the interpreter it takes tensors on the CPU, and nobody wants it there
+        devices=("cuda",),
+        details=gpu.describe,
+        unavailable=gpu.unavailable,
+        refuses=triton_refuses or _never,
+    )
     return MappingProxyType(
         {
             "cpu": Backend(
                 f"sala.ops.{op}.cpu",
                 "the fastest on a CPU, without gradients",
+                devices=("cpu",),
                 details=native.describe,
                 unavailable=native.unavailable,
                 refuses=refuses,
             ),
+            **({"triton": triton} if triton_refuses else {}),
             "eager": Backend(f"sala.ops.{op}.eager", "plain torch: differentiable, on every device"),
-            "reference": Backend(
-                f"sala.ops.{op}.reference", "the definition: token by token in float64", automatic=False
-            ),
+            # for tests and for doubt: correct, slow, and never what a user wants by default
+            "reference": Backend(f"sala.ops.{op}.reference", "the definition: token by token in float64", devices=()),
         }
     )
 
@@ -55,7 +73,7 @@ def _rows(op: str, refuses: Callable[[Sequence[Tensor | None]], str | None] = na
 # a row's key is the backend's file, its `backend=` value and its test id; the best stands first
 BACKENDS: Mapping[str, Mapping[str, Backend]] = MappingProxyType(
     {
-        "lightning": _rows("lightning"),
+        "lightning": _rows("lightning", triton_refuses=gpu.refuses_states),
         "infllm": _rows("infllm"),
         "dense": _rows("dense"),
         # plain torch promotes where dtypes differ, as with norms kept in float32
@@ -64,14 +82,14 @@ BACKENDS: Mapping[str, Mapping[str, Backend]] = MappingProxyType(
 )
 
 
-def explain(op: str) -> tuple[str, str]:
-    """Return the backend that `backend="auto"` runs for `op` on CPU tensors without gradients, and the reason in words.
+def explain(op: str, device: str = "cpu") -> tuple[str, str]:
+    """Return the backend that `backend="auto"` runs for `op` on tensors without gradients on this type of device, and why.
 
     The reason says too why a better one cannot run on this machine.
     """
     passed_over: list[str] = []
     for name, row in BACKENDS[op].items():
-        if row.automatic:
+        if row.automatic_on(device):
             why_not = row.unavailable()
             if why_not is None:
                 return name, "; ".join(filter(None, [row.reason, row.details(), *passed_over]))
@@ -93,7 +111,10 @@ def choose(op: str, backend: str = "auto", tensors: Sequence[Tensor | None] = ()
     """
     rows = BACKENDS[op]
     if backend == "auto":
-        row = next(r for r in rows.values() if r.automatic and not r.refuses(tensors) and not r.unavailable())
+        device = next((tensor.device.type for tensor in tensors if tensor is not None), "cpu")
+        row = next(
+            r for r in rows.values() if r.automatic_on(device) and not r.refuses(tensors) and not r.unavailable()
+        )
     elif backend in rows:
         row = rows[backend]
         why_not = row.refuses(tensors) or row.unavailable()
@@ -102,5 +123,11 @@ def choose(op: str, backend: str = "auto", tensors: Sequence[Tensor | None] = ()
     else:
         known = ("auto", *rows)
         raise BackendError(f"{op} has no backend {backend!r}; it has {', '.join(known)}{nearest(str(backend), known)}")
-    # torch.compile can trace a look-up, not an import
-    return sys.modules[row.module] if row.module in sys.modules else import_module(row.module)
+    _import(row.module)
+    return sys.modules[row.module]
+
+
+# torch.compile cannot trace an import, and takes its result as it is; what follows is a look-up
+@torch.compiler.assume_constant_result
+def _import(module: str) -> bool:
+    return module in sys.modules or bool(import_module(module))

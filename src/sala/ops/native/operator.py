@@ -10,7 +10,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16)
 
 # kept for the life of the process: torch forgets the operators with it
-_operators = torch.library.Library("sala", "DEF")
+OPERATORS = torch.library.Library("sala", "DEF")
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -22,22 +22,22 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = _operators.define(schema)
-        _operators.impl(name, function, "CPU")
-        torch.library.register_fake(f"sala::{name}", fake, lib=_operators)
+        name = OPERATORS.define(schema)
+        OPERATORS.impl(name, function, "CPU")
+        torch.library.register_fake(f"sala::{name}", fake, lib=OPERATORS)
         seen = getattr(torch.ops.sala, name).default
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
             # torch's own way to a function takes as long as a small operator
-            return seen(*arguments) if _watched() else function(*arguments)
+            return seen(*arguments) if watched() else function(*arguments)
 
         return call
 
     return register
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Return whether someone needs to see operators: a compiler, a tracer, a mode over tensors, a profiler."""
     return (
         torch.compiler.is_compiling()

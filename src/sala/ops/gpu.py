@@ -1,0 +1,124 @@
+"""What the operators' `triton` backends stand on: where Triton runs, what it takes, its functions as torch operators.
+
+Nothing here imports Triton: it is imported with a backend's file, when that is chosen.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sala.ops.native.operator import OPERATORS, watched
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# bfloat16 in the tensor cores and asynchronous copies, which the kernels are written for
+CAPABILITY = (8, 0)
+MAX_WIDTH = 256
+
+
+def interpreted() -> bool:
+    """Return whether Triton's interpreter runs the kernels, on the CPU: for tests, at small sizes."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+# torch.compile takes the answer as it is now: what it rests on cannot be traced
+@torch.compiler.assume_constant_result
+def unavailable() -> str | None:
+    """Return why Triton cannot run on this machine, None when it can."""
+    return _unavailable(interpreted())
+
+
+@functools.cache
+def _unavailable(interpreted: bool) -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed; torch for CUDA brings it, else pip install triton"
+    if interpreted:
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < CAPABILITY:
+        return (
+            f"the GPU's compute capability is {capability[0]}.{capability[1]}; it needs {CAPABILITY[0]}.{CAPABILITY[1]}"
+        )
+    return None
+
+
+def describe() -> str:
+    """Return what runs the kernels, in words."""
+    return "Triton's interpreter, for tests" if interpreted() else f"Triton on {torch.cuda.get_device_name()}"
+
+
+def refuses(tensors: Sequence[Tensor | None]) -> str | None:
+    """Return why a kernel does not take these tensors, None when it does."""
+    device = "cpu" if interpreted() else "cuda"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != device:
+            return f"a tensor is on {tensor.device}; it runs on {device}"
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            return f"a tensor is {tensor.dtype}; it takes float32, bfloat16 and float16"
+        if tensor.dtype == torch.bfloat16 and interpreted():
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+    return None
+
+
+def refuses_states(tensors: Sequence[Tensor | None]) -> str | None:
+    """As `refuses`, for lightning's q, k, v, log_decay, ...: a state has to fit into the registers of one program."""
+    if tensors:
+        q, _, v, log_decay, *_ = tensors
+        assert q is not None and v is not None and log_decay is not None
+        widest = max(q.shape[-1], v.shape[-1])
+        if widest > MAX_WIDTH:
+            return f"heads are {widest} wide; it takes up to {MAX_WIDTH}"
+        if torch.is_grad_enabled() and log_decay.requires_grad:
+            return "a gradient of log_decay is wanted and it has none"
+    return refuses(tensors)
+
+
+def operator(
+    schema: str,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function that launches kernels the torch operator `sala::name`, which torch.compile sees as one step.
+
+    Args:
+        schema: torch's, `name(Tensor q, float scale) -> Tensor`, a tensor first.
+        fake: takes the same arguments and returns empty tensors of the right shapes and dtypes.
+        setup_context, backward: as `torch.library.register_autograd` takes them; left out, it has no gradient.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def launch(*arguments: Any) -> Any:
+            # Triton launches on the current device, wherever the tensors are
+            with torch.cuda.device_of(arguments[0]):
+                return function(*arguments)
+
+        name = OPERATORS.define(schema)
+        # whatever the device: under the interpreter it is the CPU
+        OPERATORS.impl(name, launch, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sala::{name}", fake, lib=OPERATORS)
+        if backward is not None:
+            torch.library.register_autograd(f"sala::{name}", backward, setup_context=setup_context, lib=OPERATORS)
+        seen = getattr(torch.ops.sala, name).default
+
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            # torch's own way to a function takes as long as a decoding step
+            return seen(*arguments) if watched() or _recorded(arguments) else launch(*arguments)
+
+        return call
+
+    return register
+
+
+def _recorded(arguments: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
