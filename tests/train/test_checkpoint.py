@@ -446,9 +446,15 @@ def test_what_a_checkpoint_cannot_hold_is_refused_before_it_starts(tmp_path: Pat
     with pytest.raises(ValueError, match="^keep is 0; right would be 1 or more$"):
         Checkpoints(tmp_path, keep=0)
     assert not (tmp_path / "run").exists()
+
+
+def test_steps_go_on(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, {}, {})
+    # also while the one before is under way
     with pytest.raises(ValueError, match="^step 1 is saved after step 2$"):
         checkpoints.save(1, {}, {})
+    assert names(tmp_path) == ["step-0000000002"]
 
 
 def sharded(step: int, placements: list[Any], mesh: Any) -> dict[str, Any]:

@@ -182,10 +182,10 @@ class Checkpoints:
             TypeError: the state holds something that is not a tensor, or the facts something that JSON does not know.
             ValueError: a step before the last one, or two tensors of one name.
         """
+        self.wait()
         if self._last_step is not None and step < self._last_step:
             raise ValueError(f"step {step} is saved after step {self._last_step}")
         tensors, text = _flat(state), json.dumps(facts)
-        self.wait()
         name = self._ranks.first(f"a checkpoint of step {step} cannot be started", partial(self._start, step))
         folder = self.folder / f"{WRITING}{name}"
         planner, writer = _Staging(), FileSystemWriter(folder, per_thread_copy_ahead=0)
