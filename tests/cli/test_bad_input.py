@@ -139,8 +139,13 @@ def test_an_output_that_exists_is_refused(sala, teacher, tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
 
 
-def test_recipes_of_the_other_verb_are_refused(sala, teacher, tmp_path):
-    assert_refused(sala("train", "smoke", "--out", tmp_path / "out"), "sala convert")
+def test_recipes_without_what_they_start_from_are_refused(sala, teacher, tmp_path):
+    train = ("train", "--out", tmp_path / "out")
+    assert_refused(sala(*train, "smoke"), "converts a teacher; right would be --teacher CHECKPOINT alone")
+    assert_refused(sala(*train, "smoke", "--teacher", teacher, "--model", teacher), "--teacher CHECKPOINT alone")
+    assert_refused(sala(*train, "teacher", "--teacher", teacher), "has no teacher; right would be --model CHECKPOINT")
+    assert_refused(sala(*train, "teacher", "--model", teacher), "describes a new model")
+    assert not (tmp_path / "out").exists()
     assert_refused(
         sala("convert", "--teacher", teacher, "--recipe", "teacher", "--out", tmp_path / "out"), "sala train"
     )

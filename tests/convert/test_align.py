@@ -6,7 +6,7 @@ import torch
 
 from sala.convert.align import Twins
 from sala.convert.transfer import hybrid_config, linear_twin
-from sala.train.batches import WindowBatch
+from sala.train.batches import StepFeed, WindowBatch
 from sala.train.loop import Progress, run_stage
 from sala.train.recipe import Optimizer, Stage
 
@@ -38,7 +38,7 @@ def test_every_layer_comes_nearer_and_the_teacher_stays(teacher_of: Callable, fa
     )
     assert all(name.startswith("twins.") for name, _ in twins.named_parameters())
     seen: list[Progress] = []
-    run_stage(twins, STAGE, batch, optimizer=Optimizer(), observer=seen.append, compile_mode="off")
+    run_stage(twins, STAGE, StepFeed(batch), optimizer=Optimizer(), observer=seen.append, compile_mode="off")
     first, last = (torch.tensor(progress.layer_errors) for progress in (seen[0], seen[-1]))
     assert first.shape == (4,)
     assert (last < 0.9 * first).all()

@@ -9,7 +9,7 @@ import torch
 from sala.convert import halo
 from sala.data import Document, train_tokenizer
 from sala.model.families import load_model
-from sala.train import load_recipe, read_corpus, run_conversion
+from sala.train import Scorers, load_recipe, read_corpus, run_conversion
 
 TEXT = "def read(path):\n    return open(path).read()\n" * 40
 
@@ -23,11 +23,9 @@ def test_a_conversion_writes_what_it_returns(teacher_of: Callable, family: str, 
         recipe,
         teacher,
         tmp_path / "hybrid",
-        halo=halo,
-        score_recall=lambda model: 0.5,
-        score_language=lambda model: 0.5,
+        scorers=Scorers(halo, lambda model: 0.5, lambda model: 0.5),
         tokenizer=tokenizer,
-        corpus=read_corpus(tokenizer, [Document("a.py", TEXT)]),
+        data=read_corpus(tokenizer, [Document("a.py", TEXT)]),
         observer=lambda progress: seen.append((progress.stage, progress.step)),
     )
     assert seen == [("align", 1), ("align", 2), ("distill", 1), ("distill", 2), ("long", 1)]

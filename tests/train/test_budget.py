@@ -11,6 +11,7 @@ from sala.errors import InputError, RecipeError
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.model.families import config_from
 from sala.train import budget, load_recipe, parse_recipe
+from sala.train.batches import WindowBatch
 from sala.train.budget import (
     DEVICE_NAMES,
     GPUS,
@@ -23,7 +24,8 @@ from sala.train.budget import (
     stage_budgets,
     stage_flops,
 )
-from sala.train.loop import _backward, _training_only, trainable_parameters
+from sala.train.loop import Pass, _backward, _training_only, trainable_parameters
+from sala.train.parallel import ALONE
 from sala.train.recipe import Conversion, Keep, Stage
 
 T, B, X = 12, 4, 20
@@ -50,11 +52,7 @@ def row(**changes: Any) -> Stage:
     return Stage.model_validate(values | {"learning_rate": {"peak": 1e-3}} | changes)
 
 
-class Windows:
-    def __init__(self) -> None:
-        self.input_ids = torch.zeros(B, T, dtype=torch.long)
-        self.loss_weights = torch.ones(B, T)
-        self.names = ("zeros",) * B
+WINDOWS = WindowBatch(torch.zeros(B, T, dtype=torch.long), torch.ones(B, T), ("zeros",) * B)
 
 
 def counted(model: Any, stage: Stage, teacher: Any) -> int:
@@ -65,7 +63,7 @@ def counted(model: Any, stage: Stage, teacher: Any) -> int:
         _training_only(model, named, stage.activation_checkpointing),
         FlopCounterMode(display=False) as counter,
     ):
-        _backward(model, teacher, stage, Windows())
+        _backward(Pass(model, teacher, stage), WINDOWS, stage, ALONE)
     counts = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
     return counts.get("aten.mm", 0) + counts.get("aten.addmm", 0)
 

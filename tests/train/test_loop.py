@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,17 +10,12 @@ import torch
 from sala.errors import BackendError, SalaError
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.train import compile as compiling
+from sala.train.batches import StepFeed
+from sala.train.batches import WindowBatch as Batch
 from sala.train.loop import NonFiniteError, Progress, run_stage, trainable_parameters
 from sala.train.recipe import Optimizer, Stage
 
 X = 20
-
-
-@dataclass
-class Batch:
-    input_ids: torch.Tensor
-    loss_weights: torch.Tensor
-    names: tuple[str, ...]
 
 
 def batches(rows: int = 4, length: int = 12) -> Callable[[int], Batch]:
@@ -67,7 +61,7 @@ def stage(**changes: Any) -> Stage:
 def run(model: Any, row: Stage, **changes: Any) -> list[Progress]:
     seen: list[Progress] = []
     arguments = {"optimizer": Optimizer(), "observer": seen.append, "compile_mode": "off"} | changes
-    run_stage(model, row, arguments.pop("batches", batches()), **arguments)
+    run_stage(model, row, StepFeed(arguments.pop("batches", batches())), **arguments)
     return seen
 
 
@@ -221,7 +215,7 @@ def test_layers_can_be_clipped_each_by_itself() -> None:
         def compilable(self) -> Any:
             return self.twins
 
-        def forward(self, ids: torch.Tensor) -> list:
+        def forward(self, input_ids: torch.Tensor) -> list:
             x = torch.ones(1, 1, 1)
             # one layer with a gradient a million times the other's
             return [(self.twins[0](x) * 1e3, x * 1e6), (self.twins[1](x), x * 9)]
@@ -263,8 +257,8 @@ def test_failed_compilation_is_one_log_line_and_the_same_losses(
         raise RuntimeError("no such instruction")
 
     expected = run(tiny("attention", "lightning-attn"), stage(), compile_mode="off")
-    own = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: own(self, backend=broken))
+    own = torch.compile
+    monkeypatch.setattr(compiling.torch, "compile", lambda function, **_: own(function, backend=broken))
     monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
     with caplog.at_level(logging.WARNING, "sala.train"):
         seen = run(tiny("attention", "lightning-attn"), stage(), compile_mode="auto")

@@ -71,11 +71,17 @@ def test_chunked_next_token_is_the_whole_cross_entropy(dtype: torch.dtype, chunk
     hidden, head = drawn(B, T, D, dtype=dtype), drawn(X, D, dtype=dtype, seed=1)
     ids = torch.randint(X, (B, T), generator=torch.Generator().manual_seed(2))
     weights = weights_of(kind)
-    loss = losses.next_token(hidden, Head(head, DIVISOR), ids, weights, chunk=chunk)
+    loss = next_token(hidden, Head(head, DIVISOR), ids, weights, chunk=chunk)
     everywhere = torch.ones(B, T) if weights is None else weights
     whole = whole_cross_entropy(hidden, head, ids, everywhere.to(dtype))
     ours = [loss, *torch.autograd.grad(3 * loss, [hidden, head])]
     assert_same(ours, [whole, *torch.autograd.grad(3 * whole, [hidden, head])], dtype)
+
+
+def next_token(hidden: Tensor, head: Head, ids: Tensor, weights: Tensor | None = None, *, chunk: int) -> Tensor:
+    """Return the loss of windows of ids, whose tokens are targets by `weights`."""
+    weights = torch.ones(ids.shape) if weights is None else weights
+    return losses.next_token(hidden, head, losses.following(ids), losses.following(weights), chunk=chunk)
 
 
 def both(student: Tensor, weights: Tensor | None = None, chunk: int = 4, head: Tensor | None = None) -> list[Tensor]:
@@ -85,7 +91,7 @@ def both(student: Tensor, weights: Tensor | None = None, chunk: int = 4, head: T
     teacher, teacher_head = drawn(B, T, D, seed=2), drawn(X, D, seed=3)
     return [
         losses.distill(student, Head(head), teacher, Head(teacher_head), weights, chunk=chunk),
-        losses.next_token(student, Head(head), ids, weights, chunk=chunk),
+        next_token(student, Head(head), ids, weights, chunk=chunk),
     ]
 
 
@@ -114,7 +120,7 @@ def test_padding_contributes_nothing_whatever_it_holds() -> None:
 def test_an_id_that_is_ignored_need_not_be_in_the_vocabulary() -> None:
     ids, weights = torch.zeros(B, T, dtype=torch.long), torch.ones(B, T)
     ids[:, 4], weights[:, 4] = -100, 0
-    assert losses.next_token(drawn(B, T, D), Head(drawn(X, D)), ids, weights, chunk=4).isfinite()
+    assert next_token(drawn(B, T, D), Head(drawn(X, D)), ids, weights, chunk=4).isfinite()
 
 
 def test_a_weight_belongs_to_the_target() -> None:
@@ -127,8 +133,27 @@ def test_a_weight_belongs_to_the_target() -> None:
     assert gradient[:, 4].abs().max() > 0
 
 
-def test_a_mean_over_nothing_is_not_a_number() -> None:
-    assert all(loss.isnan() for loss in both(drawn(B, T, D), torch.zeros(B, T)))
+def test_a_part_without_weight_adds_nothing() -> None:
+    student = drawn(B, T, D)
+    for loss in both(student, torch.zeros(B, T)):
+        assert loss == 0
+        assert torch.autograd.grad(loss, student)[0].abs().max() == 0
+    real = torch.zeros(B, T, dtype=torch.bool)
+    loss, sizes = losses.align([(student, drawn(B, T, D, seed=1))], real)
+    assert loss == 0 and sizes.tolist() == [[0], [0]]
+
+
+def test_alignment_leaves_padding_out() -> None:
+    real = torch.ones(B, T, dtype=torch.bool)
+    real[:, 5:] = False
+    student, teacher = drawn(B, T, D).detach(), drawn(B, T, D, seed=1).detach()
+    padded = student.clone()
+    padded[:, 5:] = 1e30
+    padded.requires_grad_()
+    loss, sizes = losses.align([(padded, teacher)], real)
+    expected = losses.align([(student[:, :5], teacher[:, :5])])
+    torch.testing.assert_close((loss, sizes), expected)
+    assert torch.autograd.grad(loss, padded)[0][:, 5:].abs().max() == 0
 
 
 def test_a_frozen_head_has_no_gradient_and_no_gradient_is_made_without_need() -> None:
@@ -165,7 +190,7 @@ def test_logits_of_all_tokens_never_exist_at_once(which: int) -> None:
     ids = torch.randint(vocabulary, (1, tokens))
     losses_of: list[Callable[[], Tensor]] = [
         lambda: losses.distill(hidden, Head(head), hidden * 2, Head(head), chunk=chunk),
-        lambda: losses.next_token(hidden, Head(head), ids, chunk=chunk),
+        lambda: next_token(hidden, Head(head), ids, chunk=chunk),
     ]
     with Largest() as largest:
         losses_of[which]().backward()
@@ -181,8 +206,8 @@ def test_bfloat16_states_have_float32_losses() -> None:
     hidden, head = drawn(B, T, D).detach().bfloat16().requires_grad_(), drawn(X, D, seed=1).detach().bfloat16()
     head.requires_grad_()
     ids = torch.randint(X, (B, T), generator=torch.Generator().manual_seed(2))
-    loss = losses.next_token(hidden, Head(head), ids, chunk=4)
-    whole = losses.next_token(hidden.float(), Head(head.float()), ids, chunk=100)
+    loss = next_token(hidden, Head(head), ids, chunk=4)
+    whole = next_token(hidden.float(), Head(head.float()), ids, chunk=100)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(whole.item(), rel=2e-2)
     assert [g.dtype for g in torch.autograd.grad(loss, [hidden, head])] == [torch.bfloat16] * 2
@@ -202,10 +227,10 @@ def test_a_head_is_the_head_of_the_model() -> None:
 def test_alignment_is_the_mean_over_layers_and_reports_each() -> None:
     teacher = [torch.randn(B, T, D) * scale for scale in (1.0, 10.0)]
     pairs = [(torch.zeros(B, T, D), teacher[0]), (teacher[1] * 0.5, teacher[1])]
-    loss, errors = losses.align(pairs)
+    loss, (errors, sizes) = losses.align(pairs)
     expected = (teacher[0].square().mean() + (teacher[1] * 0.5).square().mean()) / 2
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(errors, torch.tensor([1.0, 0.25]))
+    torch.testing.assert_close(errors / sizes, torch.tensor([1.0, 0.25]))
 
 
 def test_alignment_never_moves_the_teacher() -> None:

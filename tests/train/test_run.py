@@ -16,7 +16,7 @@ from sala.errors import InputError, RecipeError
 from sala.model.families import load_model
 from sala.train.batches import Corpus, read_corpus
 from sala.train.recipe import ConversionRecipe, TrainingRecipe, load_recipe, parse_recipe
-from sala.train.run import new_model, require_same_shape, run_conversion, train
+from sala.train.run import Scorers, new_model, require_same_shape, run_conversion, train
 
 TEXT = "def read(path):\n    return open(path).read()\n" * 40
 MODEL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
@@ -51,7 +51,7 @@ def test_weights_stored_in_bfloat16_are_computed_in_float32(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
 ) -> None:
     recipe = training_recipe().model_copy(update={"stored_as": "bfloat16"})
-    model = train(recipe, tmp_path / "run", tokenizer=tokenizer, corpus=corpus)
+    model = train(recipe, tmp_path / "run", tokenizer=tokenizer, data=corpus)
     loaded = load_model(tmp_path / "run" / "final")
     halved = 2 * sum(parameter.numel() for parameter in model.parameters())
     assert (tmp_path / "run" / "final" / "model.safetensors").stat().st_size < 1.2 * halved
@@ -64,7 +64,7 @@ def test_a_finished_run_is_a_checkpoint_with_its_recipe(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
 ) -> None:
     recipe = training_recipe()
-    model = train(recipe, tmp_path / "run", tokenizer=tokenizer, corpus=corpus)
+    model = train(recipe, tmp_path / "run", tokenizer=tokenizer, data=corpus)
     final = tmp_path / "run" / "final"
     loaded = load_model(final)
     ids = torch.arange(10)[None]
@@ -75,13 +75,13 @@ def test_a_finished_run_is_a_checkpoint_with_its_recipe(
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines] == [("short", 1), ("short", 2)]
 
-    with pytest.raises(InputError, match="exists already"):
-        train(recipe, tmp_path / "run", tokenizer=tokenizer, corpus=corpus)
+    with pytest.raises(InputError, match="is finished: its model is .*final"):
+        train(recipe, tmp_path / "run", tokenizer=tokenizer, data=corpus)
 
 
 def test_a_run_is_a_function_of_its_recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> None:
     first, again = (
-        train(training_recipe(), tmp_path / name, tokenizer=tokenizer, corpus=corpus) for name in ("first", "again")
+        train(training_recipe(), tmp_path / name, tokenizer=tokenizer, data=corpus) for name in ("first", "again")
     )
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
 
@@ -90,28 +90,23 @@ def test_a_recipe_that_cannot_run_leaves_nothing(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
 ) -> None:
     with pytest.raises(RecipeError, match="data task 'noise_retreival' is unknown.*did you mean 'noise_retrieval'"):
-        train(training_recipe(data={"noise_retreival": 1}), tmp_path / "run", tokenizer=tokenizer, corpus=corpus)
+        train(training_recipe(data={"noise_retreival": 1}), tmp_path / "run", tokenizer=tokenizer, data=corpus)
     recipe = training_recipe()
     with pytest.raises(RecipeError, match=r"model\.hiden_size: unknown key; did you mean 'hidden_size'"):
         train(
-            recipe.model_copy(update={"model": {"hiden_size": 8}}), tmp_path / "run", tokenizer=tokenizer, corpus=corpus
+            recipe.model_copy(update={"model": {"hiden_size": 8}}), tmp_path / "run", tokenizer=tokenizer, data=corpus
         )
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"mesh": {"dp_shard": 2}}, r"mesh of 2 ranks .* needs the distributed engine.*--dry-run"),
-        ({"precision": "bfloat16"}, r"precision 'bfloat16' needs the distributed engine.*--dry-run"),
-    ],
-)
-def test_what_can_only_be_planned_is_refused(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, change: dict, message: str
+def test_a_mesh_of_another_number_of_processes_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
 ) -> None:
-    recipe = parse_recipe(training_recipe().resolved | change)
-    with pytest.raises(RecipeError, match=message):
-        train(recipe, tmp_path / "run", tokenizer=tokenizer, corpus=corpus)
+    recipe = parse_recipe(training_recipe().resolved | {"mesh": {"dp_shard": 2}})
+    with pytest.raises(
+        RecipeError, match=r"mesh is of 2 ranks .*and 1 process runs; right would be `torchrun --nproc-per-node 2"
+    ):
+        train(recipe, tmp_path / "run", tokenizer=tokenizer, data=corpus)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,12 +115,13 @@ def test_a_stage_switches_block_selection_on_and_off(
 ) -> None:
     seen = []
     monkeypatch.setattr("sala.train.run.run_stage", lambda model, *_, **__: seen.append(model.config.mixer_types))
+    monkeypatch.setattr("sala.train.run.read_metrics", lambda folder: [])
     sparse = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8, "window_size": 16, "topk": 2, "dense_len": 32}
     fields = {"mixer_types": ["attention", "lightning-attn"], "sparse_config": sparse}
     values = training_recipe().resolved
     stages = [values["stages"][0] | {"name": str(on), "sparse": on} for on in (False, True)]
     recipe = parse_recipe(values | {"model": MODEL | fields, "stages": stages})
-    train(recipe, tmp_path / "run", tokenizer=tokenizer, corpus=corpus)
+    train(recipe, tmp_path / "run", tokenizer=tokenizer, data=corpus)
     assert seen == [["attention", "lightning-attn"], ["minicpm4", "lightning-attn"]]
 
 
@@ -148,11 +144,9 @@ def test_a_teacher_of_another_shape_is_refused(
             load_recipe("halo-qwen3-1.7b"),
             teacher,
             tmp_path / "hybrid",
-            halo=lambda *_, **__: None,
-            score_recall=lambda model: 0.0,
-            score_language=lambda model: 0.0,
+            scorers=Scorers(lambda *_, **__: None, lambda model: 0.0, lambda model: 0.0),
             tokenizer=tokenizer,
-            corpus=corpus,
+            data=corpus,
         )
 
 
@@ -167,11 +161,9 @@ def convert(tokenizer: Any, corpus: Corpus, out: Path, halo: Callable) -> tuple[
         smoke(),
         new_model(training_recipe(), tokenizer),
         out,
-        halo=halo,
-        score_recall=lambda model: 0.0,
-        score_language=lambda model: 0.0,
+        scorers=Scorers(halo, lambda model: 0.0, lambda model: 0.0),
         tokenizer=tokenizer,
-        corpus=corpus,
+        data=corpus,
     )
 
 

@@ -26,9 +26,9 @@ def convert(
     from sala.data import load_tokenizer
     from sala.errors import RecipeError
     from sala.eval import layer_scorers
-    from sala.model.checkpoint import find_checkpoint
+    from sala.model.checkpoint import BUILTIN, find_checkpoint
     from sala.model.families import load_model
-    from sala.train import ConversionRecipe, load_recipe, run_conversion
+    from sala.train import ConversionRecipe, Origin, Scorers, load_recipe, run_conversion
 
     loaded = load_recipe(recipe, settings or ())
     if not isinstance(loaded, ConversionRecipe):
@@ -43,11 +43,10 @@ def convert(
             loaded,
             network,
             out,
-            halo=halo,
-            score_recall=scorers.recall,
-            score_language=scorers.language,
+            scorers=Scorers(halo, scorers.recall, scorers.language),
             tokenizer=tokenizer,
             observer=display.observe,
             say=display.say,
+            origin=Origin(teacher, on_hub=not Path(teacher).exists() and teacher not in BUILTIN),
         )
     typer.echo(out)

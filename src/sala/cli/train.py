@@ -1,7 +1,8 @@
-"""`sala train`: a model from random weights, by a recipe; or what any recipe would cost."""
+"""`sala train`: a recipe from its beginning or from where it was left; or what it would cost."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,17 +12,48 @@ from sala.cli.progress import Display, error_console
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a field of the recipe. May be repeated.")
 ]
-DRY_RUN = "Dry run"
+BUILTIN_TEACHER = "embedded-teacher"
+DRY_RUN, KEEPING = "Dry run", "What is kept"
+
+
+class Resume(StrEnum):
+    newest = "newest"
+    previous = "previous"
 
 
 def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe of the package by name, or a YAML file.")],
     out: Annotated[
-        Path | None, typer.Option(help="A new folder for the run; the model appears in its folder final.")
+        Path | None,
+        typer.Option(
+            help="The folder of the run. The same command again goes on where it was left; the model appears in its folder final."
+        ),
     ] = None,
-    tokenizer: Annotated[str, typer.Option(help="A checkpoint whose tokenizer is used.")] = "embedded-teacher",
+    teacher: Annotated[
+        str | None, typer.Option(help="The checkpoint that a recipe with 'conversion' converts.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The checkpoint that another recipe trains, in place of random weights.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint whose tokenizer is used; that of the teacher or the model when left out."),
+    ] = None,
     settings: Settings = None,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=KEEPING)
+    ] = None,
+    save_minutes: Annotated[
+        float, typer.Option(min=0, help="Minutes between checkpoints, without --save-every.", rich_help_panel=KEEPING)
+    ] = 15.0,
+    keep: Annotated[int, typer.Option(min=1, help="Checkpoints that stay.", rich_help_panel=KEEPING)] = 2,
+    resume: Annotated[
+        Resume, typer.Option(help="The checkpoint to go on from, of those that are there.", rich_help_panel=KEEPING)
+    ] = Resume.newest,
+    wandb: Annotated[
+        str | None, typer.Option(help="A project of Weights & Biases to log to.", rich_help_panel=KEEPING)
+    ] = None,
     threads: Threads = None,
     dry_run: Annotated[
         bool,
@@ -31,10 +63,6 @@ def train(
             rich_help_panel=DRY_RUN,
         ),
     ] = False,
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="The checkpoint to convert, for a recipe without one.", rich_help_panel=DRY_RUN),
-    ] = None,
     gpu: Annotated[
         str, typer.Option(help="h100, h200, a100, ..., or a number of TFLOP/s.", rich_help_panel=DRY_RUN)
     ] = "h100",
@@ -46,13 +74,14 @@ def train(
     mfu: Annotated[float, typer.Option(help="Part of the peak that is reached.", rich_help_panel=DRY_RUN)] = 0.4,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=DRY_RUN)] = False,
 ) -> None:
-    """Train a model from random weights, or print what a recipe costs.
+    """Run a recipe: convert a teacher, or train a model; or print what it costs.
 
-    `sala train plot RUN` draws a run, one under way too.
+    Several processes share the work when torchrun starts them. `sala train plot RUN` draws a run, `sala train export RUN`
+    writes its model, one under way too.
     """
     prepare(threads)
-    from sala.errors import InputError, RecipeError
-    from sala.train import TrainingRecipe, load_recipe
+    from sala.errors import InputError
+    from sala.train import load_recipe
 
     loaded = load_recipe(recipe, settings or ())
     if dry_run:
@@ -63,7 +92,7 @@ def train(
         plan(
             loaded,
             teacher=teacher,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer or BUILTIN_TEACHER,
             gpu=gpu,
             gpus=gpus,
             memory=memory,
@@ -71,21 +100,58 @@ def train(
             as_json=as_json,
         )
         return
-    options = {"teacher": "--teacher", "gpu": "--gpu", "gpus": "--gpus", "memory": "--memory", "mfu": "--mfu"}
+    options = {"gpu": "--gpu", "gpus": "--gpus", "memory": "--memory", "mfu": "--mfu"}
     for name, option in (options | {"as_json": "--json"}).items():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise InputError(f"{option} is for --dry-run")
     if out is None:
         raise InputError("--out is missing: the folder for the run (or --dry-run, which needs none)")
-    if not isinstance(loaded, TrainingRecipe):
-        raise RecipeError(
-            f"recipe {recipe!r} converts a teacher; right would be a recipe with 'model', or `sala convert`"
-        )
-    from sala.data import load_tokenizer
-    from sala.model.checkpoint import find_checkpoint
-    from sala.train import train as run
+    from sala.train import RunOptions
 
-    with Display(error_console()) as display:
-        run(loaded, out, tokenizer=load_tokenizer(find_checkpoint(tokenizer)), observer=display.observe)
+    _check_start(loaded, teacher, model)
+    kept = RunOptions(save_every, save_minutes, keep, resume.value, wandb)
+    _run(loaded, out, teacher or model, tokenizer, kept)
     typer.echo(out / "final")
+
+
+def _check_start(recipe: Any, teacher: str | None, model: str | None) -> None:
+    """Raise RecipeError unless there is what the recipe starts from, and nothing else."""
+    from sala.errors import RecipeError
+    from sala.train import ConversionRecipe
+
+    if isinstance(recipe, ConversionRecipe):
+        if teacher is None or model is not None:
+            raise RecipeError(f"recipe {recipe.name!r} converts a teacher; right would be --teacher CHECKPOINT alone")
+    elif teacher is not None:
+        raise RecipeError(f"recipe {recipe.name!r} has no teacher; right would be --model CHECKPOINT, or neither")
+    elif (model is None) == (recipe.model is None):
+        what = "has no 'model' and needs --model CHECKPOINT" if model is None else "describes a new model"
+        raise RecipeError(f"recipe {recipe.name!r} {what}; right would be one of the two")
+
+
+def _run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, options: Any) -> None:
+    from sala.convert import halo
+    from sala.data import load_tokenizer
+    from sala.eval import layer_scorers
+    from sala.model.checkpoint import BUILTIN, find_checkpoint
+    from sala.model.families import load_model
+    from sala.train import ConversionRecipe, Origin, Scorers, start_world, train
+
+    converts = isinstance(recipe, ConversionRecipe)
+    words = load_tokenizer(find_checkpoint(tokenizer or start or BUILTIN_TEACHER))
+    network = None if start is None else load_model(find_checkpoint(start))
+    with start_world(recipe.precision) as world, Display(error_console()) as display:
+        scorers = layer_scorers(words) if converts else None
+        train(
+            recipe,
+            out,
+            tokenizer=words,
+            model=network,
+            scorers=None if scorers is None else Scorers(halo, scorers.recall, scorers.language),
+            observer=display.observe if world.main else lambda progress: None,
+            say=display.say if world.main else lambda text: None,
+            world=world,
+            options=options,
+            origin=None if start is None else Origin(start, on_hub=not Path(start).exists() and start not in BUILTIN),
+        )

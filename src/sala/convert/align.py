@@ -29,14 +29,17 @@ class Twins(nn.Module):
         """The modules of equal structure that a trainer may compile one by one."""
         return self.twins
 
-    def forward(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return (twin's output, teacher's output), each (B, T, D), for every layer of `input_ids` (B, T)."""
-        layers = watch_mixers(self.teacher, input_ids)
+    def forward(self, input_ids: Tensor, **packing: Any) -> list[tuple[Tensor, Tensor]]:
+        """Return (twin's output, teacher's output), each (B, T, D), for every layer of `input_ids` (B, T).
+
+        packing: `cu_seqlens` and `context` of a packed row, as the decoder takes them.
+        """
+        layers = watch_mixers(self.teacher, input_ids, **packing)
         return [(twin(x_BTD, rows), y_BTD) for twin, (x_BTD, rows, y_BTD) in zip(self.twins, layers, strict=True)]
 
 
 @torch.no_grad()
-def watch_mixers(model: Any, input_ids: Tensor) -> list[tuple[Tensor, Any, Tensor]]:
+def watch_mixers(model: Any, input_ids: Tensor, **packing: Any) -> list[tuple[Tensor, Any, Tensor]]:
     """Return (input, rows, output) of every layer's mixer in one forward pass."""
     seen: list[tuple[Tensor, Any, Tensor]] = []
 
@@ -47,7 +50,7 @@ def watch_mixers(model: Any, input_ids: Tensor) -> list[tuple[Tensor, Any, Tenso
     with ExitStack() as stack:
         for layer in model.model.layers:
             stack.enter_context(layer.self_attn.register_forward_hook(note, with_kwargs=True))
-        model.model(input_ids, use_cache=False)
+        model.model(input_ids, use_cache=False, **packing)
     return seen
 
 

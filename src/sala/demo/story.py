@@ -38,7 +38,7 @@ from sala.eval.reading import CHUNK_SIZE
 from sala.eval.retrieval import EVALUATION_SEED
 from sala.model.checkpoint import find_checkpoint, read_json
 from sala.model.families import load_model
-from sala.train import ConversionRecipe, Progress, load_recipe, run_conversion
+from sala.train import ConversionRecipe, Progress, Scorers, load_recipe, run_conversion
 
 EMBEDDED_TEACHER = "embedded-teacher"
 
@@ -152,9 +152,7 @@ def convert(
         recipe,
         model,
         out,
-        halo=halo,
-        score_recall=scorers.recall,
-        score_language=scorers.language,
+        scorers=Scorers(halo, scorers.recall, scorers.language),
         tokenizer=tokenizer,
         observer=watch,
         say=say,

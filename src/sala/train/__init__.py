@@ -1,24 +1,35 @@
 """Training: recipes as data, and the one loop that runs their stages."""
 
-from sala.train.batches import Corpus, read_corpus
+from sala.train.batches import Corpus, Data, ShardData, read_corpus, read_data
+from sala.train.folder import Interrupted, RunOptions
 from sala.train.loop import NonFiniteError, Observer, Progress, run_stage
+from sala.train.parallel import World, start_world
 from sala.train.recipe import ConversionRecipe, Recipe, Stage, TrainingRecipe, load_recipe, parse_recipe, recipe_names
-from sala.train.run import run_conversion, train
+from sala.train.run import Origin, Scorers, run_conversion, train
 
 __all__ = [
     "ConversionRecipe",
     "Corpus",
+    "Data",
+    "Interrupted",
     "NonFiniteError",
     "Observer",
+    "Origin",
     "Progress",
     "Recipe",
+    "RunOptions",
+    "Scorers",
+    "ShardData",
     "Stage",
     "TrainingRecipe",
+    "World",
     "load_recipe",
     "parse_recipe",
     "read_corpus",
+    "read_data",
     "recipe_names",
     "run_conversion",
     "run_stage",
+    "start_world",
     "train",
 ]

@@ -1,8 +1,11 @@
-"""Batches of a stage as tensors, for the embedded tokenizer and for any other."""
+"""Batches of a stage as tensors: generated tasks and package text, or shards of tokenised documents."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -10,23 +13,135 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sala.data import Document, Mix, Vocabulary, encode_documents, library_documents, vocabulary
+from sala.data import (
+    Document,
+    Mix,
+    Shards,
+    Source,
+    Stream,
+    Vocabulary,
+    encode_documents,
+    library_documents,
+    vocabulary,
+)
 from sala.errors import InputError, RecipeError
-from sala.train.recipe import Stage
+from sala.train.recipe import Recipe, Stage
 
 
 @dataclass(frozen=True, slots=True)
 class WindowBatch:
-    """Token ids int64 (B, T), the weight of each as a target (B, T), and what each window holds."""
+    """Token ids int64 (B, T), the weight of each as a target (B, T), and what each window holds.
+
+    ends: the ends of the packed sequences of each window, in its own tokens, the last one T; None when every window is
+        one sequence. padding: (B, T) bool, True on padding; None when there is none.
+    """
 
     input_ids: Tensor
     loss_weights: Tensor
     names: tuple[str, ...]
+    ends: tuple[tuple[int, ...], ...] | None = None
+    padding: Tensor | None = None
+
+    def rows(self, start: int, end: int) -> "WindowBatch":
+        """Return some of the windows, say for a micro-batch."""
+        part = slice(start, end)
+        return WindowBatch(
+            self.input_ids[part],
+            self.loss_weights[part],
+            self.names[part],
+            None if self.ends is None else self.ends[part],
+            None if self.padding is None else self.padding[part],
+        )
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """Return the ends (N + 1,) int32 of the sequences when all windows are laid end to end."""
+        count, length = self.input_ids.shape
+        ends = self.ends or ((length,),) * count
+        flat = [0, *(row * length + end for row, own in enumerate(ends) for end in own)]
+        return torch.tensor(flat, dtype=torch.int32)
 
 
-@dataclass(frozen=True, slots=True)
+class Feed(Protocol):
+    """The batches of one stage on one rank, one after the other; its position is small and plain."""
+
+    def __next__(self) -> WindowBatch: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass
+class StepFeed:
+    """Batches that are a pure function of the step; a rank takes every `ranks`-th window from the `rank`-th."""
+
+    batch: Callable[[int], WindowBatch]
+    rank: int = 0
+    ranks: int = 1
+    step: int = 0
+
+    def __next__(self) -> WindowBatch:
+        whole = self.batch(self.step)
+        self.step += 1
+        if self.ranks == 1:
+            return whole
+        own = slice(self.rank, None, self.ranks)
+        return WindowBatch(whole.input_ids[own], whole.loss_weights[own], tuple(whole.names[own]))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = state["step"]
+
+
+@dataclass
+class StreamFeed:
+    """Packed windows of shards."""
+
+    stream: Stream
+
+    def __next__(self) -> WindowBatch:
+        packed = next(self.stream)
+        length = packed.input_ids.shape[1]
+        ends, padding = [], np.zeros(packed.input_ids.shape, bool)
+        for row, pieces in enumerate(packed.pieces):
+            own = list(itertools.accumulate(piece.length for piece in pieces))
+            padding[row, own[-1] :] = True
+            ends.append(tuple(own if own[-1] == length else [*own, length]))
+        return WindowBatch(
+            torch.from_numpy(packed.input_ids),
+            torch.from_numpy(packed.loss_weights),
+            packed.names,
+            tuple(ends),
+            torch.from_numpy(padding) if padding.any() else None,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.stream.load_state_dict(state)
+
+
+class Data(Protocol):
+    """What the stages of a run draw from."""
+
+    def feed(self, stage: Stage, seed: int, rank: int = 0, ranks: int = 1) -> Feed:
+        """Return the batches of a stage on one of `ranks` data-parallel ranks.
+
+        Raises:
+            RecipeError: the stage names data that is not there.
+        """
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """Return what it is, by name, with hashes: for the model card."""
+        ...
+
+
+@dataclass(frozen=True)
 class Corpus:
-    """A tokenizer and one stream of text: what the stages of a run draw from.
+    """A tokenizer and one stream of text.
 
     With the embedded tokenizer every task of `sala.data` can be mixed; another tokenizer has no words for the generated
     tasks and trains on "text" alone.
@@ -35,6 +150,19 @@ class Corpus:
     text: NDArray[np.int64]  # (tokens,)
     words: Vocabulary | None
     begin: int | None
+
+    def feed(self, stage: Stage, seed: int, rank: int = 0, ranks: int = 1) -> StepFeed:
+        return StepFeed(self.batches(stage, seed), rank, ranks)
+
+    def describe(self) -> dict[str, str]:
+        generated = " and generated tasks" if self.words is not None else ""
+        return {f"text{generated}": f"Python's standard library, {len(self.text):,} tokens, {self._hash}"}
+
+    @cached_property
+    def _hash(self) -> str:
+        import hashlib
+
+        return f"sha256 {hashlib.sha256(np.ascontiguousarray(self.text).tobytes()).hexdigest()}"
 
     def batches(self, stage: Stage, seed: int) -> Callable[[int], WindowBatch]:
         """Return step -> batch of a stage, a pure function of the seed and the step.
@@ -64,7 +192,7 @@ class Corpus:
         if set(stage.data) != {"text"}:
             raise RecipeError(
                 f"stage {stage.name!r} mixes {', '.join(stage.data)}, but this tokenizer has no words for generated "
-                "tasks, and this version reads no files of data; use data: {text: 1}, or --dry-run, which plans the stage"
+                "tasks; name folders of shards under 'sources' in the recipe, or use data: {text: 1}"
             )
         prefix = [] if self.begin is None else [self.begin]
         size = stage.length - len(prefix)
@@ -82,6 +210,34 @@ class Corpus:
         return batch
 
 
+@dataclass(frozen=True)
+class ShardData:
+    """Folders of shards by name (`sala data` makes them)."""
+
+    sources: Mapping[str, Source]
+
+    def feed(self, stage: Stage, seed: int, rank: int = 0, ranks: int = 1) -> StreamFeed:
+        return StreamFeed(
+            Stream(
+                {name: self.sources[name] for name in stage.data},
+                stage.data,
+                length=stage.length,
+                batch=stage.batch,
+                steps=stage.steps,
+                seed=seed,
+                rank=rank,
+                ranks=ranks,
+            )
+        )
+
+    def describe(self) -> dict[str, str]:
+        return {
+            name: f"{source.shards.num_documents:,} documents, {source.shards.num_tokens:,} tokens, "
+            f"sha256 {source.shards.sha256}"
+            for name, source in self.sources.items()
+        }
+
+
 def read_corpus(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document] | None = None) -> Corpus:
     """Encode `documents` (the standard library's training split when None), each ended by the end token."""
     documents = library_documents("train") if documents is None else documents
@@ -94,3 +250,16 @@ def read_corpus(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = tokenizer([document.text for document in documents], add_special_tokens=False)["input_ids"]
     return Corpus(np.concatenate([np.asarray([*row, *end], np.int64) for row in encoded]), None, tokenizer.bos_token_id)
+
+
+def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Open what a recipe's stages draw from: its sources, or the package's own text and tasks.
+
+    Raises:
+        InputError: a folder that holds no shards, or shards of another tokenizer.
+    """
+    if not recipe.sources:
+        return read_corpus(tokenizer)
+    return ShardData(
+        {name: Source(Shards(row.shards, tokenizer), row.length_weights) for name, row in recipe.sources.items()}
+    )

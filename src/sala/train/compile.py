@@ -47,7 +47,8 @@ class Compiled:
             # a stage has one shape; equal layers differ in parameters only, which are inputs of the graph
             torch._dynamo.reset()
             for layer in self.layers:
-                layer.compile(dynamic=False)
+                # the forward alone: gathering of parameters and checkpointing happen around it
+                layer.forward = torch.compile(layer.forward, dynamic=False)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -55,7 +56,7 @@ class Compiled:
 
     def _undo(self) -> None:
         for layer in self.layers:
-            layer._compiled_call_impl = None
+            vars(layer).pop("forward", None)
 
     def run(self, step: Callable[[], Result]) -> Result:
         """Return `step()`; when compiling fails in it, mode "auto" logs the reason and runs it once more, eagerly."""

@@ -14,20 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from sala.errors import SalaError
 from sala.train import losses
+from sala.train.batches import Feed, WindowBatch
 from sala.train.compile import Compiled
+from sala.train.memory import peak_memory_bytes
 from sala.train.optimizer import make_optimizers
+from sala.train.parallel import ALONE, Parallel, whole
 from sala.train.recipe import Optimizer, Stage
-
-
-class Batch(Protocol):
-    """What a step reads: token ids (B, T), the weight of each as a target (B, T), and where each window came from."""
-
-    input_ids: Tensor
-    loss_weights: Tensor
-    names: Sequence[str]
-
-
-Batches = Callable[[int], Batch]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,22 +58,34 @@ class NonFiniteError(SalaError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """A micro-batch: `share` is its part of the batch's loss; `loss_weights` (B, T) belong to the tokens as targets."""
+class Part:
+    """What one forward and backward pass reads: (B, T) each, or the rank's piece of one packed row, (1, N).
+
+    targets: what follows each token; target_weights: how much that prediction counts. real: False on padding, None when
+    there is none. cu_seqlens: the ends of the packed row's sequences, on all ranks; context: who has the rest of the row.
+    """
 
     input_ids: Tensor
-    loss_weights: Tensor
-    share: float
-    # of a distillation that weighs its tokens
-    weighted: bool
+    targets: Tensor
+    target_weights: Tensor
+    real: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    context: Any = None
+
+    @property
+    def num_real(self) -> float:
+        return float(self.input_ids.numel() if self.real is None else self.real.sum())
 
 
-def _align(model: nn.Module, teacher: nn.Module | None, part: _Part) -> tuple[Tensor, Tensor | None]:
-    return losses.align(model(part.input_ids))
+def _inputs(part: Part) -> dict[str, Any]:
+    if part.cu_seqlens is None:
+        return {"input_ids": part.input_ids}
+    packed: dict[str, Any] = {"input_ids": part.input_ids, "cu_seqlens": part.cu_seqlens}
+    return packed if part.context is None else packed | {"context": part.context}
 
 
-def _hidden(model: Any, input_ids: Tensor) -> Tensor:
-    return model.model(input_ids, use_cache=False).last_hidden_state
+def _hidden(model: Any, part: Part) -> Tensor:
+    return model.model(**_inputs(part), use_cache=False).last_hidden_state
 
 
 def _head(model: Any) -> losses.Head:
@@ -93,52 +97,98 @@ def _chunk(model: Any) -> int:
     return max(1, losses.CHUNK_LOGITS // model.config.vocab_size)
 
 
-def _distillation_weights(loss_weights_BT: Tensor) -> Tensor:
-    """Return the weight of each position's distribution: that of the token after it, and never none."""
-    shifted = torch.nn.functional.pad(loss_weights_BT[:, 1:], (0, 1))
-    return shifted.clamp(min=LEAST_DISTILLATION_WEIGHT)
+def _align(model: Any, teacher: Any, part: Part, stage: Stage) -> tuple[Tensor, Tensor | None]:
+    return losses.align(model(**_inputs(part)), part.real)
 
 
-def _distill(model: Any, teacher: Any, part: _Part) -> tuple[Tensor, Tensor | None]:
+def _distill(model: Any, teacher: Any, part: Part, stage: Stage) -> tuple[Tensor, Tensor | None]:
     with torch.no_grad():
-        teacher_BTD = _hidden(teacher, part.input_ids)
-    student_BTD = _hidden(model, part.input_ids)
-    weights_BT = _distillation_weights(part.loss_weights) if part.weighted else None
-    loss = losses.distill(student_BTD, _head(model), teacher_BTD, _head(teacher), weights_BT, chunk=_chunk(model))
-    return loss, None
+        teacher_BTD = _hidden(teacher, part)
+    student_BTD = _hidden(model, part)
+    weights_BT = _distillation_weights(part, stage)
+    return losses.distill(student_BTD, _head(model), teacher_BTD, _head(teacher), weights_BT, chunk=_chunk(model)), None
 
 
-def _next_token(model: Any, teacher: nn.Module | None, part: _Part) -> tuple[Tensor, Tensor | None]:
-    hidden_BTD = _hidden(model, part.input_ids)
-    loss = losses.next_token(hidden_BTD, _head(model), part.input_ids, part.loss_weights, chunk=_chunk(model))
-    return loss, None
+def _distillation_weights(part: Part, stage: Stage) -> Tensor:
+    """Return the weight of each position's distribution: 1, or with `weighted` that of the target; 0 on padding."""
+    weights = part.target_weights.clamp(min=LEAST_DISTILLATION_WEIGHT)
+    if not stage.weighted:
+        weights = torch.ones_like(weights)
+    return weights if part.real is None else weights.where(part.real, 0)
 
 
-LOSSES: dict[str, Callable[[Any, Any, _Part], tuple[Tensor, Tensor | None]]] = {
-    "align": _align,
-    "distill": _distill,
-    "next_token": _next_token,
+def _next_token(model: Any, teacher: Any, part: Part, stage: Stage) -> tuple[Tensor, Tensor | None]:
+    hidden_BTD = _hidden(model, part)
+    return losses.next_token(hidden_BTD, _head(model), part.targets, part.target_weights, chunk=_chunk(model)), None
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A row of `LOSSES`.
+
+    of: the mean loss of a part, and in alignment the layers' sizes (`losses.align`). weight: what a part counts in the batch's mean.
+    """
+
+    of: Callable[[Any, Any, Part, Stage], tuple[Tensor, Tensor | None]]
+    weight: Callable[[Part, Stage], float]
+
+
+LOSSES = {
+    "align": Loss(_align, lambda part, stage: part.num_real),
+    "distill": Loss(_distill, lambda part, stage: float(_distillation_weights(part, stage).sum())),
+    "next_token": Loss(_next_token, lambda part, stage: float(part.target_weights.sum())),
 }
 
 
-def _parts(batch: Batch, stage: Stage) -> list[_Part]:
-    """Split a batch into micro-batches whose losses, by share, add up to the whole batch's loss."""
-    size = stage.micro_batch or stage.batch
-    rows = [(batch.input_ids[i : i + size], batch.loss_weights[i : i + size]) for i in range(0, stage.batch, size)]
-    # the loss is a weighted mean, so parts count by their weight
-    if stage.loss == "next_token":
-        totals = [float(weights[:, 1:].sum()) for _, weights in rows]
-    elif stage.weighted:
-        totals = [float(_distillation_weights(weights).sum()) for _, weights in rows]
-    else:
-        totals = [float(ids.numel()) for ids, _ in rows]
-    if not sum(totals):
-        # a mean over nothing: the loss is not a number, and the loop stops at it
-        return [_Part(*rows[0], math.nan, stage.weighted)]
-    shares = [part / sum(totals) for part in totals]
-    return [
-        _Part(ids, weights, share, stage.weighted) for (ids, weights), share in zip(rows, shares, strict=True) if share
-    ]
+def _parts(batch: WindowBatch, stage: Stage, parallel: Parallel) -> list[Part]:
+    """Split this rank's windows into micro-batches, and with context parallelism each of these over its ranks."""
+    windows = len(batch.input_ids)
+    size = stage.micro_batch or windows
+    return [_part(batch.rows(start, start + size), parallel) for start in range(0, windows, size)]
+
+
+def _part(batch: WindowBatch, parallel: Parallel) -> Part:
+    # shifted before windows are cut: the last token of a rank's piece is followed by the next rank's first
+    tensors = [batch.input_ids, losses.following(batch.input_ids), losses.following(batch.loss_weights), batch.padding]
+    packed = batch.ends is not None or parallel.context is not None
+    if packed:
+        tensors = [None if x is None else parallel.own_piece(x.reshape(1, -1)) for x in tensors]
+    ids, targets, weights, padding = (None if x is None else x.to(parallel.device) for x in tensors)
+    assert ids is not None and targets is not None and weights is not None
+    return Part(
+        ids,
+        targets,
+        weights,
+        None if padding is None else ~padding,
+        batch.cu_seqlens.to(parallel.device) if packed else None,
+        parallel.context,
+    )
+
+
+class Pass(nn.Module):
+    """The forward pass of a stage: the root of everything whose parameters are sharded together."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, stage: Stage):
+        super().__init__()
+        self.model = model
+        # linear twins stand beside a teacher that is no submodule of theirs
+        self.teacher = getattr(model, "teacher", None) if stage.loss == "align" else teacher
+        self.stage = stage
+
+    def forward(self, part: Part) -> tuple[Tensor, Tensor | None]:
+        return LOSSES[self.stage.loss].of(self.model, self.teacher, part, self.stage)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The modules that are gathered one at a time: layers, and twins."""
+        own: Any = self.model.compilable() if self.stage.loss == "align" else self.model.model.layers  # type: ignore[operator, union-attr]
+        teacher: Any = self.teacher
+        return [*own, *([] if teacher is None else teacher.model.layers)]
+
+    @property
+    def compilable(self) -> list[nn.Module]:
+        """The blocks that run often enough, and alike enough, to be compiled."""
+        return list(self.model.compilable()) if self.stage.loss == "align" else self.blocks  # type: ignore[operator]
 
 
 # modules of a mixer that make queries and keys
@@ -180,16 +230,24 @@ def _groups_to_clip(named: dict[str, nn.Parameter], stage: Stage) -> list[list[n
     return list(groups.values())
 
 
-def _require_finite(what: str, value: float, stage: Stage, step: int, batch: Batch) -> None:
-    if not math.isfinite(value):
-        windows: dict[str, list[str]] = {}
-        for index, name in enumerate(batch.names):
-            windows.setdefault(name, []).append(str(index))
-        held = "; ".join(f"{name} in window {', '.join(indices)}" for name, indices in windows.items())
-        raise NonFiniteError(
-            f"{what} is {value} at step {step} of stage {stage.name!r}, before the optimizer moved; the batch holds "
-            f"{held}. Lower the learning rate, or look at these documents"
-        )
+def _require_finite(
+    what: str, value: float, own: float, stage: Stage, step: int, batch: WindowBatch, parallel: Parallel
+) -> None:
+    """Stop every rank when `value`, the same on all, is not finite; `own` says whether this rank's part of it is."""
+    if math.isfinite(value):
+        return
+    windows: dict[str, list[str]] = {}
+    for index, name in enumerate(batch.names):
+        windows.setdefault(name, []).append(str(index))
+    mine = "; ".join(f"{name} in window {', '.join(indices)}" for name, indices in windows.items())
+    held = parallel.gather(None if math.isfinite(own) else mine)
+    where = "; ".join(
+        f"{f'rank {rank}: ' if len(held) > 1 else ''}{names}" for rank, names in enumerate(held) if names is not None
+    )
+    raise NonFiniteError(
+        f"{what} is {value} at step {step} of stage {stage.name!r}, before the optimizer moved; the batch holds "
+        f"{where}. Lower the learning rate, or look at these documents"
+    )
 
 
 def _checkpoint_layers(model: Any, on: bool) -> None:
@@ -219,71 +277,144 @@ def _training_only(model: Any, named: dict[str, nn.Parameter], activation_checkp
             parameter.requires_grad_(wanted[name])
 
 
-def _layers_to_compile(model: Any, teacher: Any, stage: Stage) -> list[nn.Module]:
-    if stage.loss == "align":
-        return list(model.compilable())
-    return [*model.model.layers, *(teacher.model.layers if stage.loss == "distill" else ())]
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A batch's loss over all ranks, this rank's part of it, and of alignment |twin - teacher|^2 / |teacher|^2 a layer."""
+
+    loss: float
+    own: float
+    layer_errors: tuple[float, ...]
 
 
-def _backward(model: nn.Module, teacher: Any, stage: Stage, batch: Batch) -> tuple[float, tuple[float, ...]]:
-    """Leave the gradients of the batch's loss in the parameters; return the loss and the errors of the layers."""
-    model.zero_grad(set_to_none=True)
-    loss, errors = 0.0, []
-    for part in _parts(batch, stage):
-        part_loss, part_errors = LOSSES[stage.loss](model, teacher, part)
-        (part_loss * part.share).backward()
-        loss += part_loss.item() * part.share
-        if part_errors is not None:
-            errors.append(part_errors * part.share)
-    return loss, tuple(torch.stack(errors).sum(dim=0).tolist()) if errors else ()
+def _backward(root: Any, batch: WindowBatch, stage: Stage, parallel: Parallel) -> _Measured:
+    """Leave the gradients of the batch's loss, the mean over the tokens of all ranks, in the parameters."""
+    root.zero_grad(set_to_none=True)
+    parts, loss = _parts(batch, stage, parallel), LOSSES[stage.loss]
+    weights = [loss.weight(part, stage) for part in parts]
+    total = parallel.sum([sum(weights)])[0]
+    # a mean over nothing: the loss is not a number, and the loop stops at it
+    shares = [weight / total if total else math.nan for weight in weights]
+    own, layers = 0.0, torch.zeros(2, 0)
+    for part, share in zip(parts, shares, strict=True):
+        part_loss, part_layers = root(part)
+        # sharding averages gradients over ranks, where shares are to add up
+        (part_loss * (share * parallel.ranks)).backward()
+        own += part_loss.item() * share
+        if part_layers is not None:
+            part_layers = part_layers.cpu() * share
+            layers = layers + part_layers if layers.numel() else part_layers
+    added, *sums = parallel.sum([own, *layers.flatten().tolist()])
+    errors, sizes = sums[: len(sums) // 2], sums[len(sums) // 2 :]
+    return _Measured(added, own, tuple(error / size for error, size in zip(errors, sizes, strict=True)))
+
+
+def _gradient_norm(groups: Sequence[list[nn.Parameter]], clip: float) -> float:
+    """Clip each group to `clip` and return the norm of all gradients before."""
+    norms = [whole(nn.utils.clip_grad_norm_(group, clip)) for group in groups]
+    return torch.stack(norms).norm().item()
+
+
+class _Clock:
+    """Speed, time left and memory of a stage, counted from where this process began.
+
+    model_flops: of a step over all ranks, and the peak of one rank's device in FLOP/s; None where that is not known.
+    """
+
+    def __init__(self, stage: Stage, first: int, parallel: Parallel, model_flops: tuple[int, float] | None):
+        self.stage, self.first, self.parallel, self.model_flops = stage, first, parallel, model_flops
+        self.started = time.perf_counter()
+
+    def read(self, done: int) -> dict[str, Any]:
+        seconds = (time.perf_counter() - self.started) / (done - self.first)
+        mfu = None
+        if self.model_flops is not None:
+            flops, peak = self.model_flops
+            mfu = flops / (seconds * self.parallel.ranks * peak)
+        return {
+            "tokens_per_s": self.stage.batch * self.stage.length / seconds,
+            "seconds_left": seconds * (self.stage.steps - done),
+            "mfu": mfu,
+            "memory_bytes": peak_memory_bytes(self.parallel.device),
+        }
+
+
+class Keeper(Protocol):
+    """What outlives the process: told of every step, and asked where a stage was left."""
+
+    def restore(self, state: dict[str, Any], feed: Feed) -> Progress | None:
+        """Put tensors and feed where the stage was left, and return its last step; None: it is new."""
+        ...
+
+    def after(self, progress: Progress, state: Callable[[], dict[str, Any]], feed: Feed) -> None:
+        """Take note of a step that is done."""
+        ...
 
 
 def run_stage(
     model: Any,
     stage: Stage,
-    batches: Batches,
+    feed: Feed,
     *,
     optimizer: Optimizer,
     observer: Observer,
     teacher: Any = None,
     compile_mode: Literal["auto", "on", "off"] = "auto",
+    parallel: Parallel = ALONE,
+    keeper: Keeper | None = None,
+    stage_index: int = 0,
+    model_flops: tuple[int, float] | None = None,
 ) -> Progress:
     """Train `model` in place through one stage and return its last step.
 
     Args:
         model: for loss "align" a module that returns pairs (see `losses.align`) for token ids; else a causal model.
-        batches: step (from 0) -> batch of `stage.batch` windows.
+        feed: batches of this rank's windows, `stage.batch` over all data-parallel ranks.
         teacher: needed by loss "distill"; never changed.
+        parallel: the ranks that share the work.
+        keeper: saves, and continues what was saved.
+        model_flops: of a step over all ranks, and the peak FLOP/s of a rank, for the utilisation; None: not known.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; nothing has moved in that step.
     """
-    named = trainable_parameters(model, "all" if stage.loss == "align" else stage.trainable, freeze_qk=stage.freeze_qk)
-    optimizers = make_optimizers(named, optimizer)
-    groups = _groups_to_clip(named, stage)
-    layers = _layers_to_compile(model, teacher, stage)
-    tokens, started = stage.batch * stage.length, time.perf_counter()
-    with _training_only(model, named, stage.activation_checkpointing), Compiled(layers, compile_mode) as compiled:
-        for step in range(stage.steps):
-            batch = batches(step)
-            loss, errors = compiled.run(partial(_backward, model, teacher, stage, batch))
-            _require_finite("the loss", loss, stage, step, batch)
-            norm = torch.stack([nn.utils.clip_grad_norm_(group, optimizer.clip) for group in groups]).norm().item()
-            _require_finite("the gradient's norm", norm, stage, step, batch)
-            rate = stage.learning_rate.at(step, stage.steps)
-            optimizers.step(rate)
-            seconds = time.perf_counter() - started
-            progress = Progress(
-                stage=stage.name,
-                step=step + 1,
-                steps=stage.steps,
-                loss=loss,
-                learning_rate=rate,
-                gradient_norm=norm,
-                tokens=(step + 1) * tokens,
-                tokens_per_s=(step + 1) * tokens / seconds,
-                seconds_left=seconds / (step + 1) * (stage.steps - step - 1),
-                layer_errors=errors,
-            )
-            observer(progress)
+    chosen = trainable_parameters(model, "all" if stage.loss == "align" else stage.trainable, freeze_qk=stage.freeze_qk)
+    with _training_only(model, chosen, stage.activation_checkpointing):
+        original = Pass(model, teacher, stage)
+        root = parallel.shard(original)
+        named = {name: parameter for name, parameter in root.model.named_parameters() if name in chosen}
+        optimizers = make_optimizers(named, optimizer)
+        groups = _groups_to_clip(named, stage)
+
+        def state() -> dict[str, Any]:
+            return {"model": dict(root.model.named_parameters()), "optimizer": optimizers.state}
+
+        progress = keeper.restore(state(), feed) if keeper is not None else None
+        first = 0 if progress is None else progress.step
+        clock = _Clock(stage, first, parallel, model_flops)
+        with Compiled(root.compilable, compile_mode) as compiled:
+            for step in range(first, stage.steps):
+                batch = next(feed)
+                measured = compiled.run(partial(_backward, root, batch, stage, parallel))
+                _require_finite("the loss", measured.loss, measured.own, stage, step, batch, parallel)
+                norm = _gradient_norm(groups, optimizer.clip)
+                _require_finite("the gradient's norm", norm, norm, stage, step, batch, parallel)
+                rate = stage.learning_rate.at(step, stage.steps)
+                optimizers.step(rate)
+                progress = Progress(
+                    stage=stage.name,
+                    step=step + 1,
+                    steps=stage.steps,
+                    loss=measured.loss,
+                    learning_rate=rate,
+                    gradient_norm=norm,
+                    tokens=(step + 1) * stage.batch * stage.length,
+                    layer_errors=measured.layer_errors,
+                    stage_index=stage_index,
+                    **clock.read(step + 1),
+                )
+                observer(progress)
+                if keeper is not None:
+                    keeper.after(progress, state, feed)
+        parallel.take_back(root, original)
+    assert progress is not None
     return progress

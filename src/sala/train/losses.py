@@ -31,22 +31,28 @@ class Head(NamedTuple):
 Terms = Callable[[Tensor, Tensor], Tensor]
 
 
-def align(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return (loss, relative errors) of linear twins against the attention outputs they stand beside.
+def align(pairs: Sequence[tuple[Tensor, Tensor]], real_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return (loss, sizes) of linear twins against the attention outputs they stand beside.
 
     Args:
         pairs: for every layer (student, teacher), each (B, T, D) after the output projection.
+        real_BT: False where a token is padding, which is left out.
 
-    The loss is the mean over layers of the mean squared error (HALO section 4.1). The errors, one a layer, detached, are
-    |student - teacher|^2 / |teacher|^2.
+    The loss is the mean over layers of the mean squared error (HALO section 4.1). The sizes (2, layers), detached, are the
+    means of |student - teacher|^2 and of |teacher|^2: of parts of a batch they add up, where their ratio does not.
     """
-    errors, relative = [], []
+    errors, sizes = [], []
     for student_BTD, teacher_BTD in pairs:
         target_BTD = teacher_BTD.detach().float()
-        error = F.mse_loss(student_BTD.float(), target_BTD)
-        errors.append(error)
-        relative.append(error.detach() / target_BTD.square().mean())
-    return torch.stack(errors).mean(), torch.stack(relative)
+        errors_BT = (student_BTD.float() - target_BTD).square().mean(dim=-1)
+        sizes_BT = target_BTD.square().mean(dim=-1)
+        if real_BT is not None:
+            errors_BT, sizes_BT = errors_BT.where(real_BT, 0), sizes_BT.where(real_BT, 0)
+        # a rank may hold nothing but padding
+        count = sizes_BT.numel() if real_BT is None else real_BT.sum().clamp(min=1)
+        errors.append(errors_BT.sum() / count)
+        sizes.append(sizes_BT.sum() / count)
+    return torch.stack(errors).mean(), torch.stack([torch.stack(errors).detach(), torch.stack(sizes)])
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -96,7 +102,8 @@ class _WeightedSum(torch.autograd.Function):
 def _weighted_mean(hidden_BTD: Tensor, head: Head, weights_BT: Tensor, chunk: int, terms: Terms) -> Tensor:
     weights_N = weights_BT.flatten()
     total = _WeightedSum.apply(hidden_BTD.flatten(0, 1), head.weight_XD, head.divisor, weights_N, chunk, terms)
-    return total / weights_N.sum(dtype=total.dtype)
+    # a part without weight, of a batch that has some elsewhere, adds nothing: it is 0 and not 0 / 0
+    return total / weights_N.sum(dtype=total.dtype).clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def distill(
@@ -133,18 +140,18 @@ def distill(
 
 
 def next_token(
-    hidden_BTD: Tensor, head: Head, input_ids_BT: Tensor, weights_BT: Tensor | None = None, *, chunk: int
+    hidden_BTD: Tensor, head: Head, targets_BT: Tensor, weights_BT: Tensor | None = None, *, chunk: int
 ) -> Tensor:
-    """Return the weighted mean cross-entropy of each token given those before it.
+    """Return the weighted mean cross-entropy of what follows each token.
 
     Args:
-        weights_BT: weight of token t as a target, a constant; the first token of a window is never a target. All 1 when
-            None. A token of weight 0 is not predicted, whatever its id.
+        targets_BT: int64, the token that follows each one (see `following`).
+        weights_BT: weight of each prediction, a constant; all 1 when None. Where it is 0 nothing is predicted, whatever
+            the target.
         chunk: tokens whose logits are held at once; the value does not depend on it.
     """
-    weights = torch.ones_like(input_ids_BT, dtype=torch.float32) if weights_BT is None else weights_BT
-    # position t predicts token t + 1, the last one nothing
-    targets_N = F.pad(input_ids_BT[:, 1:], (0, 1)).flatten()
+    weights = torch.ones_like(targets_BT, dtype=torch.float32) if weights_BT is None else weights_BT
+    targets_N = targets_BT.flatten()
 
     def terms(rows: Tensor, logits_CX: Tensor) -> Tensor:
         targets_C1 = targets_N[rows][:, None]
@@ -154,4 +161,9 @@ def next_token(
         logits_CX.exp_().scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1, dtype=logits_CX.dtype))
         return losses_C
 
-    return _weighted_mean(hidden_BTD, head, F.pad(weights[:, 1:], (0, 1)), chunk, terms)
+    return _weighted_mean(hidden_BTD, head, weights, chunk, terms)
+
+
+def following(x_BT: Tensor) -> Tensor:
+    """Return what stands after each place of a window, and zero after the last, which predicts nothing: (B, T)."""
+    return F.pad(x_BT[:, 1:], (0, 1))

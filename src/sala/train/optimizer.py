@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon
 
 from sala.train.recipe import Optimizer
@@ -17,8 +17,29 @@ NOT_HIDDEN = ("embed_tokens", "lm_head")
 class Optimizers:
     """The optimizers of one stage behind one learning rate."""
 
-    def __init__(self, members: list[tuple[torch.optim.Optimizer, float]]) -> None:
-        self.members = members
+    def __init__(self, members: list[tuple[torch.optim.Optimizer, float]], names: Mapping[Tensor, str]) -> None:
+        self.members, self.names = members, names
+
+    @property
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What is remembered of each parameter, by its name; zeros before the first step."""
+        if any(not member.state for member, _ in self.members):
+            self._begin()
+        return {
+            self.names[parameter]: dict(remembered)
+            for member, _ in self.members
+            for parameter, remembered in member.state.items()
+        }
+
+    def _begin(self) -> None:
+        """Make the state that a first step would make: one without gradient or learning rate, which moves nothing."""
+        for parameter in self.names:
+            parameter.grad = torch.zeros_like(parameter)
+        self.step(0.0)
+        for member, _ in self.members:
+            for remembered in member.state.values():
+                for tensor in remembered.values():
+                    tensor.zero_()
 
     def step(self, learning_rate: float) -> None:
         """Move by the gradients, each member at its ratio of `learning_rate`, and forget the gradients."""
@@ -70,4 +91,5 @@ def make_optimizers(named: Mapping[str, nn.Parameter], settings: Optimizer) -> O
         (groups["rest"], _adamw, settings.adamw_ratio),
         (groups["biases"], _adamw, bias_ratio),
     )
-    return Optimizers([(make(parameters, settings), ratio) for parameters, make, ratio in rows if parameters])
+    members = [(make(parameters, settings), ratio) for parameters, make, ratio in rows if parameters]
+    return Optimizers(members, {parameter: name for name, parameter in named.items()})

@@ -311,11 +311,20 @@ def require_mesh_fits(stage: Stage, mesh: Mesh, place: str) -> None:
         )
 
 
+class SourceRow(Part):
+    """A folder of shards (`sala data` makes them), and how often an epoch reads documents of at least a length."""
+
+    shards: Path
+    length_weights: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]] = {0: 1.0}
+
+
 class Recipe(Part):
     """What every run has."""
 
     name: str
     seed: int = 0
+    # what the stages' data names; without any, the package's own text and generated tasks
+    sources: dict[str, SourceRow] = {}
     optimizer: Optimizer = Optimizer()
     mesh: Mesh = Mesh()
     # of a step's products; parameters, their updates and the sums over ranks are float32
@@ -349,8 +358,24 @@ class Recipe(Part):
             require_mesh_fits(stage, self.mesh_of(stage), f"stages.{index} ({stage.name!r}): ")
         return self
 
+    @model_validator(mode="after")
+    def _sources_are_there(self) -> "Recipe":
+        for index, stage in enumerate(self.stages):
+            for name in stage.data if self.sources else ():
+                if name not in self.sources:
+                    raise ValueError(
+                        f"stages.{index} ({stage.name!r}): data names {name!r}, which is not one of the sources: "
+                        f"{', '.join(self.sources)}{nearest(name, self.sources)}"
+                    )
+        return self
+
+    @property
+    def text(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.resolved, sort_keys=False)
+
     def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.resolved, sort_keys=False), encoding="utf-8")
+        path.write_text(self.text, encoding="utf-8")
 
 
 class Init(Part):
@@ -366,13 +391,15 @@ class Init(Part):
 
 
 class TrainingRecipe(Recipe):
-    """A model from random weights: `model` is its configuration."""
+    """A model from random weights, whose configuration is `model`; without it, a checkpoint that is trained further."""
 
-    model: dict[str, Any]
+    model: dict[str, Any] | None = None
     init: Init = Init()
 
     @model_validator(mode="after")
     def _agrees(self) -> "TrainingRecipe":
+        if self.model is None and self.init != Init():
+            raise ValueError("init has no effect without model: a checkpoint has its weights")
         for index, stage in enumerate(self.stages):
             if stage.loss != "next_token":
                 raise ValueError(
@@ -490,14 +517,14 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_recipe(values: Any, origin: str = "recipe") -> TrainingRecipe | ConversionRecipe:
-    """Check plain YAML values as a recipe: with `conversion` one for a teacher, with `model` one from scratch.
+    """Check plain YAML values as a recipe: with `conversion` one for a teacher, else one for a new model or a checkpoint.
 
     Raises:
         RecipeError: names the field's path, what was wrong, and for a typo the nearest key.
     """
     if not isinstance(values, Mapping):
         raise RecipeError(f"{origin} holds {type(values).__name__}, not a mapping of settings")
-    kind = TrainingRecipe if "model" in values and "conversion" not in values else ConversionRecipe
+    kind = ConversionRecipe if "conversion" in values else TrainingRecipe
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:

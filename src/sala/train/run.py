@@ -3,23 +3,30 @@
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sala.data import tokenizer_hash
 from sala.errors import InputError, RecipeError, nearest
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.model.checkpoint import output_folder
 from sala.model.families import config_from
 from sala.model.mixers import sparse_mixers, with_mixers
-from sala.train.batches import Corpus, read_corpus
+from sala.train.batches import Data, Feed, read_data
+from sala.train.budget import Networks, model_flops, peak_flops
+from sala.train.card import model_card, versions
+from sala.train.folder import DEFAULTS, FINAL, Measured, RunFolder, RunOptions
 from sala.train.initial import initialize
 from sala.train.loop import Observer, Progress, run_stage
+from sala.train.parallel import ONE_PROCESS, Parallel, World
 from sala.train.recipe import ConversionRecipe, Recipe, Stage, TrainingRecipe
+from sala.train.record import read_metrics
 
 # stages of one run draw different data: each has a seed of its own
 SEEDS_PER_RUN = 1000
@@ -43,23 +50,6 @@ def ignore(progress: Progress) -> None:
     """The observer that shows nothing."""
 
 
-def require_runnable(recipe: Recipe) -> None:
-    """Raise RecipeError for what can be planned with `sala train --dry-run` but not run yet."""
-    for index, stage in enumerate(recipe.stages):
-        mesh = recipe.mesh_of(stage)
-        if mesh.ranks > 1:
-            raise RecipeError(
-                f"stages.{index} ({stage.name!r}): a mesh of {mesh.ranks} ranks (dp_replicate {mesh.dp_replicate}, dp_shard "
-                f"{mesh.dp_shard}, cp {mesh.cp}) needs the distributed engine, which this version does not have; right "
-                "would be 1, 1, 1, or --dry-run, which plans it"
-            )
-    if recipe.precision != "float32":
-        raise RecipeError(
-            f"precision {recipe.precision!r} needs the distributed engine, which this version does not have; right would "
-            "be 'float32', or --dry-run, which plans it"
-        )
-
-
 def require_same_shape(recipe: ConversionRecipe, teacher: MiniCPMSALAConfig) -> None:
     """Raise RecipeError when a recipe's numbers are for a teacher of another shape."""
     if recipe.teacher is None:
@@ -76,44 +66,69 @@ def require_same_shape(recipe: ConversionRecipe, teacher: MiniCPMSALAConfig) -> 
 
 @dataclass(frozen=True)
 class StageRunner:
-    """Runs the stages of one recipe: data, seed, optimizer and record of each."""
+    """Runs the stages of one recipe: data, seed, optimizer, mesh and keeper of each."""
 
     recipe: Recipe
-    corpus: Corpus
+    data: Data
     observer: Observer
-    record: TextIO | None = None
+    world: World = ONE_PROCESS
+    folder: RunFolder | None = None
 
     def check(self) -> None:
         """Raise RecipeError for what a stage cannot have, before anything is trained."""
-        require_runnable(self.recipe)
-        for stage in self.recipe.stages:
-            self._batches(stage)
+        for index, stage in enumerate(self.recipe.stages):
+            self._feed(index, self._parallel(index))
+            place = f"stages.{index} ({stage.name!r}): "
+            if self.world.ranks > 1 and self.recipe.optimizer_of(stage).kind == "muon":
+                raise RecipeError(
+                    f"{place}optimizer 'muon' needs whole matrices, which a rank of {self.world.ranks} does not have; "
+                    "right would be adamw"
+                )
 
     def __call__(self, model: Any, stage: Stage, *, teacher: Any = None) -> Progress:
+        index = self.recipe.stages.index(stage)
+        if self.folder is not None and index < len(self.folder.finished):
+            # a later stage's checkpoint has every parameter that this one left behind
+            return self.folder.finished[index]
+        parallel = self._parallel(index)
         return run_stage(
             model,
             stage,
-            self._batches(stage),
+            self._feed(index, parallel),
             optimizer=self.recipe.optimizer_of(stage),
-            observer=self._note,
+            observer=self.observer,
             teacher=teacher,
             compile_mode=self.recipe.compile,
+            parallel=parallel,
+            keeper=None if self.folder is None else self.folder.keeper(index),
+            stage_index=index,
+            model_flops=self._model_flops(model, stage, teacher),
         )
 
-    def _batches(self, stage: Stage) -> Callable[[int], Any]:
-        index = self.recipe.stages.index(stage)
-        return self.corpus.batches(stage, self.recipe.seed * SEEDS_PER_RUN + index)
+    def _model_flops(self, model: Any, stage: Stage, teacher: Any) -> tuple[int, float] | None:
+        """Return the operations of a step and the peak of a rank, where that is known."""
+        peak = peak_flops(self.world.device, self.recipe.precision)
+        if peak is None:
+            return None
+        return model_flops(
+            stage, Networks(model.config, None if teacher is None else teacher.config, model.config)
+        ), peak
 
-    def _note(self, progress: Progress) -> None:
-        if self.record is not None:
-            print(json.dumps(dataclasses.asdict(progress)), file=self.record, flush=True)
-        self.observer(progress)
+    def _parallel(self, index: int) -> Parallel:
+        stage = self.recipe.stages[index]
+        return self.world.parallel(
+            self.recipe.mesh_of(stage), self.recipe.precision, f"stages.{index} ({stage.name!r}): "
+        )
+
+    def _feed(self, index: int, parallel: Parallel) -> Feed:
+        seed = self.recipe.seed * SEEDS_PER_RUN + index
+        return self.data.feed(self.recipe.stages[index], seed, parallel.data_rank, parallel.mesh.data_parallel)
 
 
-def _require_absent(path: Path) -> None:
-    """Refuse an output that is there already before hours of work, not after."""
-    if path.exists():
-        raise InputError(f"output {str(path)!r} exists already; right would be a new folder")
+def sample_ids(recipe: Recipe, data: Data) -> Tensor:
+    """Return token ids (up to 8, T) like those of the first stage, for measurements before training."""
+    seed = recipe.seed * SEEDS_PER_RUN + SEEDS_PER_RUN - 1
+    return next(data.feed(recipe.stages[0], seed)).input_ids[:8]
 
 
 def _write_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
@@ -128,6 +143,7 @@ def _write_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, r
 
 def model_config(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> MiniCPMSALAConfig:
     """Return the recipe's configuration; `vocab_size` and special tokens are the tokenizer's unless it says so."""
+    assert recipe.model is not None
     known = set(MiniCPMSALAConfig.__annotations__)
     for name in recipe.model:
         if name not in known:
@@ -150,42 +166,132 @@ def new_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> Min
     return model
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from, for its card: a checkpoint's name, and whether that is one of the hub."""
+
+    name: str
+    on_hub: bool = False
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """What a conversion is given by higher units: `sala.convert.halo`, and model -> score of a candidate for selection."""
+
+    halo: Callable[..., tuple[Any, Any]]
+    recall: Callable[[Any], Any]
+    language: Callable[[Any], Any]
+
+
 def train(
-    recipe: TrainingRecipe,
+    recipe: Recipe,
     out: Path,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    corpus: Corpus | None = None,
+    model: Any = None,
+    scorers: Scorers | None = None,
+    data: Data | None = None,
     observer: Observer = ignore,
-    model: MiniCPMSALAForCausalLM | None = None,
-) -> MiniCPMSALAForCausalLM:
-    """Run a training recipe into the folder `out` and return the model.
+    say: Callable[[str], None] = lambda text: None,
+    world: World = ONE_PROCESS,
+    options: RunOptions = DEFAULTS,
+    origin: Origin | None = None,
+) -> Any:
+    """Run a recipe in the folder `out` and return the model; an interrupted run in `out` goes on where it was saved.
 
-    `out/metrics.jsonl` has one line a step from the start; `out/final`, the Hugging Face folder with tokenizer and
-    resolved recipe, appears when everything is done.
+    The folder: `recipe.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `measured/` (what a conversion measured),
+    and when everything is done `final/`, the Hugging Face folder.
 
     Args:
-        model: trained instead of a new one, when given.
+        model: the teacher of a conversion; for another recipe what is trained instead of a new model.
+        scorers: needed for a conversion.
+        origin: of `model`, for the card.
 
     Raises:
-        InputError: `out` exists already.
-        RecipeError: a stage cannot run.
+        InputError: `out` is no folder of this run, or the run is finished.
+        RecipeError: a stage cannot run, or the recipe is not that of the interrupted run.
+        Interrupted: SIGTERM or Ctrl-C came; everything is saved.
     """
-    _require_absent(out)
-    model = new_model(recipe, tokenizer) if model is None else model
-    corpus = read_corpus(tokenizer) if corpus is None else corpus
-    StageRunner(recipe, corpus, observer).check()
+    data = read_data(recipe, tokenizer) if data is None else data
+    if isinstance(recipe, ConversionRecipe):
+        require_same_shape(recipe, model.config)
+    elif model is None:
+        assert isinstance(recipe, TrainingRecipe)
+        model = new_model(recipe, tokenizer)
+    # what trains is float32; shards are cast one by one, a model that is trained as it is here
+    model = model.float() if world.ranks == 1 and world.device.type == "cpu" else model
+    StageRunner(recipe, data, observer, world).check()
+    with RunFolder(out, recipe, world, options) as folder, folder.told(observer) as told:
+        runner = StageRunner(recipe, data, told, world, folder)
+        if isinstance(recipe, ConversionRecipe):
+            assert scorers is not None
+            trained, report = _convert(recipe, model, scorers, runner, folder.measured, say)
+        else:
+            trained, report = _train(recipe, model, runner), None
+        if world.main:
+            with output_folder(out / FINAL) as final:
+                _write_final(final, trained, report, tokenizer, recipe, data, read_metrics(out), origin)
+        world.agree(None)
+    return trained
+
+
+def _train(recipe: Recipe, model: Any, runner: StageRunner) -> Any:
     kinds = model.config.mixer_types
     views = [with_mixers(model, sparse_mixers(kinds, stage.sparse)) for stage in recipe.stages]
-    out.mkdir(parents=True)
-    recipe.save(out / "recipe.yaml")
-    with (out / "metrics.jsonl").open("w", encoding="utf-8") as record:
-        runner = StageRunner(recipe, corpus, observer, record)
-        for view, stage in zip(views, recipe.stages, strict=True):
-            runner(view, stage)
-    with output_folder(out / "final") as folder:
-        _write_model(folder, model, tokenizer, recipe)
+    for view, stage in zip(views, recipe.stages, strict=True):
+        runner(view, stage)
     return model
+
+
+def _convert(
+    recipe: ConversionRecipe,
+    teacher: Any,
+    scorers: Scorers,
+    runner: StageRunner,
+    remember: Any,
+    say: Callable[[str], None],
+) -> tuple[Any, Any]:
+    return scorers.halo(
+        teacher,
+        recipe.conversion,
+        recipe.stages,
+        run_stage=runner,
+        score_recall=scorers.recall,
+        score_language=scorers.language,
+        sample=sample_ids(recipe, runner.data),
+        seed=recipe.seed,
+        say=say,
+        remember=remember,
+    )
+
+
+def _write_final(
+    folder: Path,
+    model: Any,
+    report: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    data: Data,
+    steps: Sequence[Mapping[str, Any]],
+    origin: Origin | None,
+) -> None:
+    _write_model(folder, model, tokenizer, recipe)
+    card = model_card(
+        name=recipe.name,
+        recipe=recipe.resolved,
+        config=model.config.to_dict(),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        metrics=steps,
+        data=data.describe(),
+        tokenizer_sha256=tokenizer_hash(tokenizer),
+        versions=versions(),
+        teacher=None if origin is None else origin.name,
+        base_model=origin.name if origin is not None and origin.on_hub else None,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if report is not None:
+        text = json.dumps(dataclasses.asdict(report), indent=1)
+        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
 
 
 def run_conversion(
@@ -193,53 +299,39 @@ def run_conversion(
     teacher: Any,
     out: Path | None,
     *,
-    halo: Callable[..., tuple[Any, Any]],
-    score_recall: Callable[[Any], float],
-    score_language: Callable[[Any], float],
+    scorers: Scorers,
     tokenizer: PreTrainedTokenizerBase,
-    corpus: Corpus | None = None,
+    data: Data | None = None,
     observer: Observer = ignore,
     say: Callable[[str], None] = lambda text: None,
+    origin: Origin | None = None,
 ) -> tuple[Any, Any]:
-    """Convert `teacher` by a recipe into the folder `out` and return (hybrid, report).
+    """Convert `teacher` by a recipe in one go and return (hybrid, report); nothing is saved on the way.
 
     `out`, the Hugging Face folder with tokenizer, `recipe.yaml`, `report.json` and `metrics.jsonl`, appears when
-    everything is done; None writes nothing.
-
-    Args:
-        halo: `sala.convert.halo`, which this unit may not import.
-        score_recall, score_language: model -> score of a candidate for layer selection, higher is better.
+    everything is done; None writes nothing. `train` does the same in a run that can be interrupted, on any number of ranks.
 
     Raises:
         InputError: `out` exists already.
         RecipeError: the recipe does not fit the teacher or the tokenizer.
     """
-    if out is not None:
-        _require_absent(out)
+    if out is not None and out.exists():
+        raise InputError(f"output {str(out)!r} exists already; right would be a new folder")
     require_same_shape(recipe, teacher.config)
-    corpus = read_corpus(tokenizer) if corpus is None else corpus
-    StageRunner(recipe, corpus, observer).check()
-    sample = corpus.batches(recipe.stages[0], recipe.seed * SEEDS_PER_RUN + SEEDS_PER_RUN - 1)(0).input_ids
+    data = read_data(recipe, tokenizer) if data is None else data
+    steps: list[Progress] = []
 
-    def convert(record: TextIO | None) -> tuple[Any, Any]:
-        return halo(
-            teacher,
-            recipe.conversion,
-            recipe.stages,
-            run_stage=StageRunner(recipe, corpus, observer, record),
-            score_recall=score_recall,
-            score_language=score_language,
-            sample=sample[:8],
-            seed=recipe.seed,
-            say=say,
-        )
+    def note(progress: Progress) -> None:
+        steps.append(progress)
+        observer(progress)
 
-    if out is None:
-        return convert(None)
-    with output_folder(out) as folder:
-        with (folder / "metrics.jsonl").open("w", encoding="utf-8") as record:
-            hybrid, report = convert(record)
-        _write_model(folder, hybrid, tokenizer, recipe)
-        text = json.dumps(dataclasses.asdict(report), indent=1)
-        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    runner = StageRunner(recipe, data, note)
+    runner.check()
+    hybrid, report = _convert(recipe, teacher, scorers, runner, Measured(None, ONE_PROCESS), say)
+    if out is not None:
+        with output_folder(out) as folder:
+            rows = [dataclasses.asdict(step) for step in steps]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+            _write_final(folder, hybrid, report, tokenizer, recipe, data, rows, origin)
     return hybrid, report

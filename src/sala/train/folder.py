@@ -1,0 +1,280 @@
+"""A run on disk: what it is, where it stands, what it has measured. The same command again goes on from here."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal, Self
+
+from sala.errors import InputError, RecipeError, SalaError
+from sala.train.batches import Feed
+from sala.train.checkpoint import Checkpoints, Saved
+from sala.train.loop import Observer, Progress
+from sala.train.parallel import World
+from sala.train.recipe import Recipe, load_recipe
+from sala.train.record import Record
+
+FINAL = "final"
+RECIPE, MEASURED, CHECKPOINTS = "recipe.yaml", "measured", "checkpoints"
+
+# how a recipe is run, not what comes out: these may change from one start of a run to the next
+HOW = ("mesh", "compile")
+HOW_OF_STAGE = ("mesh", "micro_batch", "activation_checkpointing")
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a run is kept.
+
+    save_every: steps between two checkpoints of a stage; None: `save_minutes` of time. The end of a stage is always saved.
+    keep: checkpoints that stay. resume: which checkpoint an interrupted run goes on from. wandb_project: see `Record`.
+    """
+
+    save_every: int | None = None
+    save_minutes: float = 15.0
+    keep: int = 2
+    resume: Literal["newest", "previous"] = "newest"
+    wandb_project: str | None = None
+
+
+DEFAULTS = RunOptions()
+
+
+class Interrupted(SalaError):
+    """A signal came; the run is saved, and the same command goes on."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Measured:
+    """What a run has measured or decided (`sala.convert.Remember`): a JSON file each, shared by all ranks.
+
+    folder: None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None, world: World):
+        self.folder, self.world = folder, world
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return the result of `compute`: computed once in the life of a run, on rank 0, the same on all ranks."""
+        return self.world.on_main(lambda: self._recall(name, compute))
+
+    def each(self, name: str, count: int, compute: Callable[[int], Any]) -> list[Any]:
+        """Return the results for 0 to count - 1: each computed once in the life of a run, shared out over the ranks."""
+        names = [f"{name}-{index:04d}" for index in range(count)]
+        missing = self.world.agree([i for i in range(count) if not self._has(names[i])])
+        mine = missing[self.world.rank :: self.world.ranks]
+        results = {i: self._recall(names[i], partial(compute, i)) for i in mine}
+        for others in self.world.gather(results):
+            results |= others
+        # those of an earlier start may lie on rank 0's disk only
+        return self.world.on_main(
+            lambda: [results[i] if i in results else self._recall(names[i], partial(compute, i)) for i in range(count)]
+        )
+
+    def _path(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{name}.json"
+
+    def _has(self, name: str) -> bool:
+        path = self._path(name)
+        return path is not None and path.is_file()
+
+    def _recall(self, name: str, compute: Callable[[], Any]) -> Any:
+        path = self._path(name)
+        if path is not None and path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        # as JSON gives it back, so that the first start sees what a later one will
+        text = json.dumps(compute())
+        if path is not None:
+            write_whole(path, text + "\n")
+        return json.loads(text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there in full or not at all, whenever the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    working = path.with_name(f".{path.name}.{os.getpid()}")
+    with working.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    working.replace(path)
+
+
+class RunFolder:
+    """The folder of one run, open for as long as `with` lasts.
+
+    finished: the last steps of the stages before the one that goes on now.
+
+    Raises:
+        InputError: the folder is not that of a run, or of a finished one.
+        RecipeError: the run that is there has another recipe.
+        CheckpointError: see `Checkpoints.newest`.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, world: World, options: RunOptions = DEFAULTS):
+        self.path, self.recipe, self.world, self.options = path, recipe, world, options
+        world.on_main(lambda: _open(path, recipe))
+        self.measured = Measured(path / MEASURED, world)
+        self.checkpoints = Checkpoints(path / CHECKPOINTS, keep=options.keep)
+        self.checkpoints.claim()
+        self.saved: Saved | None = self.checkpoints.newest(options.resume)
+        facts: Mapping[str, Any] = {"finished": []} if self.saved is None else self.saved.facts
+        self.finished = [_progress(values) for values in facts["finished"]]
+        self.record = Record(path, config=recipe.resolved, wandb_project=options.wandb_project) if world.main else None
+        if self.record is not None and self.saved is None:
+            self.record.rewind(0, 0)
+        self.signals = _Signals()
+
+    def __enter__(self) -> Self:
+        self.signals.watch()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.signals.leave()
+        if self.record is not None:
+            self.record.close()
+
+    @contextmanager
+    def told(self, observer: Observer) -> Iterator[Observer]:
+        """An observer that also writes the record."""
+
+        def note(progress: Progress) -> None:
+            if self.record is not None:
+                self.record(progress)
+            observer(progress)
+
+        yield note
+
+    def keeper(self, stage_index: int) -> "StageKeeper":
+        return StageKeeper(self, stage_index)
+
+
+class StageKeeper:
+    """Saves one stage, and puts it back where it was left."""
+
+    def __init__(self, folder: RunFolder, index: int):
+        self.folder, self.index = folder, index
+        self.before = sum(stage.steps for stage in folder.recipe.stages[:index])
+        self._saved_at = time.monotonic()
+
+    def restore(self, state: dict[str, Any], feed: Feed) -> Progress | None:
+        """See `sala.train.loop.Keeper`."""
+        saved = self.folder.saved
+        if saved is None or saved.facts["stage"] != self.index:
+            return None
+        self.folder.checkpoints.load(saved, state)
+        feed.load_state_dict(saved.facts["feed"])
+        progress = _progress(saved.facts["progress"])
+        if self.folder.record is not None:
+            self.folder.record.rewind(self.index, progress.step)
+        if progress.step == progress.steps:
+            self.folder.finished.append(progress)
+        return progress
+
+    def after(self, progress: Progress, state: Callable[[], dict[str, Any]], feed: Feed) -> None:
+        """See `sala.train.loop.Keeper`. Raises Interrupted once everything is saved, when a signal came."""
+        folder, options = self.folder, self.folder.options
+        late = options.save_every is None and time.monotonic() - self._saved_at >= 60 * options.save_minutes
+        stopping, due = folder.world.sum([folder.signals.number, folder.world.main and late])
+        done = progress.step == progress.steps
+        if options.save_every is not None and progress.step % options.save_every == 0:
+            due = True
+        if not (stopping or due or done):
+            folder.checkpoints.poll()
+            return
+        facts = {
+            "stage": self.index,
+            "progress": dataclasses.asdict(progress),
+            "finished": [dataclasses.asdict(earlier) for earlier in folder.finished],
+            "feed": feed.state_dict(),
+        }
+        folder.checkpoints.save(self.before + progress.step, state(), facts)
+        self._saved_at = time.monotonic()
+        if stopping or done:
+            folder.checkpoints.wait()
+        if done:
+            folder.finished.append(progress)
+        if stopping:
+            raise Interrupted(
+                f"stopped after step {progress.step} of stage {progress.stage!r}, saved in {folder.path}; the same command "
+                "goes on from there",
+                int(max(folder.world.gather(folder.signals.number))),
+            )
+
+
+class _Signals:
+    """SIGTERM and Ctrl-C are noted and answered after the step; a second one ends the process as usual."""
+
+    WATCHED = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._own: dict[int, Any] = {}
+
+    def watch(self) -> None:
+        # only the main thread may; a run in another one is stopped by its caller
+        if threading.current_thread() is threading.main_thread():
+            self._own = {number: signal.signal(number, self._note) for number in self.WATCHED}
+
+    def leave(self) -> None:
+        for number, handler in self._own.items():
+            signal.signal(number, handler)
+        self._own = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self.leave()
+
+
+def _progress(values: Mapping[str, Any]) -> Progress:
+    return Progress(**{**values, "layer_errors": tuple(values["layer_errors"])})
+
+
+def _open(path: Path, recipe: Recipe) -> None:
+    if not path.exists():
+        path.mkdir(parents=True)
+    elif not path.is_dir() or (any(path.iterdir()) and not (path / RECIPE).is_file()):
+        raise InputError(f"{str(path)!r} exists and is no folder of a run; right would be a new folder")
+    elif (path / FINAL).exists():
+        raise InputError(
+            f"the run in {str(path)!r} is finished: its model is {str(path / FINAL)!r}; right would be a new folder"
+        )
+    elif (path / RECIPE).is_file():
+        _require_same(_what(load_recipe(path / RECIPE).resolved), _what(recipe.resolved), path)
+    write_whole(path / RECIPE, recipe.text)
+
+
+def _what(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a resolved recipe without how it is run."""
+    what = {name: value for name, value in resolved.items() if name not in HOW}
+    what["stages"] = [
+        {name: value for name, value in stage.items() if name not in HOW_OF_STAGE} for stage in resolved["stages"]
+    ]
+    return what
+
+
+def _require_same(there: Any, given: Any, path: Path, place: str = "") -> None:
+    if isinstance(there, dict) and isinstance(given, dict) and there.keys() == given.keys():
+        for name in there:
+            _require_same(there[name], given[name], path, f"{place}.{name}" if place else str(name))
+    elif isinstance(there, list) and isinstance(given, list) and len(there) == len(given):
+        for index, (left, right) in enumerate(zip(there, given, strict=True)):
+            _require_same(left, right, path, f"{place}.{index}")
+    elif there != given:
+        raise RecipeError(
+            f"the run in {str(path)!r} has {place} = {there!r}, this recipe {given!r}; right would be its own recipe "
+            f"({path / RECIPE}), or a new folder"
+        )

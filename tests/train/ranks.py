@@ -1,0 +1,136 @@
+"""Small stages, run by any number of gloo processes."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from sala.convert.align import Twins
+from sala.convert.transfer import hybrid_config, linear_twin
+from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from sala.train.batches import WindowBatch
+from sala.train.loop import Progress, run_stage
+from sala.train.parallel import Parallel, World
+from sala.train.recipe import Mesh, Optimizer, Stage
+
+X, LENGTH, BATCH = 40, 48, 4
+SPARSE = {
+    "kernel_size": 4,
+    "kernel_stride": 2,
+    "init_blocks": 1,
+    "block_size": 8,
+    "window_size": 8,
+    "topk": 3,
+    "dense_len": 0,
+}
+
+
+def tiny(*mixers: str, seed: int = 0) -> MiniCPMSALAForCausalLM:
+    torch.manual_seed(seed)
+    config = MiniCPMSALAConfig(
+        vocab_size=X,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=len(mixers),
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        mixer_types=list(mixers),
+        sparse_config=SPARSE,
+        attn_use_rope="minicpm4" not in mixers,
+        initializer_range=0.2,
+    )
+    return MiniCPMSALAForCausalLM(config).eval()
+
+
+def models(loss: str) -> tuple[Any, Any]:
+    """Return what a stage with this loss trains, and its teacher."""
+    teacher = tiny("attention", "attention", "attention", seed=1)
+    if loss == "align":
+        config = hybrid_config(teacher.config, ["lightning-attn"] * 3, rope=True, gates=False)
+        generator = torch.Generator().manual_seed(0)
+        return Twins(
+            teacher, [linear_twin(layer.self_attn, config, "random", generator) for layer in teacher.model.layers]
+        ), None
+    return tiny("lightning-attn", "minicpm4", "lightning-attn"), teacher if loss == "distill" else None
+
+
+def stage_of(loss: str, steps: int = 8, **changes: Any) -> Stage:
+    values = {
+        "name": loss,
+        "loss": loss,
+        "length": LENGTH,
+        "batch": BATCH,
+        "steps": steps,
+        "learning_rate": {"peak": 3e-3},
+        "data": {"text": 1},
+    }
+    return Stage.model_validate(values | changes)
+
+
+def packed(step: int) -> WindowBatch:
+    """Windows of several documents, one with padding at its end."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(X, (BATCH, LENGTH), generator=generator)
+    weights, padding = torch.ones(BATCH, LENGTH), torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    # documents end inside a rank's part, on its border, and span several
+    ends = ((20, 48), (24, 48), (48,), (1, 30, 48))
+    for row, own in enumerate(ends):
+        weights[row, [0, *own[:-1]]] = 0
+    weights[3, 30:], padding[3, 30:] = 0, True
+    return WindowBatch(ids, weights, tuple(f"window {row}" for row in range(BATCH)), ends, padding)
+
+
+class Feed:
+    """Every rank's own windows of `packed`."""
+
+    def __init__(self, rank: int, ranks: int):
+        self.rank, self.ranks, self.step = rank, ranks, 0
+
+    def __next__(self) -> WindowBatch:
+        batch = packed(self.step)
+        self.step += 1
+        share = BATCH // self.ranks
+        return batch.rows(self.rank * share, (self.rank + 1) * share)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.step = state["step"]
+
+
+def run(world: World, mesh: Mesh, stage: Stage, precision: torch.dtype = torch.float32) -> tuple[list[Progress], Any]:
+    """Run a stage and return its steps and the model."""
+    torch.set_num_threads(1)
+    model, teacher = models(stage.loss)
+    parallel, seen = Parallel(world, mesh, precision), []
+    run_stage(
+        model,
+        stage,
+        Feed(parallel.data_rank, mesh.data_parallel),
+        optimizer=Optimizer(),
+        observer=seen.append,
+        teacher=teacher,
+        compile_mode="off",
+        parallel=parallel,
+    )
+    return seen, model
+
+
+def spawn(ranks: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """Return what `work(world, *arguments)` returns on each of `ranks` processes; it is a function of a module."""
+    mp.spawn(_rank, (ranks, work, folder, arguments), nprocs=ranks)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def _rank(rank: int, ranks: int, work: Callable[..., Any], folder: Path, arguments: Any) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=3))
+    torch.save(work(World(rank, ranks), *arguments), folder / f"{rank}.pt")
+    dist.destroy_process_group()

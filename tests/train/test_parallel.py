@@ -1,0 +1,45 @@
+"""However many processes share a stage, it is the same stage."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sala.train.parallel import ONE_PROCESS, World
+from sala.train.recipe import Mesh
+from train import ranks
+
+STAGES = {
+    "next_token": ranks.stage_of("next_token", sparse=True),
+    "distill": ranks.stage_of("distill", micro_batch=1, activation_checkpointing=True, trainable="mixers"),
+    "align": ranks.stage_of("align", clip_per_layer=True),
+}
+
+
+def every_stage(world: World, meshes: list[Mesh]) -> dict[Any, Any]:
+    results = {}
+    for mesh in meshes:
+        for name, stage in STAGES.items():
+            seen, model = ranks.run(world, mesh, stage)
+            steps = [(step.loss, step.gradient_norm, *step.layer_errors) for step in seen]
+            results[str(mesh), name] = steps, {k: v.detach() for k, v in model.named_parameters()}
+    return results
+
+
+@pytest.mark.parametrize(
+    ("processes", "meshes"),
+    [
+        (2, [{"dp_shard": 2}, {"dp_replicate": 2}]),
+        (4, [{"dp_shard": 2, "cp": 2}, {"dp_replicate": 2, "dp_shard": 2}]),
+    ],
+)
+def test_losses_and_parameters_are_those_of_one_process(processes: int, meshes: list[dict], tmp_path: Path) -> None:
+    alone = every_stage(ONE_PROCESS, [Mesh()])
+    there = [Mesh(**sizes) for sizes in meshes]
+    for results in ranks.spawn(processes, every_stage, tmp_path, there):
+        for (mesh, name), (steps, parameters) in results.items():
+            wanted_steps, wanted = alone[str(Mesh()), name]
+            print(mesh, name)
+            torch.testing.assert_close(torch.tensor(steps), torch.tensor(wanted_steps), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(parameters, wanted, rtol=1e-4, atol=1e-5)
