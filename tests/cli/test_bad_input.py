@@ -158,6 +158,9 @@ def test_recipes_without_what_they_start_from_are_refused(sala, teacher, tmp_pat
         (["--model", "m", "--keep", "9"], "keep is 9"),
         (["--model", "m", "--keep", "1", "--first-last"], "first and last"),
         (["--model", "m", "--keep", "1", "--eps", "0"], "above 0"),
+        (["--keep", "1"], "needs a model's name; it has: m, hypenet-2b"),
+        (["--model", "m", "--keep", "1", "--plot", "layers.jpg"], "right would be 'layers.png'"),
+        (["--model", "m", "--keep", "1", "--plot", "absent/layers.png"], "No such file or directory"),
     ],
 )
 def test_scores_that_give_no_choice_are_refused(options, message, sala, tmp_path):

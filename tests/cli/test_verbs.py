@@ -82,6 +82,9 @@ def test_select_prints_the_kept_layers_last(sala, tmp_path):
     assert sala("select", "--scores", path, "--model", "m", "--keep", "2").out.splitlines()[-1] == "1 3"
     kept = sala("select", "--scores", path, "--model", "m", "--keep", "3", "--first-last").out.splitlines()[-1]
     assert kept == "0 1 3"
+    outcome = sala("select", "--scores", path, "--model", "m", "--keep", "2", "--plot", tmp_path / "layers.png")
+    assert outcome.out.splitlines()[-1] == "1 3"
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_layers_are_drawn_and_counted():

@@ -70,8 +70,8 @@ def test_scores_choose_the_layer_and_the_report_says_why(teacher_of: Callable, a
     sparse = "latent-minicpm4" if any_family == "minicpm3" else "minicpm4"
     assert report.mixer_types == ("lightning-attn", sparse, "lightning-attn", "lightning-attn")
     assert tuple(hybrid.config.mixer_types) == report.mixer_types
-    assert report.scores.recall == (0.9, 0.2, 0.8, 0.9)
-    assert report.importance[1] == max(report.importance)
+    assert report.selection.scores.recall == (0.9, 0.2, 0.8, 0.9)
+    assert report.selection.importance[1] == max(report.selection.importance)
     assert [layer.self_attn for layer in teacher.model.layers] == own
 
 
@@ -214,8 +214,51 @@ def test_candidates_scored_before_are_not_scored_again(teacher_of: Callable) -> 
     remember.texts |= {"layer_scores-0": "[0.9, 0.5]", "layer_scores-2": "[0.0, 0.5]"}
     _, report = convert(teacher, Settings(), remember=remember, score_recall=count_swaps(teacher, seen))
     assert seen == [1, 3]
-    assert report.scores.recall == (0.9, 0.1, 0.0, 0.2)
+    assert report.selection.scores.recall == (0.9, 0.1, 0.0, 0.2)
     assert report.kept == (2,)
+
+
+def test_items_say_how_sure_the_choice_is(teacher_of: Callable) -> None:
+    teacher, said = teacher_of(), []
+    own = [layer.self_attn for layer in teacher.model.layers]
+
+    def layer_of(model: Any) -> int:
+        [layer] = [i for i, layer in enumerate(model.model.layers) if layer.self_attn is not own[i]]
+        return layer
+
+    arguments = {
+        "score_recall": lambda model: (1.0, 1.0, 1.0, 0.0) if layer_of(model) == 2 else (1.0,) * 4,
+        "score_language": lambda model: [(0.1, 0.3, 0.2), (0.2, 0.1, 0.3)][layer_of(model) % 2],
+        "remember": Notes(),
+    }
+    _, report = convert(teacher, Settings(), say=said.append, **arguments)
+    selection = report.selection
+    assert selection.kept == report.kept == (2,)
+    assert selection.scores.recall == (1, 1, 0.75, 1)
+    assert selection.bootstrap.frequency[2] == pytest.approx(1 - 0.75**4, abs=0.04)
+    assert selection.bootstrap.language_noise > selection.epsilon
+    assert selection.warning in said
+    assert convert(teacher, Settings(), **arguments)[1] == report, "the resamples have a seed"
+
+
+def test_a_mean_alone_says_nothing_of_how_sure_it_is(teacher_of: Callable) -> None:
+    _, report = convert(teacher_of(), Settings(), score_language=lambda model: (0.25, 0.75))
+    assert report.selection.bootstrap is None
+    assert report.selection.scores.language == (0.5,) * 4
+
+
+@pytest.mark.parametrize(
+    ("keep", "method", "kept"),
+    [
+        (Keep(method="uniform", count=2, fraction=None), "uniform", (1, 3)),
+        (Keep(layers=(3, 1), fraction=None), "layers", (1, 3)),
+        (Keep(method="none", fraction=None), "none", ()),
+    ],
+)
+def test_a_choice_without_scores_is_recorded_too(teacher_of: Callable, keep: Keep, method: str, kept: tuple) -> None:
+    _, report = convert(teacher_of(), Settings(keep=keep))
+    selection = report.selection
+    assert (selection.method, selection.kept, selection.scores, selection.importance) == (method, kept, None, ())
 
 
 def test_what_the_modules_start_from_is_no_matter_of_chance(teacher_of: Callable) -> None:

@@ -84,7 +84,7 @@ def row(layer: int, recall: object = 0.5, language: object = 0.5) -> dict:
         ("[1, 2]", "has no object 'models'"),
         ({"models": {"hypnet": {}}}, "has no model 'hypenet'; it has: hypnet; did you mean 'hypnet'"),
         ({"models": {"hypenet": {"layers": []}}}, "has no list 'layers'"),
-        ({"models": {"hypenet": {"layers": [row(0), {"layer": 1}]}}}, "row 1 .*KeyError: 'retrieval'"),
+        ({"models": {"hypenet": {"layers": [row(0), {"layer": 1}]}}}, "model 'hypenet': row 1 .*KeyError: 'retrieval'"),
         ({"models": {"hypenet": {"layers": [row(0, "high")]}}}, "row 0 .*ValueError"),
         ({"models": {"hypenet": {"layers": [row(0), row(2)]}}}, r"are \[0, 2\]; 0 to 1 once each"),
         ({"models": {"hypenet": {"layers": [row(0), row(0)]}}}, "once each"),
@@ -96,6 +96,19 @@ def test_a_malformed_table_is_refused(tmp_path: Path, content: object, message: 
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(InputError, match=message):
         read_scores(path, "hypenet")
+
+
+def test_the_table_of_a_conversion_has_one_model(tmp_path: Path) -> None:
+    path = tmp_path / "selection.json"
+    path.write_text(json.dumps({"layers": [{"layer": 0, "recall": 0.5, "language": 0.25, "kept": True}]}))
+    assert read_scores(path) == LayerScores((0.5,), (0.25,))
+    with pytest.raises(InputError, match="'hypenet' must be left out"):
+        read_scores(path, "hypenet")
+    with pytest.raises(InputError, match="needs a model's name; it has: hypenet-2b, hypenet-4b"):
+        read_scores(TABLE)
+    path.write_text(json.dumps({"layers": [{"layer": 0, "kept": True}]}))
+    with pytest.raises(InputError, match="row 0 is not {layer, recall, language} with numbers .KeyError: 'recall'"):
+        read_scores(path)
 
 
 def test_a_missing_table_is_refused(tmp_path: Path) -> None:

@@ -1,16 +1,18 @@
 """Scores for choosing layers, and the short abilities."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from sala.data import Document, Vocabulary
+from sala.data import Document, Vocabulary, encode_documents, retrieval_document
 from sala.eval import copy_accuracy, layer_scorers, text_loss
+from sala.eval.scores import SEED
 
 DOCUMENTS = [Document("one.py", "x = 1\ny = 2\nprint(x, y)\n" * 40)]
 
@@ -44,8 +46,60 @@ def test_text_is_scored_by_hits_and_nats(scripted: Any, text: np.ndarray) -> Non
 
 def test_scores_of_the_embedded_tokenizer_ask_for_needles(scripted: Any, tokenizer: Any) -> None:
     scorers = layer_scorers(tokenizer, length=256, questions=32, windows=2, documents=DOCUMENTS)
-    assert scorers.recall(scripted(ignorant)) == 0.0
-    assert 0.0 <= scorers.language(scripted(ignorant)) <= 1.0
+    assert scorers.recall(scripted(ignorant)) == (0.0,) * 32
+    language = scorers.language(scripted(ignorant))
+    assert len(language) == 2 and all(0.0 <= share <= 1.0 for share in language)
+
+
+def test_each_item_is_what_the_whole_evaluation_counts(tiny_hybrid: Any, tokenizer: Any, words: Vocabulary) -> None:
+    """The scores are those of `retrieval` and `text_loss`, item by item."""
+    scorers = layer_scorers(tokenizer, length=200, questions=64, windows=3, documents=DOCUMENTS)
+    text = encode_documents(tokenizer, DOCUMENTS)
+    whole = text_loss(tiny_hybrid, text, tokenizer.bos_token_id, length=200, windows=3)
+    language = scorers.language(tiny_hybrid)
+    assert sum(language) / len(language) == pytest.approx(whole.accuracy, rel=1e-12)
+    # a model that knows the second half of what it is asked
+    documents = [
+        retrieval_document(200, haystack=hay, seed=SEED + i, vocabulary=words, text=text, num_needles=16)
+        for hay in ("text", "noise")
+        for i in range(2)
+    ]
+    known = {document.tokens.tobytes(): document for document in documents[1:]}
+    wrong = documents[2].questions[5]
+
+    class Reader(nn.Module):
+        def forward(self, input_ids: Tensor, use_cache: bool, logits_to_keep: Tensor) -> Any:
+            document = known.get(input_ids[0].numpy().tobytes())
+            next_T = input_ids[0].roll(-1) if document is not None else torch.zeros_like(input_ids[0])
+            if document is documents[2]:
+                next_T[wrong.answer_start] += 1
+            logits = nn.functional.one_hot(next_T[logits_to_keep], len(tokenizer)).float()
+            return SimpleNamespace(logits=logits[None])
+
+    right = [False] * 16 + [True] * 48
+    right[32 + 5] = False
+    assert scorers.recall(Reader()) == tuple(map(float, right))
+
+
+def test_items_are_read_on_the_models_device(tokenizer: Any) -> None:
+    devices = set()
+
+    class Elsewhere(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(1, device="meta"))
+
+        def forward(self, input_ids: Tensor, use_cache: bool, logits_to_keep: Tensor | None = None) -> Any:
+            devices.add(input_ids.device.type)
+            if logits_to_keep is not None:
+                devices.add(logits_to_keep.device.type)
+            size = input_ids.shape[1] if logits_to_keep is None else len(logits_to_keep)
+            return SimpleNamespace(logits=torch.zeros(1, size, len(tokenizer)))
+
+    scorers = layer_scorers(tokenizer, length=200, questions=32, windows=2, documents=DOCUMENTS)
+    assert len(scorers.recall(Elsewhere())) == 32
+    assert len(scorers.language(Elsewhere())) == 2
+    assert devices == {"meta"}
 
 
 def test_another_tokenizer_is_asked_in_sentences(scripted: Any) -> None:
@@ -64,5 +118,5 @@ def test_another_tokenizer_is_asked_in_sentences(scripted: Any) -> None:
             predicted.append(0 if found is None else row[found + 1])
         return torch.tensor([predicted])
 
-    assert scorers.recall(scripted(look_up)) == 1.0
-    assert scorers.recall(scripted(ignorant)) == 0.0
+    assert scorers.recall(scripted(look_up)) == (1.0,) * 8
+    assert scorers.recall(scripted(ignorant)) == (0.0,) * 8

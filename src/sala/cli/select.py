@@ -9,28 +9,47 @@ from rich.table import Table
 
 
 def select(
-    scores: Annotated[Path, typer.Option(help="A JSON table of layer scores.")],
-    model: Annotated[str, typer.Option(help="The model's name in the table.")],
+    scores: Annotated[Path, typer.Option(help="A JSON table of layer scores, or a conversion's selection.json.")],
     keep: Annotated[int, typer.Option(min=1, help="How many layers stay attention.")],
+    model: Annotated[str | None, typer.Option(help="The model's name in a table of several.")] = None,
     eps: Annotated[
         float, typer.Option(help="Epsilon of the score; not below the noise of the language scores.")
     ] = 1e-3,
     first_last: Annotated[
         bool, typer.Option("--first-last", help="Keep the first and the last layer whatever their score.")
     ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the layers into this PNG file too.")] = None,
 ) -> None:
     """Rank layers by HALO's score; the last line is the kept layers."""
-    from sala.convert import importance, read_scores
+    from sala.convert import Selection, importance, plot_selection, read_scores
     from sala.convert import select as select_layers
+    from sala.errors import InputError
 
+    if plot is not None and plot.suffix != ".png":
+        raise InputError(
+            f"--plot {str(plot)!r}: the picture is a PNG; right would be {str(plot.with_suffix('.png'))!r}"
+        )
     table = read_scores(scores, model)
-    kept = select_layers(table.num_layers, keep, scores=table, epsilon=eps, first_last=first_last)
-    values = importance(table, eps)
-    view = Table(title=f"{model}: {keep} of {table.num_layers} layers stay attention", title_justify="left")
-    for name in ("layer", "recall", "language", "score", "kept"):
+    selection = Selection(
+        num_layers=table.num_layers,
+        method="halo",
+        epsilon=eps,
+        first_last=first_last,
+        kept=select_layers(table.num_layers, keep, scores=table, epsilon=eps, first_last=first_last),
+        scores=table,
+        importance=importance(table, eps),
+    )
+    title = f"{model or scores}: {keep} of {table.num_layers} layers stay attention"
+    if plot is not None:
+        try:
+            plot_selection(plot, selection, title)
+        except OSError as error:
+            raise InputError(f"cannot write {str(plot)!r}: {error.strerror}") from error
+    columns = ("layer", "recall", "language", "importance")
+    view = Table(title=title, title_justify="left")
+    for name in (*columns, "kept"):
         view.add_column(name, justify="right")
-    for layer in range(table.num_layers):
-        numbers = (table.recall[layer], table.language[layer], values[layer])
-        view.add_row(str(layer), *(f"{number:.4g}" for number in numbers), "yes" if layer in kept else "")
+    for row in selection.rows():
+        view.add_row(*(f"{row[name]:.4g}" for name in columns), "yes" if row["kept"] else "")
     Console(highlight=False).print(view)
-    typer.echo(" ".join(map(str, kept)))
+    typer.echo(" ".join(map(str, selection.kept)))

@@ -1,6 +1,6 @@
 """HALO from a teacher to a hybrid: transfer, align, select, assemble, and the stages that follow."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from sala.convert.align import Twins, swapped
+from sala.convert.bootstrap import Outcomes, bootstrap
 from sala.convert.output_norm import measure_output_norms, scale_output_norms
-from sala.convert.select import RANKINGS, LayerScores, importance, select
+from sala.convert.select import RULES, LayerScores, importance, select
+from sala.convert.selection import Selection
 from sala.convert.transfer import (
     GateInit,
     assemble,
@@ -24,7 +26,8 @@ from sala.model.mixers import reconfigured, sparse_mixers
 
 LINEAR = "lightning-attn"
 
-Score = Callable[[Any], float]
+# model -> the outcome of every item, the same items for every model; or their mean alone, where they are not known
+Score = Callable[[Any], float | Sequence[float]]
 Say = Callable[[str], None]
 
 
@@ -128,8 +131,7 @@ class Report:
 
     kept: tuple[int, ...]
     mixer_types: tuple[str, ...]
-    scores: LayerScores | None
-    importance: tuple[float, ...]
+    selection: Selection
     step_zero: dict[str, float]
     stages: tuple[StageResult, ...]
 
@@ -144,16 +146,28 @@ def num_kept(keep: Keep, num_layers: int) -> int:
 @torch.no_grad()
 def score_layers(
     teacher: Any, twins: Sequence[nn.Module], recall: Score, language: Score, remember: Remember, say: Say
-) -> LayerScores:
-    """Score the models M_i: the teacher with only layer i linear."""
+) -> tuple[LayerScores, Outcomes | None]:
+    """Score the models M_i, the teacher with only layer i linear; return means and, where they are known, items."""
 
-    def score(layer: int) -> list[float]:
+    def score(layer: int) -> list[Any]:
         say(f"scoring layer {layer + 1} of {len(twins)}")
         with swapped(teacher, {layer: twins[layer]}):
-            return [recall(teacher), language(teacher)]
+            return [_plain(recall(teacher)), _plain(language(teacher))]
 
-    rows = remember.each("layer_scores", len(twins), score)
-    return LayerScores(recall=tuple(r for r, _ in rows), language=tuple(c for _, c in rows))
+    recall_rows, language_rows = zip(*remember.each("layer_scores", len(twins), score), strict=True)
+    if any(isinstance(row, float) for row in (*recall_rows, *language_rows)):
+        return LayerScores(recall=_means(recall_rows), language=_means(language_rows)), None
+    outcomes = Outcomes.of(recall_rows, language_rows)
+    return outcomes.scores, outcomes
+
+
+def _plain(score: float | Sequence[float]) -> float | list[float]:
+    """Return a score as JSON takes it."""
+    return [float(item) for item in score] if isinstance(score, Sequence) else float(score)
+
+
+def _means(rows: Iterable[Any]) -> tuple[float, ...]:
+    return tuple(row if isinstance(row, float) else sum(row) / len(row) for row in rows)
 
 
 @torch.no_grad()
@@ -194,8 +208,8 @@ def halo(
     Args:
         stages: a first one with loss "align" trains the linear twins; the others train the hybrid in turn.
         run_stage: the training loop.
-        score_recall, score_language: model -> score, higher is better; asked for every swapped layer when the layers
-            are chosen by score.
+        score_recall, score_language: model -> the outcome of every item, higher is better, or their mean alone; asked
+            for every swapped layer when the layers are chosen by score. Items say how sure the choice is.
         sample: token ids (B, T) for the measurements before training.
         remember: what was measured and decided before, when a run is started again: the twins' output norms, the scores
             of every candidate, the kept layers, the cost of step zero. All else is a function of teacher, settings and
@@ -210,6 +224,7 @@ def halo(
     num_layers = teacher.config.num_hidden_layers
     # what cannot be is refused before an hour of alignment
     select_layers(settings, num_layers, _blank(num_layers))
+    sample = sample.to(teacher.device)
     generator = torch.Generator().manual_seed(seed)
     twins = _make_twins(teacher, settings, generator)
     if settings.output_norm_init == "measured":
@@ -218,11 +233,14 @@ def halo(
     results, remaining = [], list(stages)
     if remaining and remaining[0].loss == "align":
         results.append(_run(run_stage, twins, remaining.pop(0), teacher=None))
-    scores = None
-    if settings.keep.layers is None and settings.keep.method in RANKINGS:
-        scores = score_layers(teacher, list(twins.twins), score_recall, score_language, remember, say)
+    scores = outcomes = None
+    if settings.keep.layers is None and settings.keep.method in RULES:
+        scores, outcomes = score_layers(teacher, list(twins.twins), score_recall, score_language, remember, say)
     kept = tuple(remember.once("kept", lambda: list(select_layers(settings, num_layers, scores))))
+    selection = _selection(settings.keep, num_layers, kept, scores, outcomes, seed)
     say(f"layers that stay attention: {', '.join(map(str, kept)) or 'none'}")
+    if selection.warning:
+        say(selection.warning)
 
     config = _config_of_hybrid(teacher.config, settings, kept)
     kinds = list(config.mixer_types)
@@ -246,8 +264,7 @@ def halo(
     return finished, Report(
         kept=kept,
         mixer_types=tuple(finished.config.mixer_types),
-        scores=scores,
-        importance=() if scores is None else importance(scores, settings.keep.epsilon),
+        selection=selection,
         step_zero=step_zero,
         stages=tuple(results),
     )
@@ -275,7 +292,7 @@ def planned_configs(teacher: MiniCPMSALAConfig, settings: Settings) -> tuple[Min
     require_teacher(teacher)
     layers, keep = teacher.num_hidden_layers, settings.keep
     kept = select_layers(settings, layers, _blank(layers))
-    if keep.layers is None and keep.method in RANKINGS:
+    if keep.layers is None and keep.method in RULES:
         kept = select(layers, len(kept), method="uniform", first_last=keep.first_last)
     return _config_of_hybrid(teacher, settings, kept), _config_of_twins(teacher)
 
@@ -290,6 +307,32 @@ def _make_twins(teacher: Any, settings: Settings, generator: torch.Generator) ->
 
 def _blank(num_layers: int) -> LayerScores:
     return LayerScores(recall=(0.0,) * num_layers, language=(0.0,) * num_layers)
+
+
+def _selection(
+    keep: Keep,
+    num_layers: int,
+    kept: tuple[int, ...],
+    scores: LayerScores | None,
+    outcomes: Outcomes | None,
+    seed: int,
+) -> Selection:
+    method = keep.method if keep.layers is None else "layers"
+    sure = None
+    if outcomes is not None:
+        sure = bootstrap(
+            outcomes, len(kept), method=method, epsilon=keep.epsilon, first_last=keep.first_last, seed=seed
+        )
+    return Selection(
+        num_layers=num_layers,
+        method=method,
+        epsilon=keep.epsilon,
+        first_last=keep.first_last,
+        kept=kept,
+        scores=scores,
+        importance=() if scores is None else importance(scores, keep.epsilon, method),
+        bootstrap=sure,
+    )
 
 
 def _run(run_stage: RunStage, model: Any, stage: Stage, *, teacher: Any) -> StageResult:

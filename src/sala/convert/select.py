@@ -4,10 +4,16 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sala.errors import InputError, RecipeError, nearest
 
+Floats = NDArray[np.float64]
 DEFAULT_EPSILON = 1e-3
 
 
@@ -36,44 +42,64 @@ class LayerScores:
         return len(self.recall)
 
 
-def importance(scores: LayerScores, epsilon: float = DEFAULT_EPSILON) -> tuple[float, ...]:
-    """Return HALO's score s_i = (max_j R_j - R_i) / (max_j C_j - C_i + epsilon) for every layer.
-
-    The maxima run over the swapped models, not over the original one: with the original's numbers another set
-    is chosen, because some swaps beat it. `epsilon` must not be below the noise of C. Source: HALO eq. 8.
-    """
-    if not epsilon > 0:
-        raise RecipeError(f"epsilon is {epsilon}; it must be above 0")
-    best_recall, best_language = max(scores.recall), max(scores.language)
-    return tuple(
-        (best_recall - recall) / (best_language - language + epsilon)
-        for recall, language in zip(scores.recall, scores.language, strict=True)
-    )
+# every rule that needs scores: (R (..., L), C (..., L), epsilon) -> how much each layer is worth as attention (..., L)
+Rule = Callable[[Floats, Floats, float], Floats]
 
 
-def ranking(values: Sequence[float]) -> tuple[int, ...]:
-    """Return the layers from the highest value to the lowest; of equal values the higher layer first, as published."""
-    return tuple(sorted(range(len(values)), key=lambda layer: (values[layer], layer), reverse=True))
+def _halo(recall_L: Floats, language_L: Floats, epsilon: float) -> Floats:
+    return _recall_drop(recall_L, language_L, epsilon) / (language_L.max(axis=-1, keepdims=True) - language_L + epsilon)
 
 
-def _halo(scores: LayerScores, epsilon: float) -> tuple[int, ...]:
-    return ranking(importance(scores, epsilon))
+def _recall_drop(recall_L: Floats, language_L: Floats, epsilon: float) -> Floats:
+    return recall_L.max(axis=-1, keepdims=True) - recall_L
 
 
-def _recall_drop(scores: LayerScores, epsilon: float) -> tuple[int, ...]:
-    return ranking([-recall for recall in scores.recall])
-
-
-# every rule that needs scores: (scores, epsilon) -> all layers, the one to keep first first
-RANKINGS: dict[str, Callable[[LayerScores, float], tuple[int, ...]]] = {"halo": _halo, "recall_drop": _recall_drop}
+RULES: dict[str, Rule] = {"halo": _halo, "recall_drop": _recall_drop}
 # rules that need none
 UNSCORED = ("uniform", "none")
-METHODS = (*RANKINGS, *UNSCORED)
+METHODS = (*RULES, *UNSCORED)
+
+
+def importance(scores: LayerScores, epsilon: float = DEFAULT_EPSILON, method: str = "halo") -> tuple[float, ...]:
+    """Return what every layer is worth as attention, by HALO's score or by the recall lost alone ("recall_drop").
+
+    HALO's is s_i = (max_j R_j - R_i) / (max_j C_j - C_i + epsilon). The maxima run over the swapped models, not over the
+    original one: with the original's numbers another set is chosen, because some swaps beat it. `epsilon` must not be
+    below the noise of what it is added to (`Bootstrap.language_noise`): the layer whose C happens to be the highest has
+    no denominator but epsilon. Source: HALO eq. 8.
+    """
+    return tuple(values_of(np.asarray(scores.recall), np.asarray(scores.language), epsilon, method).tolist())
+
+
+def values_of(recall_L: Floats, language_L: Floats, epsilon: float, method: str) -> Floats:
+    """Return `importance` for any number of score tables at once, (..., L)."""
+    if not epsilon > 0:
+        raise RecipeError(f"epsilon is {epsilon}; it must be above 0")
+    return RULES[method](recall_L, language_L, epsilon)
+
+
+def ranking(values_L: Floats | Sequence[float]) -> NDArray[np.int64]:
+    """Return the layers (..., L) from the highest value to the lowest; of equal ones the higher layer first, as published."""
+    values_L = np.asarray(values_L)
+    backwards = np.argsort(-values_L[..., ::-1], axis=-1, kind="stable")
+    return values_L.shape[-1] - 1 - backwards
+
+
+def best(values_L: Floats, keep: int, fixed: Sequence[int] = ()) -> NDArray[np.int64]:
+    """Return the `keep` layers (..., keep) to keep: those in `fixed`, then those with the highest values."""
+    values_L = values_L.copy()
+    values_L[..., list(fixed)] = np.inf
+    return ranking(values_L)[..., :keep]
 
 
 def uniform(num_layers: int, keep: int) -> tuple[int, ...]:
     """Return `keep` layers spread evenly, each at the middle of its share of the stack."""
     return tuple(int((2 * index + 1) * num_layers / (2 * keep)) for index in range(keep))
+
+
+def fixed_layers(num_layers: int, first_last: bool) -> tuple[int, ...]:
+    """Return the layers that stay whatever their score."""
+    return tuple(sorted({0, num_layers - 1})) if first_last else ()
 
 
 def select(
@@ -101,28 +127,26 @@ def select(
         )
     if method == "none":
         return ()
-    fixed = tuple(sorted({0, num_layers - 1})) if first_last else ()
+    fixed = fixed_layers(num_layers, first_last)
     if not max(1, len(fixed)) <= keep <= num_layers:
         at_least = f"{max(1, len(fixed))} (first and last are kept)" if first_last else "1"
         raise RecipeError(f"keep is {keep}; with {num_layers} layers it must be {at_least} to {num_layers}")
-    free = keep - len(fixed)
     if method == "uniform":
         inner = [layer for layer in range(num_layers) if layer not in fixed]
-        chosen = tuple(inner[index] for index in uniform(len(inner), free)) if free else ()
-    else:
-        if scores is None:
-            raise RecipeError(f"selection method {method!r} needs scores of every layer; none were given")
-        if scores.num_layers != num_layers:
-            raise RecipeError(f"scores of {scores.num_layers} layers were given for a model of {num_layers}")
-        order = [layer for layer in RANKINGS[method](scores, epsilon) if layer not in fixed]
-        chosen = tuple(order[:free])
-    return tuple(sorted((*fixed, *chosen)))
+        free = keep - len(fixed)
+        return tuple(sorted((*fixed, *(inner[index] for index in uniform(len(inner), free)))))
+    if scores is None:
+        raise RecipeError(f"selection method {method!r} needs scores of every layer; none were given")
+    if scores.num_layers != num_layers:
+        raise RecipeError(f"scores of {scores.num_layers} layers were given for a model of {num_layers}")
+    return tuple(sorted(best(np.asarray(importance(scores, epsilon, method)), keep, fixed).tolist()))
 
 
-def read_scores(path: str | Path, model: str) -> LayerScores:
-    """Read one model's scores from a JSON table.
+def read_scores(path: str | Path, model: str | None = None) -> LayerScores:
+    """Read one model's scores from a JSON table, or those that a conversion wrote as `selection.json`.
 
-    Layout: `{"models": {MODEL: {"layers": [{"layer": i, "commonsense": {"avg": C_i}, "retrieval": {"avg": R_i}}]}}}`.
+    Layouts: `{"models": {MODEL: {"layers": [{"layer": i, "commonsense": {"avg": C_i}, "retrieval": {"avg": R_i}}]}}}`, and
+    `{"layers": [{"layer": i, "recall": R_i, "language": C_i}]}`, which has one model and takes no name.
 
     Raises:
         InputError: the file is missing or not such a table, or does not hold `model`.
@@ -134,31 +158,39 @@ def read_scores(path: str | Path, model: str) -> LayerScores:
         raise InputError(f"{path}: no such file; a JSON table of layer scores is needed") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a JSON table of layer scores: {error}") from None
+    if isinstance(table, dict) and "layers" in table:
+        if model is not None:
+            raise InputError(f"{path} has the scores of one conversion and no names; model {model!r} must be left out")
+        return _scores_of(table, str(path), recall=("recall",), language=("language",))
     models = table.get("models") if isinstance(table, dict) else None
     if not isinstance(models, dict):
         raise InputError(f"{path} has no object 'models'; a table of layer scores maps model names to their layers")
     if model not in models:
-        raise InputError(f"{path} has no model {model!r}; it has: {', '.join(models)}{nearest(model, models)}")
-    rows = models[model].get("layers") if isinstance(models[model], dict) else None
+        wanted = "needs a model's name" if model is None else f"has no model {model!r}"
+        raise InputError(f"{path} {wanted}; it has: {', '.join(models)}{nearest(model or '', models)}")
+    rows = models[model] if isinstance(models[model], dict) else {}
+    return _scores_of(rows, f"{path}: model {model!r}", recall=("retrieval", "avg"), language=("commonsense", "avg"))
+
+
+def _scores_of(table: Any, where: str, *, recall: Sequence[str], language: Sequence[str]) -> LayerScores:
+    """Read the rows of `table["layers"]`; the scores are where the keys lead, one after the other."""
+    rows = table.get("layers")
     if not isinstance(rows, list) or not rows:
-        raise InputError(f"{path}: model {model!r} has no list 'layers'; one row a layer is needed")
-    found: dict[int, tuple[float, float]] = {}
+        raise InputError(f"{where} has no list 'layers'; one row a layer is needed")
+    found: dict[int, list[float]] = {}
     for index, row in enumerate(rows):
         try:
-            found[int(row["layer"])] = (float(row["retrieval"]["avg"]), float(row["commonsense"]["avg"]))
+            found[int(row["layer"])] = [
+                float(reduce(lambda value, key: value[key], keys, row)) for keys in (recall, language)
+            ]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{path}: row {index} of model {model!r} is not {{layer, retrieval.avg, commonsense.avg}} with numbers "
+                f"{where}: row {index} is not {{layer, {'.'.join(recall)}, {'.'.join(language)}}} with numbers "
                 f"({type(error).__name__}: {error})"
             ) from None
     if sorted(found) != list(range(len(rows))):
-        raise InputError(
-            f"{path}: the layers of model {model!r} are {sorted(found)}; 0 to {len(rows) - 1} once each are needed"
-        )
-    return LayerScores(
-        recall=tuple(found[layer][0] for layer in range(len(rows))),
-        language=tuple(found[layer][1] for layer in range(len(rows))),
-    )
+        raise InputError(f"{where}: the layers are {sorted(found)}; 0 to {len(rows) - 1} once each are needed")
+    return LayerScores(*(tuple(found[layer][which] for layer in range(len(rows))) for which in (0, 1)))
 
 
 def select_from_table(

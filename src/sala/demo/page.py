@@ -147,20 +147,29 @@ def _facts(results: Results) -> list[str]:
 
 def _layers(results: Results) -> dict[str, str]:
     report = results["conversion"]["report"]
-    scores, importance = report["scores"], report["importance"]
+    selection = report["selection"]
+    scores, importance = selection["scores"], selection["importance"]
     if scores is None:
         shown, meaning = "", "Which layers stay attention was set by the recipe. No scores were needed."
     else:
-        head = ["if this layer alone is linear", "values found", "text tokens predicted", "importance"]
+        head = [
+            "if this layer alone is linear",
+            "values found",
+            "text tokens predicted",
+            "importance",
+            "kept in resamples",
+        ]
+        columns = (scores["recall"], scores["language"], importance, selection["bootstrap"]["frequency"])
         rows = [
-            (f"layer {layer}", percent(recall), percent(language), f"{importance[layer]:.2f}")
-            for layer, (recall, language) in enumerate(zip(scores["recall"], scores["language"], strict=True))
+            (f"layer {layer}", percent(recall), percent(language), f"{value:.2f}", percent(frequency))
+            for layer, (recall, language, value, frequency) in enumerate(zip(*columns, strict=True))
         ]
         shown = table(head, rows)
         meaning = (
             "Each layer in turn was replaced by its linear twin, and what the model then could still find and predict was "
             "scored. A layer whose loss costs much recall and little language is kept as attention; the others stay linear, "
-            "with a state whose size does not depend on the document."
+            "with a state whose size does not depend on the document. The last column is how often a layer would be kept if "
+            "the questions and the text were drawn again from those that were asked."
         )
     return {
         "layer_meaning": escape(meaning),

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sala.data import Mix, Vocabulary
 
@@ -26,18 +27,22 @@ def text_loss(
     model: Any, text: NDArray[np.int64], begin: int | None, *, length: int = 512, windows: int = 16
 ) -> TextScore:
     """Score `model` on `windows` windows of `length` tokens, evenly spread over `text` (tokens,), `begin` before each."""
-    prefix = [] if begin is None else [begin]
-    size = min(length - len(prefix), len(text))
-    starts = np.linspace(0, len(text) - size, windows).astype(int)
     loss, hits, total = 0.0, 0, 0
-    for start in starts:
-        tokens_1T = torch.from_numpy(np.concatenate([prefix, text[start : start + size]]).astype(np.int64))[None]
-        logits_NX = model(input_ids=tokens_1T, use_cache=False).logits[0, :-1]
-        targets_N = tokens_1T[0, 1:]
+    for tokens_T in text_windows(text, begin, length=length, windows=windows):
+        logits_NX = model(input_ids=tokens_T[None], use_cache=False).logits[0, :-1]
+        targets_N = tokens_T[1:]
         loss += torch.nn.functional.cross_entropy(logits_NX, targets_N, reduction="sum").item()
         hits += int((logits_NX.argmax(-1) == targets_N).sum())
         total += len(targets_N)
     return TextScore(total, loss / total, hits / total)
+
+
+def text_windows(text: NDArray[np.int64], begin: int | None, *, length: int, windows: int) -> list[Tensor]:
+    """Cut `windows` pieces of `length` tokens, evenly spread over `text` (tokens,), `begin` counted and before each."""
+    prefix = [] if begin is None else [begin]
+    size = min(length - len(prefix), len(text))
+    starts = np.linspace(0, len(text) - size, windows).astype(int)
+    return [torch.from_numpy(np.concatenate([prefix, text[start : start + size]]).astype(np.int64)) for start in starts]
 
 
 @torch.no_grad()
