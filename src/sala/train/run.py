@@ -166,6 +166,18 @@ def new_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> Min
     return model
 
 
+def _on(device: torch.device, score: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a score whose candidate, a whole model, stands on `device` meanwhile."""
+
+    def scored(candidate: Any) -> Any:
+        try:
+            return score(candidate.to(device))
+        finally:
+            candidate.cpu()
+
+    return scored
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a model comes from, for its card: a checkpoint's name, and whether that is one of the hub."""
@@ -203,7 +215,8 @@ def train(
     and when everything is done `final/`, the Hugging Face folder.
 
     Args:
-        model: the teacher of a conversion; for another recipe what is trained instead of a new model.
+        model: the teacher of a conversion; for another recipe what is trained instead of a new model. It becomes float32,
+            on the CPU, on every rank.
         scorers: needed for a conversion.
         origin: of `model`, for the card.
 
@@ -218,8 +231,7 @@ def train(
     elif model is None:
         assert isinstance(recipe, TrainingRecipe)
         model = new_model(recipe, tokenizer)
-    # what trains is float32; shards are cast one by one, a model that is trained as it is here
-    model = model.float() if world.ranks == 1 and world.device.type == "cpu" else model
+    model = model.float()
     StageRunner(recipe, data, observer, world).check()
     with RunFolder(out, recipe, world, options) as folder, folder.told(observer) as told:
         runner = StageRunner(recipe, data, told, world, folder)
@@ -256,8 +268,8 @@ def _convert(
         recipe.conversion,
         recipe.stages,
         run_stage=runner,
-        score_recall=scorers.recall,
-        score_language=scorers.language,
+        score_recall=_on(runner.world.device, scorers.recall),
+        score_language=_on(runner.world.device, scorers.language),
         sample=sample_ids(recipe, runner.data),
         seed=recipe.seed,
         say=say,
@@ -318,6 +330,7 @@ def run_conversion(
     if out is not None and out.exists():
         raise InputError(f"output {str(out)!r} exists already; right would be a new folder")
     require_same_shape(recipe, teacher.config)
+    teacher = teacher.float()
     data = read_data(recipe, tokenizer) if data is None else data
     steps: list[Progress] = []
 
