@@ -130,4 +130,5 @@ def choose(op: str, backend: str = "auto", tensors: Sequence[Tensor | None] = ()
 # torch.compile cannot trace an import, and takes its result as it is; what follows is a look-up
 @torch.compiler.assume_constant_result
 def _import(module: str) -> bool:
-    return module in sys.modules or bool(import_module(module))
+    # sys.modules would have it too while another thread is still running it
+    return bool(import_module(module))
