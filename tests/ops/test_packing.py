@@ -1,22 +1,15 @@
-"""Laws of packed sequences."""
+"""Laws of packed rows."""
+
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sala.errors import InputError
-from sala.ops.packing import pack, unpack
-
-
-def test_packing_undoes_unpacking() -> None:
-    cu_seqlens = torch.tensor([0, 3, 3, 4, 9])
-    x_1TD = torch.randn(1, 9, 2, requires_grad=True)
-    rows_NLD, mask_NL = unpack(x_1TD, cu_seqlens)
-    assert mask_NL.sum(dim=1).tolist() == [3, 0, 1, 5]
-    assert torch.equal(rows_NLD[3], x_1TD[0, 4:])
-    assert not rows_NLD[~mask_NL].any()
-    assert torch.equal(pack(rows_NLD, cu_seqlens), x_1TD)
-    pack(rows_NLD, cu_seqlens).sum().backward()
-    assert torch.equal(x_1TD.grad, torch.ones(1, 9, 2))
+from sala.ops.packing import Span, pad_rows, row_bounds, similar_lengths, spans_of
+from simulated_ranks import ThreadContext
 
 
 @pytest.mark.parametrize(
@@ -32,16 +25,42 @@ def test_packing_undoes_unpacking() -> None:
 )
 def test_bounds_that_do_not_fit_are_refused(cu_seqlens: list, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
-        unpack(torch.zeros(1, 4), torch.tensor(cu_seqlens))
+        row_bounds(torch.tensor(cu_seqlens), 4)
 
 
-def test_only_one_batch_row_is_unpacked() -> None:
-    with pytest.raises(InputError, match=r"one batch row.*\(2, 4\)"):
-        unpack(torch.zeros(2, 4), torch.tensor([0, 4]))
+def test_spans_are_the_documents_of_a_part() -> None:
+    cu_seqlens = torch.tensor([0, 2, 2, 9, 12])
+    parts = [spans_of(cu_seqlens, 4, ThreadContext(rank, [None] * 3, None)) for rank in range(3)]
+    assert parts == [
+        [Span(0, 0, 2, 2), Span(2, 2, 4, 9)],
+        [Span(2, 4, 8, 9)],
+        [Span(2, 8, 9, 9), Span(9, 9, 12, 12)],
+    ]
+    assert parts[1][0].document_length == 7
+    assert spans_of(cu_seqlens, 12) == [Span(0, 0, 2, 2), Span(2, 2, 9, 9), Span(9, 9, 12, 12)]
+    with pytest.raises(InputError, match="packed tokens, 15, not at 12"):
+        spans_of(cu_seqlens, 5, ThreadContext(0, [None] * 3, None))
 
 
-def test_rows_that_the_bounds_do_not_describe_are_not_packed() -> None:
-    with pytest.raises(InputError, match=r"2 rows of up to 3 tokens.* 1 of 5"):
-        pack(torch.zeros(1, 5), torch.tensor([0, 2, 5]))
-    with pytest.raises(InputError, match=r"1 rows of up to 5 tokens.* 1 of 4"):
-        pack(torch.zeros(1, 4), torch.tensor([0, 5]))
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(0, 5000), min_size=1, max_size=60))
+def test_padding_less_than_doubles_work_that_grows_with_the_square_of_a_length(lengths: list[int]) -> None:
+    groups = similar_lengths(lengths)
+    assert sorted(row for group in groups for row in group) == [row for row, length in enumerate(lengths) if length]
+    for group in groups:
+        longest = max(lengths[row] for row in group)
+        assert len(group) == 1 or longest <= 1024
+        assert all(longest**2 < 2 * lengths[row] ** 2 for row in group)
+    # a group for every factor of the square root of two, not more
+    assert sum(len(group) > 1 or lengths[group[0]] <= 1024 for group in groups) <= 21
+
+
+def test_rows_are_padded_behind_and_differentiable() -> None:
+    x_TD = torch.randn(9, 2, requires_grad=True)
+    rows_NLD = pad_rows(x_TD.split([3, 1, 5]))
+    for row, (start, end) in enumerate(pairwise([0, 3, 4, 9])):
+        assert torch.equal(rows_NLD[row, : end - start], x_TD[start:end])
+        assert not rows_NLD[row, end - start :].any()
+    assert torch.equal(pad_rows([x_TD]), x_TD[None])
+    rows_NLD.sum().backward()
+    assert torch.equal(x_TD.grad, torch.ones(9, 2))

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from sala.model.cache import AttentionCache
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.norm import RMSNorm, norm_of
-from sala.model.rows import Rows
+from sala.model.rows import Packing, Rows
 from sala.ops.dense import dense_attention
-from sala.ops.packing import pack, unpack
+from sala.ops.packing import LONGEST_TOGETHER, pad_rows, similar_lengths
 from sala.ops.pointwise import norm_gate, norm_rotate
 
 
@@ -66,12 +66,10 @@ class FullAttention(nn.Module):
         scale_BT = None if self.logits_base is None else logits_scale(rows.positions_BT, self.logits_base)
         q = norm_rotate(q, norm=norm_of(self.q_norm), rotation=rotation, scale_BT=scale_BT)
         k = norm_rotate(k, norm=norm_of(self.k_norm), rotation=rotation)
-        if rows.cu_seqlens is None:
+        if rows.packing is None:
             o_BTHV = self.attend(q, k, v, rows, cache)
         else:
-            (q, mask), (k, _), (v, _) = (unpack(tensor, rows.cu_seqlens) for tensor in (q, k, v))
-            positions = torch.arange(q.shape[1], device=q.device)[None].expand(mask.shape).masked_fill(~mask, -1)
-            o_BTHV = pack(self.attend(q, k, v, Rows(positions, mask_BT=mask), None), rows.cu_seqlens)
+            o_BTHV = self.attend_packed(q, k, v, rows.packing)
         # values may have come padded to the width of keys
         gate_BTD = None if self.o_gate is None else self.o_gate(x_BTD)
         return self.o_proj(norm_gate(o_BTHV[..., : self.value_width], gate_BTD=gate_BTD))
@@ -82,6 +80,40 @@ class FullAttention(nn.Module):
         """Return (B, T, H, V) over everything cached and new, causal by position."""
         k, v = (k_BTGK, v_BTGV) if cache is None else cache.append(k_BTGK, v_BTGV, rows)
         return dense_attention(q_BTHK, k, v, rows.positions_BT, scale=self.width**-0.5, start=rows.start)
+
+    # the documents' lengths would be numbers of the graph, and every batch would compile it again
+    @torch.compiler.disable
+    def attend_packed(self, q_1THK: Tensor, k_1TGK: Tensor, v_1TGV: Tensor, packing: Packing) -> Tensor:
+        """Return (1, T, H, V): each document's queries over its own keys, with a context those of earlier ranks too."""
+        k_SGK, v_SGV, spans = k_1TGK[0], v_1TGV[0], packing.spans
+        if packing.context is not None:
+            # one exchange for the two, as heads side by side
+            both_RTXK = packing.context.gather(torch.cat((k_SGK, v_SGV), dim=1))
+            k_SGK, v_SGV = both_RTXK.flatten(0, 1).chunk(2, dim=1)
+        # one split of each tensor: the gradient of a slice is a tensor of the whole length
+        lengths = [span.end - span.start for span in spans]
+        first = spans[0].document_start
+        key_lengths = [first, spans[0].end - first, *lengths[1:], len(k_SGK) - spans[-1].end]
+        q_rows = q_1THK[0].split(lengths)
+        k_rows, v_rows = (x_SGK.split(key_lengths)[1:-1] for x_SGK in (k_SGK, v_SGV))
+        out = list(q_rows)
+        # the first document may have begun on another rank; the others begin here, as many queries as keys
+        for group in [[0], *similar_lengths([0, *lengths[1:]], self.longest_together)]:
+            q, k, v = (pad_rows([x_rows[n] for n in group]) for x_rows in (q_rows, k_rows, v_rows))
+            # padding stands behind all tokens: none sees it
+            for n, out_LHV in zip(group, self.attend_rows(q, k, v, spans[group[0]].document_length), strict=True):
+                out[n] = out_LHV[: lengths[n]]
+        return torch.cat(out)[None]
+
+    @property
+    def longest_together(self) -> int:
+        """Tokens of the longest document that may share a call of `attend_rows` with others."""
+        return LONGEST_TOGETHER
+
+    def attend_rows(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, document_length: int) -> Tensor:
+        """Return (B, T, H, V) for queries of the last T of positions 0 .. S - 1 of documents of `document_length` tokens."""
+        start = k_BSGK.shape[1] - q_BTHK.shape[1]
+        return dense_attention(q_BTHK, k_BSGK, v_BSGV, None, scale=self.width**-0.5, start=start)
 
 
 def logits_scale(positions_BT: Tensor, base: float) -> Tensor:

@@ -14,7 +14,7 @@ from sala.model.config import MiniCPMSALAConfig
 from sala.model.mixers import MIXERS, new_cache
 from sala.model.norm import RMSNorm
 from sala.model.rope import inverse_frequencies, rotation_tables
-from sala.model.rows import Rows, place_rows
+from sala.model.rows import Context, Rows, place_rows
 from sala.ops.pointwise import add_rms_norm, add_scaled, silu_mul
 
 
@@ -85,10 +85,11 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         past: int = 0,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        context: Context | None = None,
     ) -> Rows:
         """Return where the new tokens stand, with rotation tables if any layer rotates; see `place_rows`."""
         batch, length, _ = hidden_BTD.shape
-        rows = place_rows(batch, length, past, hidden_BTD.device, attention_mask, cu_seqlens)
+        rows = place_rows(batch, length, past, hidden_BTD.device, attention_mask, cu_seqlens, context)
         if self.rope is None:
             return rows
         # rows that stand alike share one table
@@ -104,6 +105,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        context: Context | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPast | tuple:
@@ -112,6 +114,9 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         input_ids: (B, T) int64, or inputs_embeds (B, T, D), which are scaled as embeddings are.
         attention_mask: (B, past + T), 0 on padding. position_ids may be given, and must be what the mask and the cache say.
         cu_seqlens: (N + 1,) ends of packed sequences in one row; without a cache.
+        context: the ranks that hold the packed row together: `input_ids` are this rank's part of it, and `cu_seqlens` those
+            of the whole row, on every rank. A parameter's gradient is then this rank's part of it: the sum over the ranks
+            is the whole.
 
         Raises:
             InputError: shapes, masks, positions and cache do not fit together.
@@ -126,7 +131,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         if past_key_values is not None and not isinstance(past_key_values, SalaCache):
             raise InputError(f"past_key_values is a {type(past_key_values).__name__}; right would be a SalaCache")
         past = past_key_values.columns if past_key_values is not None else 0
-        rows = self.place(hidden, past, attention_mask, cu_seqlens)
+        rows = self.place(hidden, past, attention_mask, cu_seqlens, context)
         _check_positions(position_ids, rows)
         seen = [hidden]
         for index, layer in enumerate(self.layers):
@@ -168,6 +173,7 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
+        context: Context | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -175,10 +181,15 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
         """Return logits (B, T or logits_to_keep, X) float32 and, with labels (B, T; -100 is skipped), the next-token loss.
 
         logits_to_keep: number of last positions to compute logits for, or their indices; 0 means all.
+        cu_seqlens, context: as in `MiniCPMSALAModel.forward`; without labels, whose shift would need the next rank's tokens.
         output_attentions: there for callers that pass it to every model; True is refused.
         """
         if output_attentions:
             raise InputError("output_attentions = True: no layer here ever forms attention weights; leave it out")
+        if context is not None and labels is not None:
+            raise InputError(
+                "labels with a context: the last token here is followed by one of another rank; leave them out"
+            )
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -187,6 +198,7 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
+            context=context,
             output_hidden_states=output_hidden_states,
         )
         hidden = output.last_hidden_state

@@ -27,3 +27,13 @@ class SparseAttention(FullAttention):
         return infllm_attention(
             q_BTHK, k, v, fine, coarse, rows.positions_BT, self.geometry, scale=self.width**-0.5, start=rows.start
         )
+
+    @property
+    def longest_together(self) -> int:
+        # what padding would select does not matter where everything is read
+        return min(super().longest_together, self.geometry.num_selected * self.geometry.block_size)
+
+    def attend_rows(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, document_length: int) -> Tensor:
+        start = k_BSGK.shape[1] - q_BTHK.shape[1]
+        geometry = self.geometry.of_row(document_length)
+        return infllm_attention(q_BTHK, k_BSGK, v_BSGV, None, None, None, geometry, scale=self.width**-0.5, start=start)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from sala.model.cache import LightningCache
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.norm import RMSNorm, norm_of
-from sala.model.rows import Rows
+from sala.model.rows import Packing, Rows
 from sala.ops.lightning import lightning_attention, log_decay
 from sala.ops.pointwise import norm_gate, norm_rotate
 
@@ -63,15 +63,17 @@ class LightningAttention(nn.Module):
         if self.num_groups != self.num_heads:
             repeats = self.num_heads // self.num_groups
             k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
+        log_decay_H = self.log_decay_H.to(q.device)
+        if rows.packing is not None:
+            return _attend_packed(q, k, v, log_decay_H, self.scale, rows.packing)
         o_BTHV, state_BHKV = lightning_attention(
             q,
             k,
             v,
-            self.log_decay_H.to(q.device),
+            log_decay_H,
             scale=self.scale,
             initial_state_BHKV=None if cache is None else cache.state_BHKV,
             mask_BT=rows.mask_BT,
-            cu_seqlens=rows.cu_seqlens,
         )
         if cache is not None:
             cache.state_BHKV = state_BHKV
@@ -81,3 +83,13 @@ class LightningAttention(nn.Module):
         o_BTHV = self.attend(x_BTD, rows, cache)
         gate_BTD = None if self.z_proj is None else self.z_proj(x_BTD)
         return self.o_proj(norm_gate(o_BTHV, norm=norm_of(self.o_norm), gate_BTD=gate_BTD))
+
+
+# the documents' lengths would be numbers of the graph, and every batch would compile it again
+@torch.compiler.disable
+def _attend_packed(
+    q_1THK: Tensor, k_1THK: Tensor, v_1THV: Tensor, log_decay_H: Tensor, scale: float, packing: Packing
+) -> Tensor:
+    return lightning_attention(
+        q_1THK, k_1THK, v_1THV, log_decay_H, scale=scale, cu_seqlens=packing.cu_seqlens, context=packing.context
+    )[0]

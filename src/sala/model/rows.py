@@ -6,6 +6,27 @@ import torch
 from torch import Tensor
 
 from sala.errors import InputError
+from sala.ops.context import Context
+from sala.ops.packing import spans_of
+
+__all__ = ["Context", "Packing", "Rows", "place_rows"]
+
+
+class Packing:
+    """How documents lie end to end in one row of tokens.
+
+    A plain class: torch.compile does not look into what only functions that it leaves alone read, and so does not compile
+    again for the next batch's documents.
+
+    cu_seqlens: (N + 1,) int on the CPU, the documents' ends in the whole row.
+    context: the ranks that hold the row together, each an equal part of it; None: this process holds all of it.
+    spans: the documents that have tokens here.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, num_tokens: int, context: Context | None = None):
+        self.cu_seqlens = cu_seqlens
+        self.context = context
+        self.spans = spans_of(cu_seqlens, num_tokens, context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,14 +36,14 @@ class Rows:
     positions_BT: int64, counted from the start of each sequence, cache included; -1 marks padding.
     mask_BT: bool, False on padding; None when no token is padding.
     start: position of the first new token when every row holds `start .. start + T - 1`, else None.
-    cu_seqlens: (N + 1,) int, ends of packed sequences in the one row; None when rows are not packed.
+    packing: of documents in the one row; None when rows are not packed.
     rotation: cosine and sine of the rotary embedding, (B or 1, T, R) float32 for R pairs; None when no layer rotates.
     """
 
     positions_BT: Tensor
     mask_BT: Tensor | None = None
     start: int | None = None
-    cu_seqlens: Tensor | None = None
+    packing: Packing | None = None
     rotation: tuple[Tensor, Tensor] | None = None
 
 
@@ -33,16 +54,30 @@ def place_rows(
     device: torch.device,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    context: Context | None = None,
 ) -> Rows:
     """Return the places of `length` new tokens after `past` columns of a cache.
 
     attention_mask: (B, past + length), 0 or False on padding anywhere; a row's positions count its real tokens only.
+    cu_seqlens: (N + 1,) ends of the sequences packed into one row: with a context those of the whole row, of which this
+        rank holds `length` tokens.
 
     Raises:
-        InputError: the mask has another shape; packed rows meet a cache, a mask or a batch.
+        InputError: the mask has another shape; packed rows meet a cache, a mask or a batch; ranks share a row that is
+            not packed.
     """
     if cu_seqlens is not None:
-        return _place_packed(batch, length, past, attention_mask, cu_seqlens)
+        if past or batch != 1 or attention_mask is not None:
+            raise InputError(
+                f"cu_seqlens packs several sequences into one row without a cache or a mask; got batch {batch}, "
+                f"{past} cached tokens, attention_mask {'given' if attention_mask is not None else 'None'}"
+            )
+        return _place_packed(length, cu_seqlens.cpu(), device, context)
+    if context is not None:
+        raise InputError(
+            f"a context of {context.ranks} ranks without cu_seqlens: ranks share a packed row; right would be "
+            f"cu_seqlens from 0 to {context.ranks * length}, the tokens of all of them"
+        )
     if attention_mask is None:
         return Rows(torch.arange(past, past + length, device=device).expand(batch, length), start=past)
     if attention_mask.ndim != 2 or attention_mask.shape != (batch, past + length):
@@ -58,18 +93,20 @@ def place_rows(
     return Rows(positions[:, past:].masked_fill(~mask, -1), mask_BT=mask)
 
 
-def _place_packed(batch: int, length: int, past: int, attention_mask: Tensor | None, cu_seqlens: Tensor) -> Rows:
-    if past or batch != 1 or attention_mask is not None:
-        raise InputError(
-            f"cu_seqlens packs several sequences into one row without a cache or a mask; got batch {batch}, "
-            f"{past} cached tokens, attention_mask {'given' if attention_mask is not None else 'None'}"
-        )
+def _place_packed(length: int, cu_seqlens: Tensor, device: torch.device, context: Context | None) -> Rows:
+    ranks = 1 if context is None else context.ranks
     if (
         cu_seqlens.ndim != 1
         or int(cu_seqlens[0]) != 0
-        or int(cu_seqlens[-1]) != length
+        or int(cu_seqlens[-1]) != ranks * length
         or bool((cu_seqlens.diff() <= 0).any())
     ):
-        raise InputError(f"cu_seqlens = {cu_seqlens.tolist()}; right would be increasing from 0 to the length {length}")
-    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long())
-    return Rows((torch.arange(length, device=cu_seqlens.device) - starts)[None], cu_seqlens=cu_seqlens)
+        whole = (
+            f"the length {length}" if context is None else f"{ranks * length}, {length} tokens on each of {ranks} ranks"
+        )
+        raise InputError(f"cu_seqlens = {cu_seqlens.tolist()}; right would be increasing from 0 to {whole}")
+    packing = Packing(cu_seqlens, length, context)
+    positions = torch.cat(
+        [torch.arange(span.start - span.document_start, span.end - span.document_start) for span in packing.spans]
+    )
+    return Rows(positions[None].to(device), packing=packing)

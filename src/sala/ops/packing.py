@@ -1,15 +1,35 @@
-"""Packed sequences: rows of several lengths laid end to end, unpacked into padded rows and packed again."""
+"""Packed rows: documents laid end to end in one row of tokens, of which a rank may hold a part."""
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sala.errors import InputError
+from sala.ops.context import Context
+
+# a longer document is work enough for a call of its own, and padding it to another's length costs more than the call
+LONGEST_TOGETHER = 1024
+
+
+class Span(NamedTuple):
+    """The tokens of one document that stand in one part of a packed row; places count from the start of the whole row."""
+
+    document_start: int
+    start: int  # the first token in the part
+    end: int  # behind the last one in the part
+    document_end: int
+
+    @property
+    def document_length(self) -> int:
+        return self.document_end - self.document_start
 
 
 def row_bounds(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
-    """Return `cu_seqlens` (N+1,) as a list, having checked that it cuts `num_tokens` tokens into N rows.
+    """Return `cu_seqlens` (N+1,) as a list, having checked that it cuts `num_tokens` tokens into N documents.
 
     Raises:
         InputError: not a vector of integers, or not rising from 0 to `num_tokens`.
@@ -30,40 +50,40 @@ def row_bounds(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
     return bounds
 
 
-def unpack(x_1T: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of a packed tensor, padded at their ends with zeros, and which of their entries are tokens.
+def spans_of(cu_seqlens: Tensor, num_tokens: int, context: Context | None = None) -> list[Span]:
+    """Return the documents that have tokens in this rank's part of a packed row, in their order.
 
     Args:
-        x_1T: (1, T, ...), the N rows end to end.
-        cu_seqlens: (N+1,) int32 or int64; row n holds the tokens cu_seqlens[n] to cu_seqlens[n+1].
-
-    Returns:
-        rows (N, L, ...) with L the longest row's length, and their mask (N, L) bool. Differentiable.
+        cu_seqlens: (N+1,) int32 or int64, the documents' ends in the whole row.
+        num_tokens: tokens in the part.
+        context: the ranks that hold the row; None: the part is the whole.
 
     Raises:
-        InputError: more than one batch row, or `cu_seqlens` does not fit.
+        InputError: `cu_seqlens` does not cut as many tokens as all parts have.
     """
-    if x_1T.ndim < 2 or x_1T.shape[0] != 1:
-        raise InputError(f"packed tokens are one batch row, (1, T, ...), not of shape {tuple(x_1T.shape)}")
-    bounds = row_bounds(cu_seqlens, x_1T.shape[1])
-    lengths = [end - start for start, end in pairwise(bounds)]
-    rows_NL = torch.nn.utils.rnn.pad_sequence(x_1T[0].split(lengths), batch_first=True)
-    columns_L = torch.arange(max(lengths), device=x_1T.device)
-    lengths_N = torch.tensor(lengths, device=x_1T.device)
-    return rows_NL, columns_L < lengths_N[:, None]
+    rank, ranks = (0, 1) if context is None else (context.rank, context.ranks)
+    part_start, part_end = rank * num_tokens, (rank + 1) * num_tokens
+    spans = [
+        Span(start, max(start, part_start), min(end, part_end), end)
+        for start, end in pairwise(row_bounds(cu_seqlens, ranks * num_tokens))
+    ]
+    return [span for span in spans if span.start < span.end]
 
 
-def pack(x_NL: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Return padded rows (N, L, ...) end to end, (1, T, ...): the inverse of `unpack`, differentiable.
+def similar_lengths(lengths: Sequence[int], longest: int = LONGEST_TOGETHER) -> list[list[int]]:
+    """Return rows in groups that lose little by padding each row to its group's longest, by their indices.
 
-    Raises:
-        InputError: `cu_seqlens` is not of N rows of at most L tokens.
+    Within a group lengths differ by less than the square root of two, so that padding less than doubles even work that
+    grows with the square of a length. Rows longer than `longest` are alone, rows of length 0 in no group.
     """
-    bounds = row_bounds(cu_seqlens, int(cu_seqlens[-1]))
-    lengths = [end - start for start, end in pairwise(bounds)]
-    if len(lengths) != x_NL.shape[0] or max(lengths) > x_NL.shape[1]:
-        raise InputError(
-            f"cu_seqlens cuts {len(lengths)} rows of up to {max(lengths)} tokens, the rows to pack are "
-            f"{x_NL.shape[0]} of {x_NL.shape[1]}"
-        )
-    return torch.cat([row_L[:length] for row_L, length in zip(x_NL, lengths, strict=True)]).unsqueeze(0)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, length in enumerate(lengths):
+        if length:
+            key = (row, 0) if length > longest else (-1, (length * length).bit_length())
+            groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def pad_rows(rows: Sequence[Tensor]) -> Tensor:
+    """Return rows (n, ...) of several lengths as one tensor (N, L, ...), zeros behind the shorter ones; differentiable."""
+    return rows[0][None] if len(rows) == 1 else pad_sequence(list(rows), batch_first=True)

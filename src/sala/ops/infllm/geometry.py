@@ -1,6 +1,6 @@
 """The shape of block-sparse attention: windows that score, blocks that are read, and who must be read anyway."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -115,6 +115,16 @@ class SparseGeometry:
         if self.dense_rule == "position":
             return max(self.dense_len - 1, all_fit)
         return all_fit if last_position + 1 >= self.dense_len else max(all_fit, last_position + 1)
+
+    def of_row(self, num_tokens: int) -> "SparseGeometry":
+        """Return the geometry that, by positions alone, reads what this one reads in a row of `num_tokens`.
+
+        With it a part of the row can be attended without its end.
+        """
+        if self.dense_rule == "position":
+            return self
+        dense_len = 1 if num_tokens >= self.dense_len else num_tokens + 1
+        return replace(self, dense_rule="position", dense_len=dense_len)
 
     def keys_read(self, num_tokens: int) -> int:
         """Return the sum over the positions of a row of `num_tokens` of the keys that a query head reads."""

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from sala.errors import InputError
+from sala.ops.context import Context
 
 # imported here and not on first use: torch.compile cannot trace an import
 from sala.ops.dispatch import choose
 from sala.ops.lightning import cpu as _cpu  # noqa: F401
 from sala.ops.lightning import eager as _eager  # noqa: F401
+from sala.ops.lightning import part
 from sala.ops.packing import row_bounds
 
 __all__ = ["lightning_attention", "log_decay"]
@@ -59,6 +61,7 @@ def lightning_attention(
     initial_state_BHKV: Tensor | None = None,
     mask_BT: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    context: Context | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run linear attention with decay over T tokens; with T = 1 and a state, it is the decoding step.
@@ -75,20 +78,33 @@ def lightning_attention(
         initial_state_BHKV: float32 (float64 for float64 inputs), zeros when left out; not changed.
         mask_BT: bool; a False token neither adds to the state nor decays it, its output is zero, its values may be
             anything, NaN included.
-        cu_seqlens: (N+1,) int32 or int64: the one batch row is N rows end to end, each with a state of its own.
+        cu_seqlens: (N+1,) int32 or int64: the one batch row is N rows end to end, each with a state of its own. Where it
+            lies on the CPU, no call waits for a device to read it.
+        context: the ranks that hold the packed row together: q, k and v are this rank's part of it, `cu_seqlens` are
+            those of the whole row; without a mask and without initial states.
         backend: a name in `sala.ops.dispatch.BACKENDS["lightning"]`, or "auto".
 
     Returns:
         out (B, T, H, V) in the dtype of `v`; final state (B, H, K, V), float32 (float64 for float64 inputs). With
-        `cu_seqlens` states are (N, H, K, V).
+        `cu_seqlens` states are (N, H, K, V); with a context they are those behind the last token here of each of the rows
+        that have any here.
 
     Raises:
         InputError: shapes, dtypes, devices or values that do not fit.
         BackendError: no such backend.
     """
-    _check(q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV, mask_BT, cu_seqlens)
-    tensors = (q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV, mask_BT, cu_seqlens)
-    return choose("lightning", backend, tensors).attend(
+    _check(q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV, mask_BT, cu_seqlens, context)
+    tensors = (q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV, mask_BT)
+    attend = choose("lightning", backend, tensors).attend
+    if context is not None:
+        assert cu_seqlens is not None
+        return part.attend(
+            attend, q_BTHK, k_BTHK, v_BTHV, log_decay_H, scale=scale, cu_seqlens=cu_seqlens, context=context
+        )
+    if cu_seqlens is not None:
+        # to a GPU without waiting for it
+        cu_seqlens = cu_seqlens.to(q_BTHK.device, non_blocking=q_BTHK.is_cuda)
+    return attend(
         q_BTHK,
         k_BTHK,
         v_BTHV,
@@ -108,6 +124,7 @@ def _check(
     initial_state: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    context: Context | None,
 ) -> None:
     """Refuse whatever a backend would turn into a wrong number or an error about something else."""
     if q.ndim != 4 or v.ndim != 4:
@@ -137,11 +154,13 @@ def _check(
         )
     if mask is not None and (mask.shape != (B, T) or mask.dtype != torch.bool):
         raise InputError(f"mask must be bool of shape {(B, T)}, not {mask.dtype} of shape {tuple(mask.shape)}")
+    if context is not None and (cu_seqlens is None or mask is not None or initial_state is not None):
+        raise InputError("ranks share a packed row: with a context give cu_seqlens, and neither a mask nor a state")
     num_rows = B
     if cu_seqlens is not None:
         if B != 1:
             raise InputError(f"packed rows are one batch row: with cu_seqlens B must be 1, not {B}")
-        num_rows = len(row_bounds(cu_seqlens, T)) - 1
+        num_rows = len(row_bounds(cu_seqlens, T if context is None else T * context.ranks)) - 1
     if initial_state is not None:
         if initial_state.shape != (num_rows, H, K, V):
             raise InputError(f"the state must be {(num_rows, H, K, V)}, not {tuple(initial_state.shape)}")

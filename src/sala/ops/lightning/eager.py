@@ -1,11 +1,12 @@
 """Lightning attention in plain torch: chunkwise, differentiable, on any device."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sala.ops.packing import pack, unpack
+from sala.ops.packing import pad_rows, row_bounds, similar_lengths
 
 # within a chunk the work grows with C, between chunks with K V / C; measured best for K = 64, as good as any for 128
 CHUNK = 64
@@ -42,15 +43,45 @@ def attend(
     state_dtype = torch.float64 if q_BTHK.dtype == torch.float64 else torch.float32
     log_decay_H = log_decay_H.to(state_dtype)
     if cu_seqlens is not None:
-        q_NLHK, is_token_NL = unpack(q_BTHK, cu_seqlens)
-        k_NLHK, v_NLHV = unpack(k_BTHK, cu_seqlens)[0], unpack(v_BTHV, cu_seqlens)[0]
-        if mask_BT is not None:
-            is_token_NL = unpack(mask_BT, cu_seqlens)[0]
-        out_NLHV, state_NHKV = _masked(q_NLHK, k_NLHK, v_NLHV, log_decay_H, scale, initial_state_BHKV, is_token_NL)
-        return pack(out_NLHV, cu_seqlens), state_NHKV
+        return _packed(q_BTHK, k_BTHK, v_BTHV, log_decay_H, scale, initial_state_BHKV, mask_BT, cu_seqlens)
     if mask_BT is not None:
         return _masked(q_BTHK, k_BTHK, v_BTHV, log_decay_H, scale, initial_state_BHKV, mask_BT)
     return _rows(q_BTHK, k_BTHK, v_BTHV, log_decay_H, scale, initial_state_BHKV)
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay_H: Tensor,
+    scale: float,
+    initial: Tensor | None,
+    mask_BT: Tensor | None,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Attend over the rows of a packed row, those of similar length together."""
+    _, T, H, K = q.shape
+    lengths = [end - start for start, end in pairwise(row_bounds(cu_seqlens, T))]
+    # what a row without tokens returns
+    unchanged_NHKV = initial
+    if unchanged_NHKV is None:
+        zeros_HKV = torch.zeros(H, K, v.shape[-1], dtype=log_decay_H.dtype, device=q.device)
+        unchanged_NHKV = zeros_HKV.expand(len(lengths), -1, -1, -1)
+    is_token_BT = torch.ones(1, T, dtype=torch.bool, device=q.device) if mask_BT is None else mask_BT
+    q_rows, k_rows, v_rows, is_token_rows = (x[0].split(lengths) for x in (q, k, v, is_token_BT))
+    out, states = list(v_rows), list(unchanged_NHKV)
+    for group in similar_lengths(lengths):
+        q_NLHK, k_NLHK, v_NLHV, is_token_NL = (
+            pad_rows([rows[n] for n in group]) for rows in (q_rows, k_rows, v_rows, is_token_rows)
+        )
+        initial_NHKV = None if initial is None else initial[group]
+        if mask_BT is None and len({lengths[n] for n in group}) == 1:
+            out_NLHV, states_NHKV = _rows(q_NLHK, k_NLHK, v_NLHV, log_decay_H, scale, initial_NHKV)
+        else:
+            out_NLHV, states_NHKV = _masked(q_NLHK, k_NLHK, v_NLHV, log_decay_H, scale, initial_NHKV, is_token_NL)
+        for n, out_LHV, state_HKV in zip(group, out_NLHV, states_NHKV, strict=True):
+            out[n], states[n] = out_LHV[: lengths[n]], state_HKV
+    return torch.cat(out)[None], torch.stack(states)
 
 
 def _masked(
