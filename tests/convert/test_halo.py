@@ -32,6 +32,7 @@ class Keep:
 class Settings:
     keep: Keep = field(default_factory=Keep)
     attention_rope: bool = False
+    lightning_rope: bool = True
     gate_init: str = "open"
     output_norm_init: str = "ones"
     logits_scaling: float | None = None
@@ -131,6 +132,21 @@ def test_the_divergence_at_step_zero_is_that_of_the_hybrid(teacher_of: Callable)
 def test_rope_stays_when_the_ablation_asks(teacher_of: Callable) -> None:
     assert convert(teacher_of(), Settings())[0].config.attn_use_rope is False
     assert convert(teacher_of(), Settings(attention_rope=True))[0].config.attn_use_rope is True
+
+
+def test_linear_layers_and_their_twins_go_without_rope_when_the_ablation_asks(teacher_of: Callable) -> None:
+    seen: list[Any] = []
+
+    def watch(model: Any, stage: Stage, *, teacher: Any) -> Any:
+        seen.append(model)
+        return SimpleNamespace(loss=1.0, layer_errors=())
+
+    for wanted in (True, False):
+        hybrid, _ = convert(teacher_of(), Settings(lightning_rope=wanted), [Stage("align", "align")], run_stage=watch)
+        assert hybrid.config.lightning_use_rope is wanted
+        assert all(twin.use_rope is wanted for twin in seen.pop().twins)
+    with torch.no_grad():
+        assert hybrid(IDS, use_cache=False).logits.isfinite().all()
 
 
 def test_all_layers_can_be_linear(teacher_of: Callable) -> None:

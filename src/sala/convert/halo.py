@@ -103,6 +103,8 @@ class Settings(Protocol):
     @property
     def attention_rope(self) -> bool: ...
     @property
+    def lightning_rope(self) -> bool: ...
+    @property
     def gate_init(self) -> GateInit: ...
     @property
     def output_norm_init(self) -> Literal["ones", "measured"]: ...
@@ -273,12 +275,18 @@ def halo(
 def _config_of_hybrid(teacher: MiniCPMSALAConfig, settings: Settings, kept: Sequence[int]) -> MiniCPMSALAConfig:
     kinds = [kind if layer in kept else LINEAR for layer, kind in enumerate(teacher.mixer_types)]
     return hybrid_config(
-        teacher, kinds, rope=settings.attention_rope, gates=True, sparse_config=settings.sparse.model_dump()
+        teacher,
+        kinds,
+        rope=settings.attention_rope,
+        gates=True,
+        lightning_use_rope=settings.lightning_rope,
+        sparse_config=settings.sparse.model_dump(),
     )
 
 
-def _config_of_twins(teacher: MiniCPMSALAConfig) -> MiniCPMSALAConfig:
-    return hybrid_config(teacher, [LINEAR] * teacher.num_hidden_layers, rope=True, gates=False)
+def _config_of_twins(teacher: MiniCPMSALAConfig, settings: Settings) -> MiniCPMSALAConfig:
+    kinds = [LINEAR] * teacher.num_hidden_layers
+    return hybrid_config(teacher, kinds, rope=True, gates=False, lightning_use_rope=settings.lightning_rope)
 
 
 def planned_configs(teacher: MiniCPMSALAConfig, settings: Settings) -> tuple[MiniCPMSALAConfig, MiniCPMSALAConfig]:
@@ -294,11 +302,11 @@ def planned_configs(teacher: MiniCPMSALAConfig, settings: Settings) -> tuple[Min
     kept = select_layers(settings, layers, _blank(layers))
     if keep.layers is None and keep.method in RULES:
         kept = select(layers, len(kept), method="uniform", first_last=keep.first_last)
-    return _config_of_hybrid(teacher, settings, kept), _config_of_twins(teacher)
+    return _config_of_hybrid(teacher, settings, kept), _config_of_twins(teacher, settings)
 
 
 def _make_twins(teacher: Any, settings: Settings, generator: torch.Generator) -> Twins:
-    config = _config_of_twins(teacher.config)
+    config = _config_of_twins(teacher.config, settings)
     return Twins(
         teacher,
         [linear_twin(layer.self_attn, config, settings.gate_init, generator) for layer in teacher.model.layers],

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +13,7 @@ from sala.data import Vocabulary, encode_documents, library_documents, vocabular
 from sala.demo.plan import Plan, work
 from sala.demo.progress import Meter, Observer
 from sala.eval import copy_accuracy, retrieval, text_loss
-from sala.model import with_mixers
+from sala.model import new_cache, with_mixers
 from sala.model.mixers import sparse_mixers
 
 TEACHER, HYBRID_FULL, HYBRID_SPARSE = "teacher", "hybrid, full attention", "hybrid, sparse attention"
@@ -102,3 +103,21 @@ def measure_language(models: Mapping[str, Any], ground: Ground, length: int) -> 
         }
         for name, model in models.items()
     ]
+
+
+@torch.no_grad()
+def measure_cache(models: Mapping[str, Any], ground: Ground, lengths: tuple[int, int]) -> list[dict[str, Any]]:
+    """Return one row a model: bytes that its cache grows by with a token, and those that it has whatever the length.
+
+    Both are those of caches that have read `lengths` tokens.
+    """
+    rows = []
+    for name, model in models.items():
+        sizes = []
+        for length in lengths:
+            cache = new_cache(model.config)
+            model(torch.from_numpy(ground.text[:length])[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            sizes.append(cache.size_bytes)
+        a_token = (sizes[1] - sizes[0]) / (lengths[1] - lengths[0])
+        rows.append({"model": name, "bytes_a_token": a_token, "bytes_at_any_length": sizes[0] - lengths[0] * a_token})
+    return rows

@@ -17,7 +17,15 @@ import torch
 
 from sala.bench import environment
 from sala.data import load_tokenizer
-from sala.demo.measure import HYBRID_FULL, HYBRID_SPARSE, TEACHER, measure_language, measure_retrieval, read_ground
+from sala.demo.measure import (
+    HYBRID_FULL,
+    HYBRID_SPARSE,
+    TEACHER,
+    measure_cache,
+    measure_language,
+    measure_retrieval,
+    read_ground,
+)
 from sala.demo.measure import variants as hybrid_variants
 from sala.demo.plan import Amount, Plan
 from sala.demo.progress import Moment, Observer, Say
@@ -36,6 +44,8 @@ SEEDS = (0, 1, 2)
 LENGTHS = (512, 1024, 4096, 16384)
 # where an ablation is asked: inside the training length, and far beyond it
 ABLATION_LENGTHS = (512, 16384)
+# a cache is the size it says at any two of them
+CACHE_LENGTHS = (64, 192)
 # bars that the summary compares with: haystack, model -> share at the longest length
 BARS = {("text", HYBRID_FULL): 0.97, ("noise", HYBRID_FULL): 0.90, ("text", HYBRID_SPARSE): 0.88}
 # of the teacher's accuracy at its training length
@@ -56,70 +66,86 @@ def full_plan(recipe: str, questions: int = 256, lengths: Sequence[int] = LENGTH
     )
 
 
-def _unchanged(values: Values) -> None:
+def unchanged(values: Values) -> None:
     pass
 
 
-def _keep_rope(values: Values) -> None:
+def keep_rope(values: Values) -> None:
     values["conversion"]["attention_rope"] = True
 
 
-def _uniform(values: Values) -> None:
+def uniform(values: Values) -> None:
     values["conversion"]["keep"] = {"fraction": 0.25, "method": "uniform"}
 
 
-def _all_linear(values: Values) -> None:
+def all_linear(values: Values) -> None:
     values["conversion"]["keep"] = {"method": "none"}
 
 
-def _without_scaling(values: Values) -> None:
+def without_scaling(values: Values) -> None:
     values["conversion"]["logits_scaling"] = None
     for stage in values["stages"]:
         stage["logits_scaling"] = False
 
 
-def _long_stage_dense(values: Values) -> None:
+def long_stage_dense(values: Values) -> None:
     for stage in values["stages"]:
         stage["sparse"] = False
 
 
-def _without_long_stage(values: Values) -> None:
+def without_long_stage(values: Values) -> None:
     shortest = min(stage["length"] for stage in values["stages"])
     values["stages"] = [stage for stage in values["stages"] if stage["length"] == shortest]
 
 
-def _without_alignment(values: Values) -> None:
+def without_alignment(values: Values) -> None:
     values["stages"] = [stage for stage in values["stages"] if stage["loss"] != "align"]
+
+
+def full_attention(hybrid: Any) -> dict[str, Any]:
+    """Return the hybrid with full attention in its kept layers, by its name."""
+    return {HYBRID_FULL: hybrid_variants(hybrid)[HYBRID_FULL]}
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run: a change to the recipe, its seed, and which teacher."""
+    """One run: a change to the recipe, its seed, and which teacher.
+
+    views: the models to measure, by name, of the finished hybrid; an ablation's are `full_attention`.
+    """
 
     about: str
-    change: Change = _unchanged
+    change: Change = unchanged
     seed: int = 0
     second_teacher: bool = False
+    views: Callable[[Any], dict[str, Any]] | None = None
 
     @property
     def ablates(self) -> bool:
-        return self.change is not _unchanged
+        return self.change is not unchanged
 
     @property
     def asks_teacher(self) -> bool:
         """Whether its teacher is measured too: once each, for it does not depend on the conversion."""
         return not self.ablates and self.seed == 0
 
+    def models(self, hybrid: Any) -> dict[str, Any]:
+        views = self.views or (full_attention if self.ablates else hybrid_variants)
+        return views(hybrid)
+
+
+Trials = Mapping[str, Trial]
+Summarize = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
 TRIALS: dict[str, Trial] = {f"seed-{seed}": Trial("the recipe as it is", seed=seed) for seed in SEEDS} | {
     "second-teacher": Trial("another teacher, of another seed and depth", second_teacher=True),
-    "rope-kept": Trial("rotary positions stay on the kept layers", _keep_rope),
-    "uniform": Trial("kept layers spread evenly instead of chosen", _uniform),
-    "all-linear": Trial("no layer stays attention", _all_linear),
-    "without-long-stage": Trial("trained on the shortest windows only", _without_long_stage),
-    "long-stage-dense": Trial("the long stage trained with full attention", _long_stage_dense),
-    "without-scaling": Trial("no logit scale on the kept layers", _without_scaling),
-    "without-alignment": Trial("layers scored and distilled with copied weights", _without_alignment),
+    "rope-kept": Trial("rotary positions stay on the kept layers", keep_rope),
+    "uniform": Trial("kept layers spread evenly instead of chosen", uniform),
+    "all-linear": Trial("no layer stays attention", all_linear),
+    "without-long-stage": Trial("trained on the shortest windows only", without_long_stage),
+    "long-stage-dense": Trial("the long stage trained with full attention", long_stage_dense),
+    "without-scaling": Trial("no logit scale on the kept layers", without_scaling),
+    "without-alignment": Trial("layers scored and distilled with copied weights", without_alignment),
 }
 
 
@@ -132,31 +158,37 @@ def run_trials(
     second_teacher: str | None = None,
     only: Sequence[str] = (),
     plan: Plan | None = None,
+    trials: Trials = TRIALS,
+    summary_of: Summarize | None = None,
     observer: Observer = lambda moment: None,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Run what is missing in the folder `work` and return the summary of all that is there, written to the file `out`.
 
-    In `work` a run has its hybrid and, once it is complete, one JSON, so that an interrupted experiment goes on where
-    it stopped; a run of another recipe, plan or teacher is refused rather than mixed in.
+    `out` is written anew after every run. In `work` a run has its hybrid and, once it is complete, one JSON, so that an
+    interrupted experiment goes on where it stopped; a run of another recipe, plan or teacher is refused rather than
+    mixed in.
 
     Args:
         second_teacher: needed by the trial of that name, which is left out without one.
-        only: names in `TRIALS`; all when empty.
+        only: names in `trials`; all when empty.
+        summary_of: the runs in the order of `trials` -> what is written; `summarize` when None.
 
     Raises:
         InputError: an unknown trial, or a run of another experiment in `work`.
     """
     for name in only:
-        if name not in TRIALS:
-            raise InputError(f"trial {name!r} is unknown{nearest(name, TRIALS)}; known: {', '.join(TRIALS)}")
-    if second_teacher is None and any(TRIALS[name].second_teacher for name in only):
+        if name not in trials:
+            raise InputError(f"trial {name!r} is unknown{nearest(name, trials)}; known: {', '.join(trials)}")
+    if second_teacher is None and any(trials[name].second_teacher for name in only):
         raise InputError("a trial of the second teacher needs one; right would be --second-teacher FOLDER")
-    names = only or [name for name, trial in TRIALS.items() if second_teacher is not None or not trial.second_teacher]
+    names = only or [name for name, trial in trials.items() if second_teacher is not None or not trial.second_teacher]
     plan = plan or full_plan(recipe)
     work.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    summary = _summary_of_all(work, trials, summary_of or summarize)
     for name in names:
-        trial = TRIALS[name]
+        trial = trials[name]
         source = second_teacher if trial.second_teacher and second_teacher is not None else teacher
         resolved, own_plan = trial_recipe(trial, plan.recipe), trial_plan(trial, plan)
         path = work / f"{name}.json"
@@ -167,18 +199,23 @@ def run_trials(
         say(f"{name}: {trial.about}")
         run = {"name": name, "about": trial.about} | _run(trial, source, resolved, own_plan, work / name, observer, say)
         write_json(path, run)
+        summary = _summary_of_all(work, trials, summary_of or summarize)
+        write_json(out, summary)
         for line in summary_lines(run["retrieval"]):
             say(f"  {line}")
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in work.glob("*.json")}
-    summary = summarize([found[name] for name in TRIALS if name in found])
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, summary)
     return summary
 
 
+def _summary_of_all(work: Path, trials: Trials, summary_of: Summarize) -> dict[str, Any]:
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in work.glob("*.json")}
+    return summary_of([found[name] for name in trials if name in found])
+
+
 def trial_plan(trial: Trial, plan: Plan) -> Plan:
-    """Return what the trial measures: all but the seeds are asked where a difference would show."""
-    if not (trial.ablates or trial.second_teacher):
+    """Return what the trial measures: all but the seeds, and those with views of their own, are asked where a difference
+    would show."""
+    if trial.views is not None or not (trial.ablates or trial.second_teacher):
         return plan
     ends = {length: amount for length, amount in plan.questions.items() if length in ABLATION_LENGTHS}
     return replace(plan, questions=ends or plan.questions)
@@ -212,9 +249,7 @@ def _run(
         conversion = convert(model, tokenizer, recipe, folder, observer, say)
     converted_s = perf_counter() - started
     hybrid = load_model(folder, dtype=torch.float32)
-    models = hybrid_variants(hybrid)
-    if trial.ablates:
-        models = {HYBRID_FULL: models[HYBRID_FULL]}
+    models = trial.models(hybrid)
     if trial.asks_teacher:
         models = {TEACHER: model} | models
     started = perf_counter()
@@ -227,6 +262,7 @@ def _run(
         "conversion": conversion["report"],
         "retrieval": points,
         "language": measure_language(models, ground, min(plan.lengths)),
+        "cache": measure_cache(models, ground, CACHE_LENGTHS),
         "seconds": {"convert": converted_s, "retrieval": perf_counter() - started},
         "environment": environment(),
     }
@@ -353,6 +389,14 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def log_moment(moment: Moment) -> None:
+    """Log every fiftieth step, and the last."""
+    if moment.step == moment.steps or moment.step % 50 == 0:
+        loss = "" if moment.loss is None else f", loss {moment.loss:.4f}"
+        left = "" if moment.seconds_left is None else f", {moment.seconds_left:.0f} s left"
+        logger.info("%s %s/%s%s%s %s", moment.stage, moment.step, moment.steps, loss, left, moment.detail)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/trials"), help="folder of the runs")
@@ -365,12 +409,6 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
-    def watch(moment: Moment) -> None:
-        if moment.step == moment.steps or moment.step % 50 == 0:
-            loss = "" if moment.loss is None else f", loss {moment.loss:.4f}"
-            left = "" if moment.seconds_left is None else f", {moment.seconds_left:.0f} s left"
-            logger.info("%s %s/%s%s%s %s", moment.stage, moment.step, moment.steps, loss, left, moment.detail)
-
     summary = run_trials(
         arguments.work,
         arguments.out,
@@ -379,7 +417,7 @@ def main() -> None:
         second_teacher=arguments.second_teacher,
         only=arguments.only,
         plan=full_plan(arguments.recipe, arguments.questions),
-        observer=watch,
+        observer=log_moment,
         say=logger.info,
     )
     print(summary_table(summary))

@@ -282,6 +282,8 @@ class Conversion(Part):
     keep: Keep
     # true keeps rotary positions on the attention layers: the ablation that collapses beyond the training length
     attention_rope: bool = False
+    # false takes them from the linear layers: the ablation that hurts everywhere in HALO's Table 3
+    lightning_rope: bool = True
     # random: torch's default for a Linear, as HALO; open: zero weights, with the gate's 1/2 taken into o_proj
     gate_init: Literal["random", "open"] = "random"
     # ones: as HALO; measured: each head's output starts at the size of the teacher's
