@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from sala.convert import halo
@@ -14,7 +15,11 @@ from sala.train import Scorers, load_recipe, read_corpus, run_conversion
 TEXT = "def read(path):\n    return open(path).read()\n" * 40
 
 
-def test_a_conversion_writes_what_it_returns(teacher_of: Callable, family: str, tmp_path: Path) -> None:
+def test_a_conversion_writes_what_it_returns(
+    teacher_of: Callable, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as on a GPU that is known: every stage counts its operations, alignment too
+    monkeypatch.setattr("sala.train.run.peak_flops", lambda device, precision: 1e12)
     tokenizer = train_tokenizer([Document("a.py", TEXT)], vocab_size=300)
     teacher = teacher_of(family, vocab_size=len(tokenizer))
     recipe = load_recipe("smoke")
@@ -37,6 +42,7 @@ def test_a_conversion_writes_what_it_returns(teacher_of: Callable, family: str, 
     assert loaded.config.attn_logits_scaling == 64
     written = json.loads((tmp_path / "hybrid" / "report.json").read_text())
     assert tuple(written["mixer_types"]) == report.mixer_types
+    assert {"selection.json", "README.md"} <= {path.name for path in (tmp_path / "hybrid").iterdir()}
     assert set(written["step_zero"]) == {"gates", "positions", "linear_layers", "all"}
     assert load_recipe(tmp_path / "hybrid" / "recipe.yaml").resolved == recipe.resolved
     assert len((tmp_path / "hybrid" / "metrics.jsonl").read_text().splitlines()) == len(seen)

@@ -202,3 +202,12 @@ def test_another_tokenizer_trains_on_text_alone() -> None:
         corpus.batches(SimpleNamespace(name="first", data={"copy": 1.0}, length=10, batch=3), seed=0)
     with pytest.raises(InputError, match="the text has 100 tokens"):
         corpus.batches(SimpleNamespace(name="first", data={"text": 1.0}, length=200, batch=3), seed=0)
+
+
+def test_utilisation_is_shown_where_the_peak_is_known(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sala.train.run.peak_flops", lambda device, precision: 1e12)
+    train(training_recipe(), tmp_path / "run", tokenizer=tokenizer, data=corpus)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["mfu"] < 1 for row in rows)

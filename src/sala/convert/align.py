@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sala.model import MiniCPMSALAConfig
+
 
 class Twins(nn.Module):
     """The linear twin of every attention layer, beside the frozen teacher.
@@ -15,8 +17,10 @@ class Twins(nn.Module):
     projection; the teacher's own output flows on, so the layers are independent problems. Source: HALO section 4.1.
     """
 
-    def __init__(self, teacher: Any, twins: Sequence[nn.Module]) -> None:
+    def __init__(self, teacher: Any, twins: Sequence[nn.Module], config: MiniCPMSALAConfig | None = None) -> None:
+        """Put `twins` beside `teacher`; config: of a model of the twins, for who counts their work."""
         super().__init__()
+        self.config = config
         self.twins = nn.ModuleList(twins)
         # in a tuple the teacher is no submodule: it is not trained, saved or moved with the twins
         self._teacher = (teacher,)

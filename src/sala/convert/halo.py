@@ -310,6 +310,7 @@ def _make_twins(teacher: Any, settings: Settings, generator: torch.Generator) ->
     return Twins(
         teacher,
         [linear_twin(layer.self_attn, config, settings.gate_init, generator) for layer in teacher.model.layers],
+        config,
     )
 
 

@@ -302,6 +302,7 @@ def _write_final(
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     if report is not None:
+        report.selection.write(folder)
         text = json.dumps(dataclasses.asdict(report), indent=1)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
 
