@@ -110,9 +110,10 @@ class StageRunner:
         peak = peak_flops(self.world.device, self.recipe.precision)
         if peak is None:
             return None
-        return model_flops(
-            stage, Networks(model.config, None if teacher is None else teacher.config, model.config)
-        ), peak
+        # linear twins stand beside their teacher, and are given none
+        teacher = getattr(model, "teacher", teacher)
+        of_teacher = None if teacher is None else teacher.config
+        return model_flops(stage, Networks(model.config, of_teacher, model.config)), peak
 
     def _parallel(self, index: int) -> Parallel:
         stage = self.recipe.stages[index]
