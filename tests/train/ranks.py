@@ -1,13 +1,14 @@
 """Small stages, run by any number of gloo processes."""
 
+import multiprocessing as mp
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from sala.convert.align import Twins
 from sala.convert.transfer import hybrid_config, linear_twin
@@ -122,15 +123,41 @@ def run(world: World, mesh: Mesh, stage: Stage, precision: torch.dtype = torch.f
     return seen, model
 
 
+# forked from a process that has imported what takes long, and runs one thread
+PROCESSES = mp.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["sala.train", "sala.convert", "torch.distributed.checkpoint", "torch.utils.tensorboard"]
+)
+
+
 def spawn(ranks: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """Return what `work(world, *arguments)` returns on each of `ranks` processes; it is a function of a module."""
-    mp.spawn(_rank, (ranks, work, folder, arguments), nprocs=ranks)
+    assert (codes := codes_of(ranks, work, folder, *arguments)) == [0] * ranks, codes
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def codes_of(ranks: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[int]:
+    """Return how the processes ended; with one of them all end, as torchrun does it."""
+    (folder / "store").unlink(missing_ok=True)
+    processes = [PROCESSES.Process(target=_rank, args=(rank, ranks, work, folder, arguments)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    waiting = {process.sentinel: process for process in processes}
+    while waiting:
+        for sentinel in connection.wait(list(waiting)):
+            ended = waiting.pop(sentinel)  # type: ignore[call-overload]
+            ended.join()
+            if ended.exitcode:
+                for process in waiting.values():
+                    process.kill()
+    return [process.exitcode for process in processes]
 
 
 def _rank(rank: int, ranks: int, work: Callable[..., Any], folder: Path, arguments: Any) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=3))
+    if ranks > 1:
+        store = dist.FileStore(str(folder / "store"), ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=3))
     torch.save(work(World(rank, ranks), *arguments), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    if ranks > 1:
+        dist.destroy_process_group()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import Any, Literal, Self
 from sala.errors import InputError, RecipeError, SalaError
 from sala.train.batches import Feed
 from sala.train.checkpoint import Checkpoints, Saved
-from sala.train.loop import Observer, Progress
+from sala.train.loop import NonFiniteError, Observer, Progress
 from sala.train.parallel import World
 from sala.train.recipe import Recipe, load_recipe
 from sala.train.record import Record
@@ -59,11 +60,11 @@ class Interrupted(SalaError):
 class Measured:
     """What a run has measured or decided (`sala.convert.Remember`): a JSON file each, shared by all ranks.
 
-    folder: None keeps nothing.
+    folder: None keeps nothing. between: called by all ranks between measurements; may raise to stop there.
     """
 
-    def __init__(self, folder: Path | None, world: World):
-        self.folder, self.world = folder, world
+    def __init__(self, folder: Path | None, world: World, between: Callable[[], None] = lambda: None):
+        self.folder, self.world, self.between = folder, world, between
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return the result of `compute`: computed once in the life of a run, on rank 0, the same on all ranks."""
@@ -73,8 +74,11 @@ class Measured:
         """Return the results for 0 to count - 1: each computed once in the life of a run, shared out over the ranks."""
         names = [f"{name}-{index:04d}" for index in range(count)]
         missing = self.world.agree([i for i in range(count) if not self._has(names[i])])
-        mine = missing[self.world.rank :: self.world.ranks]
-        results = {i: self._recall(names[i], partial(compute, i)) for i in mine}
+        results: dict[int, Any] = {}
+        for turn in range(0, len(missing), self.world.ranks):
+            for i in missing[turn : turn + self.world.ranks][self.world.rank :][:1]:
+                results[i] = self._recall(names[i], partial(compute, i))
+            self.between()
         for others in self.world.gather(results):
             results |= others
         # those of an earlier start may lie on rank 0's disk only
@@ -125,16 +129,29 @@ class RunFolder:
     def __init__(self, path: Path, recipe: Recipe, world: World, options: RunOptions = DEFAULTS):
         self.path, self.recipe, self.world, self.options = path, recipe, world, options
         world.on_main(lambda: _open(path, recipe))
-        self.measured = Measured(path / MEASURED, world)
         self.checkpoints = Checkpoints(path / CHECKPOINTS, keep=options.keep)
         self.checkpoints.claim()
+        world.on_main(lambda: _settle(path, recipe))
+        self.signals = _Signals()
+        self.measured = Measured(path / MEASURED, world, self._require_no_signal)
         self.saved: Saved | None = self.checkpoints.newest(options.resume)
         facts: Mapping[str, Any] = {"finished": []} if self.saved is None else self.saved.facts
         self.finished = [_progress(values) for values in facts["finished"]]
-        self.record = Record(path, config=recipe.resolved, wandb_project=options.wandb_project) if world.main else None
-        if self.record is not None and self.saved is None:
+        self.record: Record | None = None
+        world.on_main(self._open_record)
+
+    def _open_record(self) -> None:
+        self.record = Record(self.path, config=self.recipe.resolved, wandb_project=self.options.wandb_project)
+        if self.saved is None:
             self.record.rewind(0, 0)
-        self.signals = _Signals()
+
+    def _require_no_signal(self) -> None:
+        """Raise Interrupted on all ranks when a signal came to one."""
+        if number := int(max(self.world.gather(self.signals.number))):
+            raise Interrupted(
+                f"stopped between two measurements, all kept in {self.path}; the same command goes on from there",
+                number,
+            )
 
     def __enter__(self) -> Self:
         self.signals.watch()
@@ -144,6 +161,9 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.signals.leave()
+        if isinstance(error, NonFiniteError):
+            # all ranks stop at it together, perhaps while a checkpoint from before it is being written
+            self.checkpoints.wait()
         if self.record is not None:
             self.record.close()
 
@@ -216,12 +236,17 @@ class StageKeeper:
 
 
 class _Signals:
-    """SIGTERM and Ctrl-C are noted and answered after the step; a second one ends the process as usual."""
+    """SIGTERM and Ctrl-C are noted and answered after the step; a second one, later, ends the process as usual.
+
+    torchrun passes on to every process what a scheduler may have sent to it too: at once, that is the same signal.
+    """
 
     WATCHED = (signal.SIGTERM, signal.SIGINT)
+    AT_ONCE_S = 3.0
 
     def __init__(self) -> None:
         self.number = 0
+        self._noted_at = 0.0
         self._own: dict[int, Any] = {}
 
     def watch(self) -> None:
@@ -235,8 +260,11 @@ class _Signals:
         self._own = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self.leave()
+        if not self.number:
+            self.number, self._noted_at = number, time.monotonic()
+        elif time.monotonic() - self._noted_at > self.AT_ONCE_S:
+            self.leave()
+            signal.raise_signal(number)
 
 
 def _progress(values: Mapping[str, Any]) -> Progress:
@@ -244,16 +272,28 @@ def _progress(values: Mapping[str, Any]) -> Progress:
 
 
 def _open(path: Path, recipe: Recipe) -> None:
-    if not path.exists():
-        path.mkdir(parents=True)
-    elif not path.is_dir() or (any(path.iterdir()) and not (path / RECIPE).is_file()):
+    """Make the folder of a run, or check that this one can go on with `recipe`."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{str(path)!r} is a file; right would be a new folder")
+    # one killed in its first moments left half a recipe
+    if not path.exists() or all(entry.name.startswith(f".{RECIPE}.") for entry in path.iterdir()):
+        write_whole(path / RECIPE, recipe.text)
+    elif not (path / RECIPE).is_file():
         raise InputError(f"{str(path)!r} exists and is no folder of a run; right would be a new folder")
     elif (path / FINAL).exists():
         raise InputError(
             f"the run in {str(path)!r} is finished: its model is {str(path / FINAL)!r}; right would be a new folder"
         )
-    elif (path / RECIPE).is_file():
+    else:
         _require_same(_what(load_recipe(path / RECIPE).resolved), _what(recipe.resolved), path)
+
+
+def _settle(path: Path, recipe: Recipe) -> None:
+    """Write down how the run goes on, and remove what killed processes left half-written."""
+    for left in [*path.glob(f".{RECIPE}.*"), *(path / MEASURED).glob(".*.json.*")]:
+        left.unlink()
+    for left in path.glob(f".{FINAL}.*"):
+        shutil.rmtree(left)
     write_whole(path / RECIPE, recipe.text)
 
 

@@ -355,6 +355,16 @@ class Recipe(Part):
         return stage.mesh or self.mesh
 
     @model_validator(mode="after")
+    def _names_differ(self) -> "Recipe":
+        names = [stage.name for stage in self.stages]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ValueError(
+                    f"stages.{index}: a stage before it is called {name!r} too; right would be another name"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _meshes_fit(self) -> "Recipe":
         for index, stage in enumerate(self.stages):
             require_mesh_fits(stage, self.mesh_of(stage), f"stages.{index} ({stage.name!r}): ")
