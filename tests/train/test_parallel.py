@@ -12,8 +12,8 @@ from train import ranks
 
 STAGES = {
     "next_token": ranks.stage_of("next_token", sparse=True),
-    "distill": ranks.stage_of("distill", micro_batch=1, activation_checkpointing=True, trainable="mixers"),
-    "align": ranks.stage_of("align", clip_per_layer=True),
+    "distill": ranks.stage_of("distill", steps=2, micro_batch=1, activation_checkpointing=True, trainable="mixers"),
+    "align": ranks.stage_of("align", steps=2, clip_per_layer=True),
 }
 
 
@@ -30,7 +30,7 @@ def every_stage(world: World, meshes: list[Mesh]) -> dict[Any, Any]:
 @pytest.mark.parametrize(
     ("processes", "meshes"),
     [
-        (2, [{"dp_shard": 2}, {"dp_replicate": 2}]),
+        (2, [{"dp_shard": 2}, {"dp_replicate": 2}, {"cp": 2}]),
         (4, [{"dp_shard": 2, "cp": 2}, {"dp_replicate": 2, "dp_shard": 2}]),
     ],
 )
@@ -40,6 +40,5 @@ def test_losses_and_parameters_are_those_of_one_process(processes: int, meshes: 
     for results in ranks.spawn(processes, every_stage, tmp_path, there):
         for (mesh, name), (steps, parameters) in results.items():
             wanted_steps, wanted = alone[str(Mesh()), name]
-            print(mesh, name)
             torch.testing.assert_close(torch.tensor(steps), torch.tensor(wanted_steps), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(parameters, wanted, rtol=1e-4, atol=1e-5)
