@@ -29,19 +29,24 @@ Results = dict[str, Any]
 def write_plots(results: Results, folder: Path) -> None:
     """Draw every plot of `PLOTS` into `folder` as PNG."""
     for name, draw in PLOTS.items():
-        figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        axes.grid(color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(INK)
-        axes.tick_params(colors=INK, labelsize=9)
-        draw(axes, results)
-        # below the plot, where no curve can pass through it
-        figure.legend(loc="outside lower center", ncols=3, fontsize=8.5, frameon=False)
-        # the program's version in the file would make equal results differ
-        figure.savefig(folder / name, metadata={"Software": None})
+        save_plot(folder / name, draw, results)
+
+
+def save_plot(path: Path, draw: Callable[[Axes, Results], None], results: Results) -> None:
+    """Draw one plot of `results` in the report's style into the PNG `path`."""
+    figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=9)
+    draw(axes, results)
+    # below the plot, where no curve can pass through it
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8.5, frameon=False)
+    # the program's version in the file would make equal results differ
+    figure.savefig(path, metadata={"Software": None})
 
 
 def length_label(length: float) -> str:
