@@ -34,8 +34,8 @@ def assert_parts_are_the_row(kind: str, ranks: int, bounds: list[int]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_every_kind_of_model_are_the_row(kind: str) -> None:
-    # inside a part, at its border, over all parts, and of one token
-    assert_parts_are_the_row(kind, 3, [0, 1, 40, 41, 80, 170, 240])
+    # ends inside a part and at its border, documents of one token, and one that the next rank's tokens make long
+    assert_parts_are_the_row(kind, 3, [0, 1, 20, 21, 140, 160, 161, 240])
     # of similar length, on both sides of where a context becomes long
     assert_parts_are_the_row(kind, 1, [0, 1, 71, 156, 240])
 
