@@ -72,7 +72,38 @@ def lightning() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "bf16 128, masked step", lambda: call(torch.bfloat16, 1, 128, True, False, False)
 
 
-CALLS = {"lightning": lightning}
+def infllm() -> Iterator[tuple[str, Callable[[], object]]]:
+    from sala.ops.infllm import SparseGeometry, num_windows
+    from sala.ops.infllm import triton as backend
+
+    geometry = SparseGeometry()
+
+    def call(dtype: torch.dtype, T: int, width: int, group: int, gradients: bool) -> None:
+        S = 8192 + T
+        q = torch.zeros(1, T, 2 * group, width, dtype=dtype, requires_grad=gradients)
+        k, v = (torch.zeros(1, S, 2, width, dtype=dtype, requires_grad=gradients) for _ in range(2))
+        tiers = (geometry.kernel_size, geometry.kernel_stride), (geometry.coarse_size, geometry.coarse_stride)
+        k1, k2 = (torch.zeros(1, num_windows(S, *tier), 2, width, dtype=dtype) for tier in tiers)
+        backend.compress(k.detach(), *tiers[0])
+        backend.select(q.detach(), k1, k2, torch.arange(S - T, S)[None], geometry, 0.1)
+        out = backend.attend(q, k, v, k1, k2, None, geometry, 0.1, S - T)
+        if gradients:
+            out.backward(out.detach())
+
+    for dtype, width, group in (
+        (torch.bfloat16, 128, 16),
+        (torch.bfloat16, 64, 16),
+        (torch.bfloat16, 128, 1),
+        (torch.bfloat16, 128, 5),
+        (torch.bfloat16, 256, 16),
+        (torch.float32, 128, 16),
+    ):
+        label = f"{str(dtype).removeprefix('torch.')} {width}, {group} heads, back"
+        yield label, lambda dtype=dtype, width=width, group=group: call(dtype, 512, width, group, True)
+    yield "bf16 128, 16 heads, step", lambda: call(torch.bfloat16, 1, 128, 16, False)
+
+
+CALLS = {"lightning": lightning, "infllm": infllm}
 
 
 def main(arch: str = "sm_90", *names: str) -> None:

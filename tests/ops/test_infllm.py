@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from devices import on_device_of, row
 from sala.errors import BackendError, ConfigError, InputError
 from sala.ops import native
 from sala.ops.dense import dense_attention
@@ -25,8 +26,10 @@ SCALE = K**-0.5
 # six blocks of 16 tokens are read, two of them freely chosen
 SMALL = SparseGeometry(kernel_size=8, kernel_stride=4, block_size=16, window_size=32, topk=4, dense_len=100)
 
-BACKENDS_HERE = [name for name in BACKENDS["infllm"] if unavailable("infllm", name) is None]
+# the kernels for GPUs, interpreted, are slow: most of their laws are in test_infllm_triton.py, at sizes of their own
+BACKENDS_HERE = [name for name in BACKENDS["infllm"] if name != "triton" and unavailable("infllm", name) is None]
 every_backend = pytest.mark.parametrize("backend", BACKENDS_HERE)
+every_backend_and_triton = pytest.mark.parametrize("backend", [*BACKENDS_HERE, row("triton")])
 every_other_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS_HERE if name != "reference"])
 every_backend_with_gradients = pytest.mark.parametrize("backend", ["eager", "reference"])
 every_level = pytest.mark.parametrize("level", native.levels_here() if "cpu" in BACKENDS_HERE else [])
@@ -51,7 +54,7 @@ def tiers(k: Tensor, geometry: SparseGeometry) -> tuple[Tensor, Tensor]:
 
 
 def select(q: Tensor, k: Tensor, positions: Tensor, geometry: SparseGeometry, backend: str = "auto") -> Tensor:
-    return select_blocks(q, *tiers(k, geometry), positions, geometry, scale=SCALE, backend=backend)
+    return on_device_of(backend, select_blocks, q, *tiers(k, geometry), positions, geometry, scale=SCALE)
 
 
 def attend(
@@ -63,7 +66,8 @@ def attend(
     backend: str = "auto",
     **options,
 ) -> Tensor:
-    return infllm_attention(q, k, v, *tiers(k, geometry), positions, geometry, scale=SCALE, backend=backend, **options)
+    compressed = tiers(k, geometry)
+    return on_device_of(backend, infllm_attention, q, k, v, *compressed, positions, geometry, scale=SCALE, **options)
 
 
 def chosen_mask(table_BTGN: Tensor, positions_BT: Tensor, S: int, block_size: int) -> Tensor:
@@ -139,7 +143,7 @@ def test_compressing_pieces_is_compressing_all() -> None:
 # selection
 
 
-@every_backend
+@every_backend_and_triton
 def test_block_127_is_read_with_the_first_and_the_window_of_33(backend: str) -> None:
     q, k, _ = qkv(2, 8192, G=1, group=1)
     table = select(q, k, torch.tensor([[8128, 8191]]), SparseGeometry(), backend)
@@ -199,7 +203,7 @@ def test_tiles_leave_no_seam(backend: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert_close(attend(q, k, v, run(150, 150), SMALL, backend), whole)
 
 
-@every_backend
+@every_backend_and_triton
 def test_of_equal_scores_the_lower_block_wins(backend: str) -> None:
     # all keys equal: every window of every block scores the same
     q, k = torch.randn(1, 2, 2, K), torch.randn(K).expand(1, 320, 1, K).contiguous()
@@ -207,7 +211,7 @@ def test_of_equal_scores_the_lower_block_wins(backend: str) -> None:
     assert table.tolist() == [[[[0, 1, 2, 16, 17, 18]], [[0, 1, 2, 17, 18, 19]]]]
 
 
-@every_backend
+@every_backend_and_triton
 def test_of_two_blocks_that_share_the_best_window_the_lower_is_taken_first(backend: str) -> None:
     geometry = replace(SMALL, topk=3)  # one free block
     q, k = torch.zeros(1, 1, 1, K), torch.zeros(1, 320, 1, K)
@@ -215,7 +219,7 @@ def test_of_two_blocks_that_share_the_best_window_the_lower_is_taken_first(backe
     assert select(q, k, torch.tensor([[319]]), geometry, backend).tolist() == [[[[0, 5, 17, 18, 19]]]]
 
 
-@every_backend
+@every_backend_and_triton
 def test_blocks_that_must_be_read_survive_scores_beyond_float32(backend: str) -> None:
     q, k = torch.zeros(1, 1, 1, K), torch.zeros(1, 320, 1, K)
     q[..., 0], k[0, 32:96, 0, 0] = 1e3, 1.0
@@ -224,7 +228,7 @@ def test_blocks_that_must_be_read_survive_scores_beyond_float32(backend: str) ->
     assert {0, 17, 18, 19} <= set(select(q, k, torch.tensor([[319]]), geometry, backend).flatten().tolist())
 
 
-@every_backend
+@every_backend_and_triton
 @every_normalizer
 def test_a_query_without_a_coarse_window_uses_the_exact_normaliser(backend: str, normalizer: str) -> None:
     # at position 60 of 64 no coarse window of 64 tokens is complete, and three of eight blocks are chosen
@@ -258,7 +262,7 @@ def test_the_future_is_invisible(backend: str) -> None:
     assert (table <= positions[..., None, None] // 16).all()
 
 
-@every_backend
+@every_backend_and_triton
 def test_where_fewer_blocks_exist_the_table_ends_in_minus_one(backend: str) -> None:
     q, k, _ = qkv(2, 40)
     table = select(q, k, torch.tensor([[-1, 39]]), SMALL, backend)
@@ -295,7 +299,7 @@ def test_gradients_of_bfloat16_are_near_those_of_float64() -> None:
         assert_close(narrow.grad, exact.grad.bfloat16())
 
 
-@every_backend
+@every_backend_and_triton
 def test_it_is_dense_attention_when_everything_is_selected(backend: str) -> None:
     geometry = replace(SMALL, topk=20, dense_len=0)
     q, k, v = qkv(20, 300, B=2)
@@ -303,7 +307,7 @@ def test_it_is_dense_attention_when_everything_is_selected(backend: str) -> None
     assert_close(attend(q, k, v, run(280, 20, 2), geometry, backend), expected)
 
 
-@every_backend
+@every_backend_and_triton
 @pytest.mark.parametrize("rule", ["position", "sequence"])
 def test_the_released_geometry_is_dense_below_6144(backend: str, rule: str) -> None:
     geometry = SparseGeometry(dense_len=0, dense_rule=rule)
@@ -315,7 +319,7 @@ def test_the_released_geometry_is_dense_below_6144(backend: str, rule: str) -> N
     assert (actual[:, 4:] - dense[:, 4:]).abs().amax((0, 2, 3)).min() > 1e-3
 
 
-@every_backend
+@every_backend_and_triton
 def test_a_query_is_dense_until_its_own_context_is_long_enough(backend: str) -> None:
     geometry = replace(SMALL, dense_len=140)
     q, k, v = qkv(4, 200)

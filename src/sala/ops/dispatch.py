@@ -74,7 +74,7 @@ def _rows(op: str, refuses: Refuses = native.refuses, triton_refuses: Refuses | 
 BACKENDS: Mapping[str, Mapping[str, Backend]] = MappingProxyType(
     {
         "lightning": _rows("lightning", triton_refuses=gpu.refuses_states),
-        "infllm": _rows("infllm"),
+        "infllm": _rows("infllm", triton_refuses=gpu.refuses_wide),
         "dense": _rows("dense"),
         # plain torch promotes where dtypes differ, as with norms kept in float32
         "pointwise": _rows("pointwise", native.refuses_mixed),

@@ -81,6 +81,12 @@ def refuses_states(tensors: Sequence[Tensor | None]) -> str | None:
     return refuses(tensors)
 
 
+def refuses_wide(tensors: Sequence[Tensor | None]) -> str | None:
+    """As `refuses`, for queries, keys and values: a row of each has to fit into the registers of one program."""
+    widest = max((x.shape[-1] for x in tensors if x is not None and x.is_floating_point()), default=0)
+    return f"heads are {widest} wide; it takes up to {MAX_WIDTH}" if widest > MAX_WIDTH else refuses(tensors)
+
+
 def operator(
     schema: str,
     fake: Callable[..., Any],

@@ -65,7 +65,7 @@ def select_blocks(
         positions_BT: (B, T) integer positions of the queries; negative is padding.
         geometry: windows, blocks and how many are read.
         scale: factor on the scores, K**-0.5 in the released model.
-        backend: "auto", "cpu", "eager" or "reference".
+        backend: a name in `sala.ops.dispatch.BACKENDS["infllm"]`, or "auto".
 
     Returns:
         (B, T, G, num_selected) int32 block indices in ascending order, -1 at the end where fewer blocks exist.
@@ -124,7 +124,7 @@ def infllm_attention(
         scale: factor on the scores, K**-0.5 in the released model.
         start: given when every row's queries are at start..start+T-1: then `positions_BT` is not looked at, and a call
             that is dense as a whole has no step that depends on data.
-        backend: "auto", "cpu", "eager" or "reference".
+        backend: a name in `sala.ops.dispatch.BACKENDS["infllm"]`, or "auto".
 
     Returns:
         (B, T, H, V) in v's dtype.
@@ -143,7 +143,9 @@ def infllm_attention(
     k1_BNGK, k2_BNGK = (None if x is None else x.detach() for x in (k1_BNGK, k2_BNGK))
     implementation = choose("infllm", backend, (q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT))
     if backend != "reference" and last_position < geometry.first_sparse_position(last_position):
-        return dense_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, scale=scale, start=start, backend=backend)
+        # on a GPU torch's own kernels are those of full attention
+        dense_backend = "eager" if backend == "triton" else backend
+        return dense_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, scale=scale, start=start, backend=dense_backend)
     if k1_BNGK is None:
         k1_BNGK = compress(k_BSGK, geometry.kernel_size, geometry.kernel_stride)
     if k2_BNGK is None:

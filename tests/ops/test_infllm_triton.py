@@ -1,0 +1,283 @@
+"""Laws of the block-sparse kernels for GPUs, at sizes that Triton's interpreter gets through."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from devices import GPU
+from sala.errors import BackendError
+from sala.ops import gpu
+from sala.ops.infllm import SparseGeometry, compress, infllm_attention, num_windows, select_blocks
+from tolerances import assert_close
+
+if (why_not := gpu.unavailable()) is not None:
+    pytest.skip(why_not, allow_module_level=True)
+if GPU:
+    pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda" if GPU else "cpu"
+K, V = 8, 6
+SCALE = K**-0.5
+# six blocks of 16 tokens are read, two of them freely chosen
+SMALL = SparseGeometry(kernel_size=8, kernel_stride=4, block_size=16, window_size=32, topk=4, dense_len=0)
+
+kernels = import_module("sala.ops.infllm.triton")
+# by these names, for the package has functions of the others
+attend_module, select_module, backward_module = (
+    import_module(f"sala.ops.infllm.triton.{name}") for name in ("attend", "select", "backward")
+)
+
+
+def qkv(T: int, S: int, G: int = 2, group: int = 2, B: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    shapes = (B, T, G * group, K), (B, S, G, K), (B, S, G, V)
+    q, k, v = (torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes)
+    return [2 * q, k, v]
+
+
+def run(start: int, T: int, B: int = 1) -> Tensor:
+    return torch.arange(start, start + T, device=DEVICE).expand(B, T)
+
+
+def tiers(k: Tensor, geometry: SparseGeometry, backend: Callable[..., Tensor] = compress) -> tuple[Tensor, Tensor]:
+    return (
+        backend(k, geometry.kernel_size, geometry.kernel_stride),
+        backend(k, geometry.coarse_size, geometry.coarse_stride),
+    )
+
+
+def select(q: Tensor, k: Tensor, positions: Tensor, geometry: SparseGeometry, backend: str = "triton") -> Tensor:
+    return select_blocks(q, *tiers(k, geometry), positions, geometry, scale=SCALE, backend=backend)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor | None,
+    geometry: SparseGeometry,
+    backend: str = "triton",
+    **options,
+) -> Tensor:
+    return infllm_attention(q, k, v, *tiers(k, geometry), positions, geometry, scale=SCALE, backend=backend, **options)
+
+
+def gradients(out: Tensor, inputs: list[Tensor], weight: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad((out * weight.to(out.dtype)).sum(), inputs)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(32, 16), (8, 8), (5, 3), (1, 1), (131, 2)])
+def test_compressed_keys_are_means_of_complete_windows(size: int, stride: int) -> None:
+    k = torch.randn(2, 3, 130, K, device=DEVICE).transpose(1, 2)
+    means = [k[:, first : first + size].mean(1) for first in range(0, 130 - size + 1, stride)]
+    actual = kernels.compress(k, size, stride)
+    assert actual.shape[1] == len(means) == num_windows(130, size, stride)
+    if means:
+        assert_close(actual, torch.stack(means, 1))
+        assert torch.equal(kernels.compress(k[:, 3 * stride :], size, stride), actual[:, 3:])
+
+
+@pytest.mark.parametrize(
+    ("block", "size", "stride", "G", "group", "init", "window", "topk", "normalizer"),
+    [
+        (16, 8, 4, 1, 16, 1, 1, 3, "coarse"),
+        (16, 4, 4, 2, 1, 0, 0, 2, "exact"),
+        (16, 32, 8, 2, 3, 2, 1, 3, "coarse"),
+        (32, 8, 4, 1, 5, 1, 1, 3, "exact"),
+        (48, 5, 3, 1, 20, 0, 0, 2, "coarse"),
+        (64, 32, 16, 1, 32, 1, 1, 3, "coarse"),
+    ],
+)
+def test_the_kernels_are_the_definition(
+    block: int, size: int, stride: int, G: int, group: int, init: int, window: int, topk: int, normalizer: str
+) -> None:
+    geometry = SparseGeometry(size, stride, init, block, window * block, topk, 0, normalizer)
+    S = 7 * block + 5
+    q, k, v = qkv(18, S, G, group)
+    places = [-1, 0, size - 1, block, 2 * block + 3, 4 * block - 1, 5 * block, S - 2, S - 1]
+    positions = torch.tensor([places + places[::-1]], device=DEVICE)
+    assert torch.equal(select(q, k, positions, geometry), select(q, k, positions, geometry, "reference"))
+    expected = attend(q, k, v, positions, geometry, "reference")
+    assert_close(attend(q, k, v, positions, geometry), expected)
+    assert_close(attend(q[:, 7:8], k, v, positions[:, 7:8], geometry), expected[:, 7:8])
+
+
+@pytest.mark.parametrize(("normalizer", "group"), [("coarse", 2), ("exact", 5)])
+def test_gradients_are_those_of_the_definition(normalizer: str, group: int) -> None:
+    geometry = replace(SMALL, normalizer=normalizer)
+    inputs = [x.requires_grad_() for x in qkv(21, 150, group=group)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    positions = run(130, 21).clone() - 1
+    positions[0, 3], positions[0, 10] = -1, 60
+    weight = torch.randn(1, 21, 2 * group, V, device=DEVICE)
+    actual, expected = attend(*inputs, positions, geometry), attend(*wide, positions, geometry, "reference")
+    assert_close(actual, expected.float())
+    pairs = zip(gradients(actual, inputs, weight), gradients(expected, wide, weight), strict=True)
+    for a, b in pairs:
+        assert_close(a, b.float())
+
+
+def test_a_whole_sequence_has_the_gradient_of_its_dense_beginning_and_its_sparse_rest() -> None:
+    geometry = replace(SMALL, dense_len=110)
+    inputs = [x.requires_grad_() for x in qkv(125, 125, G=1)]
+    weight = torch.randn(1, 125, 2, V, device=DEVICE)
+    results = [attend(*inputs, None, geometry, backend, start=0) for backend in ("triton", "eager")]
+    assert_close(*results)
+    for a, b in zip(*(gradients(out, inputs, weight) for out in results), strict=True):
+        assert_close(a, b)
+
+
+def test_two_prefills_and_decoding_are_one_call() -> None:
+    geometry = replace(SMALL, dense_len=108)
+    q, k, v = qkv(132, 132, G=1)
+    expected = attend(q, k, v, run(0, 132), geometry, "eager")
+    for a, b in pairwise((100, 119, 131, 132)):
+        assert_close(attend(q[:, a:b], k[:, :b], v[:, :b], run(a, b - a), geometry), expected[:, a:b])
+        assert_close(attend(q[:, a:b], k[:, :b], v[:, :b], None, geometry, start=a), expected[:, a:b])
+
+
+def test_long_calls_are_cut_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [x.requires_grad_() for x in qkv(40, 150, G=1)]
+    weight = torch.randn(1, 40, 2, V, device=DEVICE)
+    whole = attend(*inputs, run(110, 40), SMALL)
+    monkeypatch.setattr(select_module, "PANEL_BYTES", 1)
+    monkeypatch.setattr(select_module, "SCORE_ROWS", 16)
+    monkeypatch.setattr(backward_module, "QUERIES", 13)
+    cut = attend(*inputs, run(110, 40), SMALL)
+    assert_close(cut, whole)
+    with torch.no_grad():
+        assert torch.equal(attend(*inputs, run(110, 40), SMALL), cut)
+    monkeypatch.undo()
+    expected = gradients(attend(*inputs, run(110, 40), SMALL, "eager"), inputs, weight)
+    for a, b in zip(gradients(cut, inputs, weight), expected, strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("T", [20, 1])
+def test_rows_are_independent_and_memory_behind_them_is_not_read(T: int) -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(T, 190, B=3, G=1))
+    positions = torch.full((3, T), -1, device=DEVICE)
+    positions[0, T // 2 :] = run(180 - T, T)[0, T // 2 :]
+    positions[1] = run(150 - T, T)
+    k1, k2 = tiers(k.detach(), SMALL)
+    alone = [attend(q[b : b + 1], k[b : b + 1], v[b : b + 1], positions[b : b + 1], SMALL, "reference") for b in (0, 1)]
+    expected = torch.cat([*alone, torch.zeros_like(alone[0])]).detach()
+    with torch.no_grad():
+        q[positions < 0] = torch.nan
+        for b, end in enumerate((180, 150, 0)):
+            k[b, end:] = v[b, end:] = torch.nan
+            k1[b, num_windows(end, 8, 4) :] = k2[b, num_windows(end, 32, 16) :] = torch.nan
+    actual = infllm_attention(q, k, v, k1, k2, positions, SMALL, scale=SCALE, backend="triton")
+    assert_close(actual.detach(), expected)
+    assert not actual[positions < 0].any()
+    for x in torch.autograd.grad(actual.sum(), (q, k, v)):
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=["float16", "bfloat16"]
+)
+def test_half_precision_is_near_the_definition(dtype: torch.dtype) -> None:
+    inputs = [x.requires_grad_() for x in qkv(17, 150, G=1, group=4, dtype=dtype)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    compressed = tiers(inputs[1].detach(), SMALL)
+    weight = torch.randn(1, 17, 4, V, device=DEVICE)
+    results = [
+        infllm_attention(*tensors, *compressed, run(133, 17), SMALL, scale=SCALE, backend=backend)
+        for tensors, backend in ((inputs, "triton"), (wide, "reference"))
+    ]
+    assert_close(results[0], results[1].to(dtype))
+    for a, b in zip(gradients(results[0], inputs, weight), gradients(results[1], wide, weight), strict=True):
+        assert_close(a, b.to(dtype))
+
+
+def test_any_strides_are_read() -> None:
+    q, k, v = qkv(18, 150, G=1)
+    expected = attend(q, k, v, run(132, 18), SMALL)
+    q, k, v = (torch.randn(*x.shape, 2, device=DEVICE).select(-1, 0).copy_(x) for x in (q, k, v))
+    assert torch.equal(attend(q, k, v, run(132, 18).int(), SMALL), expected)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    assert torch.equal(attend(q, k, v, run(132, 18), SMALL), expected)
+
+
+def test_an_empty_call_is_empty() -> None:
+    q, k, v = qkv(0, 150)
+    assert kernels.attend(q, k, v, *tiers(k, SMALL), None, SMALL, SCALE, 150).shape == (1, 0, 4, V)
+    assert select(q, k, run(0, 0), SMALL).shape == (1, 0, 2, 6)
+
+
+def test_working_memory_is_bounded_whatever_the_number_of_queries_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select_module, "SCORE_ROWS", 16)
+    monkeypatch.setattr(select_module, "PANEL_BYTES", 2**14)
+    # nothing is run: what is asked for is counted
+    for module in (select_module, attend_module):
+        for kernel in ("_choose", "_attend", "normalizers", "score_blocks"):
+            if hasattr(module, kernel):
+                monkeypatch.setattr(module, kernel, _Nothing())
+    sizes: list[int] = []
+    empty = torch.empty
+
+    def counted(*size: Any, **options: Any) -> Tensor:
+        result = empty(*size, **options)
+        sizes.append(result.numel())
+        return result
+
+    monkeypatch.setattr(torch, "empty", counted)
+    T = 4096
+    q, k, v = qkv(T, T, G=1)
+    kernels.attend(q, k, v, *tiers(k, SMALL), None, SMALL, SCALE, 0)
+    assert sizes and max(sizes) * 4 <= 2**14 + 2 * 16 * 4 * T // SMALL.block_size < T * T // SMALL.block_size
+
+
+class _Nothing:
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+def test_a_compiler_sees_the_shapes() -> None:
+    q, k, v = qkv(18, 150)
+    k1, k2 = tiers(k, SMALL)
+    with FakeTensorMode() as mode:
+        q, k, v, k1, k2, positions = (mode.from_tensor(x) for x in (q, k, v, k1, k2, run(132, 18)))
+        assert kernels.compress(k, 8, 4).shape == k1.shape
+        assert kernels.attend(q, k, v, k1, k2, positions, SMALL, SCALE, None).shape == (1, 18, 4, V)
+
+
+def test_what_the_kernels_do_not_take_is_refused() -> None:
+    q, k, v = qkv(3, 150)
+    with pytest.raises(BackendError, match="a tensor is torch.float64; it takes float32, bfloat16 and float16"):
+        attend(q.double(), k.double(), v.double(), run(147, 3), SMALL)
+    with pytest.raises(BackendError, match="a tensor is on meta; it runs on"):
+        attend(q, k, v.to("meta"), run(147, 3), SMALL)
+    with pytest.raises(BackendError, match="heads are 264 wide; it takes up to 256"):
+        attend(*(x.repeat(1, 1, 1, 33) for x in (q, k)), v, run(147, 3), SMALL)
+    with pytest.raises(BackendError, match="takes blocks of at most 128 tokens, not of 256"):
+        kernels.attend(q, k, v, k, k, None, replace(SMALL, block_size=256, window_size=0), SCALE, 147)
+    with pytest.raises(BackendError, match="takes groups of at most 32 heads, not of 65"):
+        kernels.attend(q.repeat_interleave(65, 2)[:, :, :130], k, v, k, k, None, SMALL, SCALE, 147)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_released_shape_is_near_eager_on_a_device(backward: bool) -> None:
+    geometry = SparseGeometry(topk=32, dense_len=0)
+    T = 6144 if backward else 16384
+    shapes = (1, T, 32, 128), (1, T, 2, 128), (1, T, 2, 128)
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_(backward) for shape in shapes]
+    weight = torch.randn(1, T, 32, 128, device="cuda")
+    results = [
+        infllm_attention(*inputs, None, None, None, geometry, scale=128**-0.5, start=0, backend=backend)
+        for backend in ("triton", "eager")
+    ]
+    # of nearly equal scores either may win
+    differs = (results[0] - results[1]).abs().amax((0, 2, 3)) > 2e-2 * results[1].abs().max()
+    assert differs.float().mean() < 0.02
+    if backward:
+        for a, b in zip(*(gradients(out, inputs, weight) for out in results), strict=True):
+            assert (a - b).float().norm() < 3e-2 * b.float().norm()
