@@ -87,6 +87,7 @@ def learning_curve(recipe: ConversionRecipe, teacher: str = EMBEDDED_TEACHER, wi
         scorers=Scorers(watched, scorers.recall, scorers.language),
         tokenizer=tokenizer,
         observer=note,
+        say=logger.info,
     )
     models = {TEACHER: model} | variants(hybrid)
     return {

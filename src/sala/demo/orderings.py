@@ -166,6 +166,8 @@ CLAIMS = (
     Claim(6, "some alignment is better than none for recall", BASE, Who("without-alignment")),
     Claim(6, "and for prediction of text", Who("without-alignment"), BASE, figure="loss"),
 )
+# of a measured point, what is kept in the summary
+POINT = ("model", "haystack", "length", "questions", "accuracy")
 HOLDS, NOISE, FAILS = "holds", "within noise", "does not hold"
 
 
@@ -180,8 +182,12 @@ def summarize_orderings(runs: Sequence[Run]) -> dict[str, Any]:
         "cache": _cache(runs),
         "comparisons": compared,
         "variants": _variants(runs),
-        "runs": summarize(runs)["runs"],
+        "runs": {name: run | {"points": _points(run)} for name, run in summarize(runs)["runs"].items()},
     }
+
+
+def _points(run: Run) -> list[dict[str, Any]]:
+    return [{field: point[field] for field in POINT} for point in run["points"]]
 
 
 def _variant(run: Run) -> str:
