@@ -44,9 +44,10 @@ TUNINGS = [
 
 
 def _fitting(tunings: list[triton.Config], arguments: dict[str, Any], **options: Any) -> list[triton.Config]:
-    """Return the tunings worth a try: of narrow values, and of products of float32, the narrow ones alone."""
-    is_narrow = arguments["V"] <= 32 or options["WIDE"] == tl.float32
-    return [tuning for tuning in tunings if not is_narrow or tuning.kwargs["BV"] == 32]
+    """Return the tunings worth a try; the narrowest is all there is for narrow values and for products of float32."""
+    if arguments["V"] <= 32 or options["WIDE"] == tl.float32:
+        return tunings[-1:]
+    return tunings
 
 
 @triton.jit
