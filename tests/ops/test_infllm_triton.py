@@ -153,7 +153,6 @@ def test_long_calls_are_cut_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> N
     assert_close(cut, whole)
     with torch.no_grad():
         assert torch.equal(attend(*inputs, run(110, 40), SMALL), cut)
-    monkeypatch.undo()
     expected = gradients(attend(*inputs, run(110, 40), SMALL, "eager"), inputs, weight)
     for a, b in zip(gradients(cut, inputs, weight), expected, strict=True):
         assert_close(a, b)
