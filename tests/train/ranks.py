@@ -3,6 +3,7 @@
 import multiprocessing as mp
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -130,16 +131,19 @@ PROCESSES.set_forkserver_preload(
 )
 
 
-def spawn(ranks: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+def spawn(ranks: int, work: Callable[..., Any], folder: Path, *arguments: Any, **named: Any) -> list[Any]:
     """Return what `work(world, *arguments)` returns on each of `ranks` processes; it is a function of a module."""
-    assert (codes := codes_of(ranks, work, folder, *arguments)) == [0] * ranks, codes
+    assert (codes := codes_of(ranks, work, folder, *arguments, **named)) == [0] * ranks, codes
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def codes_of(ranks: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[int]:
+def codes_of(ranks: int, work: Callable[..., Any], folder: Path, *arguments: Any, **named: Any) -> list[int]:
     """Return how the processes ended; with one of them all end, as torchrun does it."""
     (folder / "store").unlink(missing_ok=True)
-    processes = [PROCESSES.Process(target=_rank, args=(rank, ranks, work, folder, arguments)) for rank in range(ranks)]
+    processes = [
+        PROCESSES.Process(target=_rank, args=(rank, ranks, partial(work, **named), folder, arguments))
+        for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     waiting = {process.sentinel: process for process in processes}

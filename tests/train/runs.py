@@ -1,21 +1,24 @@
 """Small whole runs in processes of their own, which end themselves as if killed, at a moment of the caller's choice."""
 
+import dataclasses
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import sala.train
 from sala.convert import halo
 from sala.data import Document, Record, load_tokenizer, train_tokenizer, write_shards
+from sala.errors import SalaError
 from sala.model.families import load_model
-from sala.train import RunOptions, Scorers, World, parse_recipe, train
+from sala.train import Origin, RunOptions, Scorers, World, loop, parse_recipe, train
 from sala.train.batches import Data, Feed, WindowBatch, read_corpus, read_data
 from sala.train.loop import Progress
 from sala.train.recipe import Recipe, Stage
@@ -98,9 +101,10 @@ class Noting:
 
     data: Data
     log: Path
+    spoil: int | None
 
     def feed(self, stage: Stage, seed: int, rank: int = 0, ranks: int = 1) -> Any:
-        return NotingFeed(self.data.feed(stage, seed, rank, ranks), self.log)
+        return NotingFeed(self.data.feed(stage, seed, rank, ranks), self.log, self.spoil)
 
     def describe(self) -> dict[str, str]:
         return self.data.describe()
@@ -110,9 +114,15 @@ class Noting:
 class NotingFeed:
     feed: Feed
     log: Path
+    spoil: int | None
+    drawn: int = 0
 
     def __next__(self) -> WindowBatch:
         batch = next(self.feed)
+        self.drawn += 1
+        if self.drawn == self.spoil:
+            row = loop.LOSSES["next_token"]
+            loop.LOSSES["next_token"] = dataclasses.replace(row, of=lambda *given: (row.of(*given)[0] * math.nan, None))
         note(self.log, {"batch": batch.names})
         return batch
 
@@ -128,13 +138,13 @@ def note(log: Path, what: Any) -> None:
         file.write(json.dumps(what) + "\n")
 
 
-class Death:
-    """Ends the process, as kill -9 does, at the `at`-th step, measurement or operation on the files of a run; counts them."""
+class Signal:
+    """Sends this process a signal at the `at`-th step, measurement or operation on the files of a run; counts them."""
 
     OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.listdir", "os.scandir")
 
-    def __init__(self, out: Path, at: int | None):
-        self.out, self.at, self.moments = str(out), at, 0
+    def __init__(self, out: Path, at: int | None, number: int):
+        self.out, self.at, self.number, self.moments = str(out), at, number, 0
         sys.addaudithook(self._watch)
 
     def _watch(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -144,7 +154,7 @@ class Death:
     def moment(self) -> None:
         self.moments += 1
         if self.moments == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
 
 
 def work(
@@ -152,49 +162,54 @@ def work(
     given: Recipe,
     folder: Path,
     out: Path,
-    death: tuple[int, int | None] = (0, None),
-    options: RunOptions = RunOptions(save_every=2),  # noqa: B008
-    poison: Callable[[World, Any], None] | None = None,
-) -> int:
-    """Start a run, or go on with it, and return its moments.
+    *,
+    at: int | None = None,
+    on_rank: int = 0,
+    number: int = signal.SIGKILL,
+    spoil: int | None = None,
+    **options: Any,
+) -> int | str:
+    """Start a run, or go on with it; return its moments (see `Signal`), or why it stopped, after the exit code.
 
-    death: the rank that dies, and at which moment.
+    at: the moment of rank `on_rank` at which it gets signal `number`; none without. spoil: its batch whose loss is NaN.
     """
     log = out.with_name(f"{out.name}-{world.rank}.jsonl")
-    last = Death(out, death[1] if world.rank == death[0] else None)
+    here = world.rank == on_rank
+    sent = Signal(out, at if here else None, number)
     tokenizer = load_tokenizer(folder)
 
     def observe(progress: Progress) -> None:
         note(log, {"stage": progress.stage, "step": progress.step})
-        last.moment()
+        sent.moment()
 
     def say(text: str) -> None:
-        last.moment()
+        sent.moment()
         note(log, {"said": text, "known": sorted(path.name for path in (out / "measured").glob("layer_scores-*"))})
 
     corpus = read_corpus(tokenizer, [Document("a.py", TEXT)])
     model = load_model(folder) if hasattr(given, "conversion") else None
-    data = Noting(read_data(given, tokenizer) if given.sources else corpus, log)
-    if poison is not None:
-        poison(world, data)
     sample = torch.from_numpy(corpus.text[:40])[None]
 
-    def score(model: Any) -> float:
-        return model(sample, use_cache=False).logits.std().item()
+    def score(candidate: Any) -> float:
+        return candidate(sample, use_cache=False).logits.std().item()
 
-    train(
-        given,
-        out,
-        tokenizer=tokenizer,
-        model=model,
-        scorers=Scorers(halo, score, score),
-        data=data,
-        observer=observe,
-        say=say,
-        world=world,
-        options=options,
-    )
-    return last.moments
+    try:
+        train(
+            given,
+            out,
+            tokenizer=tokenizer,
+            model=model,
+            origin=Origin(str(folder)),
+            scorers=Scorers(halo, score, score),
+            data=Noting(read_data(given, tokenizer) if given.sources else corpus, log, spoil if here else None),
+            observer=observe,
+            say=say,
+            world=world,
+            options=RunOptions(**{"save_every": 2} | options),
+        )
+    except SalaError as error:
+        return f"{error.exit_code} {error}"
+    return sent.moments
 
 
 @dataclass(frozen=True)
@@ -218,5 +233,12 @@ def outcome(out: Path, ranks: int = 1) -> Outcome:
                 names = (str(rank), *event["batch"])
             elif "step" in event:
                 batches.setdefault((event["stage"], event["step"]), set()).add(names)
-    weights = hashlib.sha256((out / "final" / "model.safetensors").read_bytes()).hexdigest()
-    return Outcome(steps, weights, batches)
+    return Outcome(steps, weights_of(out / "final"), batches)
+
+
+def weights_of(model: Path) -> str:
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+
+
+def export(world: World, run: Path, out: Path, resume: Any) -> Progress:
+    return sala.train.export(run, out, halo=halo, resume=resume)

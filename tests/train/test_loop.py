@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with pytest.raises(
         NonFiniteError,
-        match=r"the loss is nan at step 0 of stage 'first'.*document 0 in window 0; document 1 in window 1",
+        match=r"the loss is nan at step 1 of stage 'first'.*document 0 in window 0; document 1 in window 1",
     ) as error:
         run(model, stage(), batches=lambda step: Batch(torch.full((4, 12), 3), torch.ones(4, 12), batches()(0).names))
     assert error.value.exit_code == 2
@@ -193,7 +193,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
     model = tiny("attention")
     before = [parameter.detach().clone() for parameter in model.parameters()]
     model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient * torch.nan)
-    with pytest.raises(NonFiniteError, match="the gradient's norm is nan at step 0"):
+    with pytest.raises(NonFiniteError, match="the gradient's norm is nan at step 1"):
         run(model, stage())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

@@ -38,7 +38,7 @@ def test_losses_and_parameters_are_those_of_one_process(processes: int, meshes: 
     alone = every_stage(ONE_PROCESS, [Mesh()])
     there = [Mesh(**sizes) for sizes in meshes]
     for results in ranks.spawn(processes, every_stage, tmp_path, there):
-        for (mesh, name), (steps, parameters) in results.items():
+        for (_, name), (steps, parameters) in results.items():
             wanted_steps, wanted = alone[str(Mesh()), name]
             torch.testing.assert_close(torch.tensor(steps), torch.tensor(wanted_steps), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(parameters, wanted, rtol=1e-4, atol=1e-5)

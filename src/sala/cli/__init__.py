@@ -1,6 +1,8 @@
 """The command line: `sala` and its verbs, one file each."""
 
+import os
 import sys
+import time
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -15,8 +17,13 @@ from sala.cli.inspect import inspect
 from sala.cli.plan import plan
 from sala.cli.select import select
 from sala.cli.train import train
+from sala.cli.train_export import train_export
 from sala.cli.train_plot import train_plot
 from sala.errors import SalaError
+
+# exit codes of a process that a signal stopped: all processes of a run stop together
+SIGNALLED = 128
+FIRST_SPEAKS_S = 10.0
 
 
 class Verbs(TyperGroup):
@@ -36,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (generate, inspect, plan, convert, data, train, train_plot, select, demo):
+for verb in (generate, inspect, plan, convert, data, train, train_plot, train_export, select, demo):
     app.command(verb.__name__.replace("_", " "))(verb)
 app.add_typer(bench)
 
@@ -66,6 +73,17 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         app(args=arguments, prog_name="sala")
     except SalaError as error:
+        _require_turn(error)
         print(f"sala: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(0)
+
+
+def _require_turn(error: SalaError) -> None:
+    """Let the first process that torchrun started on a machine speak for the others, which fail in the same way."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return
+    if error.exit_code >= SIGNALLED:
+        sys.exit(error.exit_code)
+    # torchrun ends all as soon as one has ended; who is still there then failed alone, and says so itself
+    time.sleep(FIRST_SPEAKS_S)

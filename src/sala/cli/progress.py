@@ -100,10 +100,13 @@ class Display:
     """The stages of a run: a row each with step, loss and time left, and below them what else the last step says.
 
     Remarks stand above the rows. In a pipe or a file a step is one line.
+
+    quiet: show nothing: another process of the run does.
     """
 
-    def __init__(self, console: Console):
-        self.console = console
+    def __init__(self, console: Console, quiet: bool = False):
+        self.console = Console(quiet=True) if quiet else console
+        console = self.console
         self._rows: dict[str, TaskID] = {}
         self._bars = Rows(
             TextColumn("{task.description}", style="bold"),

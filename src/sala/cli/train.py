@@ -100,10 +100,11 @@ def train(
             as_json=as_json,
         )
         return
+    if save_every is not None and _given(context, "save_minutes"):
+        raise InputError("--save-minutes has no effect with --save-every; leave one of them out")
     options = {"gpu": "--gpu", "gpus": "--gpus", "memory": "--memory", "mfu": "--mfu"}
     for name, option in (options | {"as_json": "--json"}).items():
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if _given(context, name):
             raise InputError(f"{option} is for --dry-run")
     if out is None:
         raise InputError("--out is missing: the folder for the run (or --dry-run, which needs none)")
@@ -112,7 +113,11 @@ def train(
     _check_start(loaded, teacher, model)
     kept = RunOptions(save_every, save_minutes, keep, resume.value, wandb)
     _run(loaded, out, teacher or model, tokenizer, kept)
-    typer.echo(out / "final")
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _check_start(recipe: Any, teacher: str | None, model: str | None) -> None:
@@ -141,7 +146,7 @@ def _run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, optio
     converts = isinstance(recipe, ConversionRecipe)
     words = load_tokenizer(find_checkpoint(tokenizer or start or BUILTIN_TEACHER))
     network = None if start is None else load_model(find_checkpoint(start))
-    with start_world(recipe.precision) as world, Display(error_console()) as display:
+    with start_world(recipe.precision) as world, Display(error_console(), quiet=not world.main) as display:
         scorers = layer_scorers(words) if converts else None
         train(
             recipe,
@@ -149,9 +154,11 @@ def _run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, optio
             tokenizer=words,
             model=network,
             scorers=None if scorers is None else Scorers(halo, scorers.recall, scorers.language),
-            observer=display.observe if world.main else lambda progress: None,
-            say=display.say if world.main else lambda text: None,
+            observer=display.observe,
+            say=display.say,
             world=world,
             options=options,
             origin=None if start is None else Origin(start, on_hub=not Path(start).exists() and start not in BUILTIN),
         )
+        if world.main:
+            typer.echo(out / "final")

@@ -136,7 +136,7 @@ class RunFolder:
         self.measured = Measured(path / MEASURED, world, self._require_no_signal)
         self.saved: Saved | None = self.checkpoints.newest(options.resume)
         facts: Mapping[str, Any] = {"finished": []} if self.saved is None else self.saved.facts
-        self.finished = [_progress(values) for values in facts["finished"]]
+        self.finished = [progress_of(values) for values in facts["finished"]]
         self.record: Record | None = None
         world.on_main(self._open_record)
 
@@ -197,7 +197,7 @@ class StageKeeper:
             return None
         self.folder.checkpoints.load(saved, state)
         feed.load_state_dict(saved.facts["feed"])
-        progress = _progress(saved.facts["progress"])
+        progress = progress_of(saved.facts["progress"])
         if self.folder.record is not None:
             self.folder.record.rewind(self.index, progress.step)
         if progress.step == progress.steps:
@@ -267,7 +267,8 @@ class _Signals:
             signal.raise_signal(number)
 
 
-def _progress(values: Mapping[str, Any]) -> Progress:
+def progress_of(values: Mapping[str, Any]) -> Progress:
+    """Return a step as a checkpoint's facts have it."""
     return Progress(**{**values, "layer_errors": tuple(values["layer_errors"])})
 
 

@@ -395,9 +395,9 @@ def run_stage(
             for step in range(first, stage.steps):
                 batch = next(feed)
                 measured = compiled.run(partial(_backward, root, batch, stage, parallel))
-                _require_finite("the loss", measured.loss, measured.own, stage, step, batch, parallel)
+                _require_finite("the loss", measured.loss, measured.own, stage, step + 1, batch, parallel)
                 norm = _gradient_norm(groups, optimizer.clip)
-                _require_finite("the gradient's norm", norm, norm, stage, step, batch, parallel)
+                _require_finite("the gradient's norm", norm, norm, stage, step + 1, batch, parallel)
                 rate = stage.learning_rate.at(step, stage.steps)
                 optimizers.step(rate)
                 progress = Progress(

@@ -91,6 +91,11 @@ class World:
                 f"{'process runs' if self.ranks == 1 else 'processes run'}; right would be `torchrun --nproc-per-node "
                 f"{mesh.ranks} -m sala.cli ...`, or --set mesh.dp_shard={self.ranks}"
             )
+        if precision != "float32" and not dist.is_initialized():
+            raise RecipeError(
+                f"precision {precision!r} needs the process group that `sala train` starts, which does what this verb does; "
+                "right would be sala train, or float32"
+            )
         return Parallel(self, mesh, PRECISIONS[precision])
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +23,11 @@ from sala.train.budget import Networks, model_flops, peak_flops
 from sala.train.card import model_card, versions
 from sala.train.folder import DEFAULTS, FINAL, Measured, RunFolder, RunOptions
 from sala.train.initial import initialize
-from sala.train.loop import Observer, Progress, run_stage
+from sala.train.loop import Keeper, Observer, Progress, run_stage
 from sala.train.parallel import ONE_PROCESS, Parallel, World
 from sala.train.recipe import ConversionRecipe, Recipe, Stage, TrainingRecipe
 from sala.train.record import read_metrics
+from sala.train.start import START, Origin, require_same_start, start_of
 
 # stages of one run draw different data: each has a seed of its own
 SEEDS_PER_RUN = 1000
@@ -64,6 +65,15 @@ def require_same_shape(recipe: ConversionRecipe, teacher: MiniCPMSALAConfig) -> 
             )
 
 
+class Kept(Protocol):
+    """The stages of a run that are done, by their last steps, and who puts back the one after them."""
+
+    @property
+    def finished(self) -> list[Progress]: ...
+
+    def keeper(self, index: int) -> Keeper: ...
+
+
 @dataclass(frozen=True)
 class StageRunner:
     """Runs the stages of one recipe: data, seed, optimizer, mesh and keeper of each."""
@@ -72,7 +82,7 @@ class StageRunner:
     data: Data
     observer: Observer
     world: World = ONE_PROCESS
-    folder: RunFolder | None = None
+    folder: Kept | None = None
 
     def check(self) -> None:
         """Raise RecipeError for what a stage cannot have, before anything is trained."""
@@ -158,8 +168,9 @@ def model_config(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> 
     return MiniCPMSALAConfig(**(defaults | recipe.model))
 
 
-def new_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> MiniCPMSALAForCausalLM:
+def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MiniCPMSALAForCausalLM:
     """Return a model of `model_config` with random weights of the recipe's seed."""
+    assert isinstance(recipe, TrainingRecipe)
     config = model_config(recipe, tokenizer)
     torch.manual_seed(recipe.seed)
     model = MiniCPMSALAForCausalLM(config)
@@ -177,14 +188,6 @@ def _on(device: torch.device, score: Callable[[Any], Any]) -> Callable[[Any], An
             candidate.cpu()
 
     return scored
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a model comes from, for its card: a checkpoint's name, and whether that is one of the hub."""
-
-    name: str
-    on_hub: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,25 +230,38 @@ def train(
         Interrupted: SIGTERM or Ctrl-C came; everything is saved.
     """
     data = read_data(recipe, tokenizer) if data is None else data
+    StageRunner(recipe, data, observer, world).check()
     if isinstance(recipe, ConversionRecipe):
         require_same_shape(recipe, model.config)
-    elif model is None:
-        assert isinstance(recipe, TrainingRecipe)
-        model = new_model(recipe, tokenizer)
-    model = model.float()
-    StageRunner(recipe, data, observer, world).check()
+    network = model or new_model(recipe, tokenizer)
     with RunFolder(out, recipe, world, options) as folder, folder.told(observer) as told:
+        there = folder.measured.once(START, lambda: start_of(model, origin, tokenizer, data))
+        world.on_main(lambda: require_same_start(there, start_of(model, origin, tokenizer, data), out))
         runner = StageRunner(recipe, data, told, world, folder)
-        if isinstance(recipe, ConversionRecipe):
-            assert scorers is not None
-            trained, report = _convert(recipe, model, scorers, runner, folder.measured, say)
-        else:
-            trained, report = _train(recipe, model, runner), None
-        if world.main:
+        trained, report = make_model(recipe, network, scorers, runner, folder.measured, say)
+
+        def write() -> None:
             with output_folder(out / FINAL) as final:
-                _write_final(final, trained, report, tokenizer, recipe, data, read_metrics(out), origin)
-        world.agree(None)
+                write_final(final, trained, report, tokenizer, recipe, data, read_metrics(out), origin)
+
+        world.on_main(write)
     return trained
+
+
+def make_model(
+    recipe: Recipe,
+    model: Any,
+    scorers: Scorers | None,
+    runner: StageRunner,
+    remember: Any,
+    say: Callable[[str], None],
+) -> tuple[Any, Any]:
+    """Run the stages on a model or a teacher; return the model and, of a conversion, the report."""
+    model = model.float()
+    if isinstance(recipe, ConversionRecipe):
+        assert scorers is not None
+        return _convert(recipe, model, scorers, runner, remember, say)
+    return _train(recipe, model, runner), None
 
 
 def _train(recipe: Recipe, model: Any, runner: StageRunner) -> Any:
@@ -278,7 +294,7 @@ def _convert(
     )
 
 
-def _write_final(
+def write_final(
     folder: Path,
     model: Any,
     report: Any,
@@ -288,6 +304,7 @@ def _write_final(
     steps: Sequence[Mapping[str, Any]],
     origin: Origin | None,
 ) -> None:
+    """Write a model with its card, tokenizer and recipe, and of a conversion the report."""
     _write_model(folder, model, tokenizer, recipe)
     card = model_card(
         name=recipe.name,
@@ -348,5 +365,5 @@ def run_conversion(
             rows = [dataclasses.asdict(step) for step in steps]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
-            _write_final(folder, hybrid, report, tokenizer, recipe, data, rows, origin)
+            write_final(folder, hybrid, report, tokenizer, recipe, data, rows, origin)
     return hybrid, report

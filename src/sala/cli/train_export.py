@@ -1,0 +1,26 @@
+"""`sala train export`: the model of a run, one under way too."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sala.cli.options import Threads, prepare
+from sala.cli.train import Resume
+
+
+def train_export(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run: under way, interrupted or finished.")
+    ],
+    out: Annotated[Path, typer.Option(help="A new folder for the model; it appears once it is complete.")],
+    resume: Annotated[Resume, typer.Option(help="Which of the run's checkpoints.")] = Resume.newest,
+    threads: Threads = None,
+) -> None:
+    """Write the model of a run's newest checkpoint as a Hugging Face folder; the run goes on undisturbed."""
+    prepare(threads)
+    from sala.convert import halo
+    from sala.train import export
+
+    export(run, out, halo=halo, resume=resume.value)
+    typer.echo(out)
