@@ -307,7 +307,7 @@ def test_it_is_dense_attention_when_everything_is_selected(backend: str) -> None
     assert_close(attend(q, k, v, run(280, 20, 2), geometry, backend), expected)
 
 
-@every_backend_and_triton
+@every_backend
 @pytest.mark.parametrize("rule", ["position", "sequence"])
 def test_the_released_geometry_is_dense_below_6144(backend: str, rule: str) -> None:
     geometry = SparseGeometry(dense_len=0, dense_rule=rule)

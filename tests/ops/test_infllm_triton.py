@@ -108,14 +108,14 @@ def test_the_kernels_are_the_definition(
     assert_close(attend(q[:, 7:8], k, v, positions[:, 7:8], geometry), expected[:, 7:8])
 
 
-@pytest.mark.parametrize(("normalizer", "group"), [("coarse", 2), ("exact", 5)])
-def test_gradients_are_those_of_the_definition(normalizer: str, group: int) -> None:
+@pytest.mark.parametrize(("normalizer", "G", "group"), [("coarse", 2, 2), ("exact", 1, 5)])
+def test_gradients_are_those_of_the_definition(normalizer: str, G: int, group: int) -> None:
     geometry = replace(SMALL, normalizer=normalizer)
-    inputs = [x.requires_grad_() for x in qkv(21, 150, group=group)]
+    inputs = [x.requires_grad_() for x in qkv(21, 150, G, group)]
     wide = [x.detach().double().requires_grad_() for x in inputs]
     positions = run(130, 21).clone() - 1
     positions[0, 3], positions[0, 10] = -1, 60
-    weight = torch.randn(1, 21, 2 * group, V, device=DEVICE)
+    weight = torch.randn(1, 21, G * group, V, device=DEVICE)
     actual, expected = attend(*inputs, positions, geometry), attend(*wide, positions, geometry, "reference")
     assert_close(actual, expected.float())
     pairs = zip(gradients(actual, inputs, weight), gradients(expected, wide, weight), strict=True)
