@@ -56,3 +56,18 @@ def test_a_step_has_the_rate_it_is_given(kind: str) -> None:
     # the first step of AdamW is the rate itself
     torch.testing.assert_close(parameters["model.norm.weight"].detach(), torch.full((4,), 1 - 0.125))
     assert all(parameter.grad is None for parameter in parameters.values())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_state_has_every_parameter_also_one_that_never_moved(kind: str) -> None:
+    parameters = named()
+    optimizers = make_optimizers(parameters, Optimizer(kind=kind))
+    moved, *others = parameters
+    parameters[moved].grad = torch.ones_like(parameters[moved])
+    optimizers.step(0.1)
+    after = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    state = optimizers.state
+    assert state.keys() == parameters.keys()
+    assert all(tensor.any() for tensor in state[moved].values())
+    assert not any(tensor.any() for name in others for tensor in state[name].values())
+    assert all(torch.equal(parameter, after[name]) for name, parameter in parameters.items())

@@ -22,23 +22,30 @@ class Optimizers:
 
     @property
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """What is remembered of each parameter, by its name; zeros before the first step."""
-        if any(not member.state for member, _ in self.members):
-            self._begin()
+        """What is remembered of each parameter, by its name; zeros of one that has not moved yet."""
+        new = [
+            parameter
+            for member, _ in self.members
+            for group in member.param_groups
+            for parameter in group["params"]
+            if parameter not in member.state
+        ]
+        if new:
+            self._begin(new)
         return {
             self.names[parameter]: dict(remembered)
             for member, _ in self.members
             for parameter, remembered in member.state.items()
         }
 
-    def _begin(self) -> None:
+    def _begin(self, new: list[Tensor]) -> None:
         """Make the state that a first step would make: one without gradient or learning rate, which moves nothing."""
-        for parameter in self.names:
+        for parameter in new:
             parameter.grad = torch.zeros_like(parameter)
         self.step(0.0)
         for member, _ in self.members:
-            for remembered in member.state.values():
-                for tensor in remembered.values():
+            for parameter in new:
+                for tensor in member.state.get(parameter, {}).values():
                     tensor.zero_()
 
     def step(self, learning_rate: float) -> None:
