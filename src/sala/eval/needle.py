@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sala.data import Question, Vocabulary, retrieval_document
-from sala.data.tasks import ANSWER_SIZE, NEEDLE_SIZE
+from sala.data.tasks import NEEDLE_SIZE
 from sala.errors import InputError
 from sala.eval.reading import CHUNK_SIZE, logits_at
-from sala.model import new_cache
+from sala.model import SalaCache, new_cache
 
 SEED = 93_000
 
@@ -90,11 +91,9 @@ def find_needle(
     logits_1X = logits_at(
         model, tokens_T, torch.tensor([length - 1]), chunk_size=chunk_size, cache=cache, on_chunk=on_chunk
     )
-    answer = [int(logits_1X.argmax())]
+    first = int(logits_1X.argmax())
     read_s = perf_counter() - started
-    while len(answer) < len(question.answer):
-        logits_1X = logits_at(model, torch.tensor(answer[-1:]), torch.tensor([0]), cache=cache)
-        answer.append(int(logits_1X.argmax()))
+    answer = [first, *_greedy(model, cache, torch.tensor([first]), len(question.answer) - 1)]
     return NeedleResult(
         length=length,
         depth=depth,
@@ -106,6 +105,16 @@ def find_needle(
         decode_s=perf_counter() - started - read_s,
         cache_bytes=cache.size_bytes,
     )
+
+
+def _greedy(model: Any, cache: SalaCache, given_T: Tensor, count: int) -> list[int]:
+    """Return the `count` tokens that greedy decoding says after `given_T`, which `cache` has not read yet."""
+    said: list[int] = []
+    while len(said) < count:
+        logits_1X = logits_at(model, given_T, torch.tensor([len(given_T) - 1]), cache=cache)
+        said.append(int(logits_1X.argmax()))
+        given_T = torch.tensor(said[-1:])
+    return said
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +190,7 @@ def find_needles(
     answers = []
     for question in sorted(document.questions, key=lambda question: question.needle_start):
         cache.rewind(end)
-        said: list[int] = []
-        given_T = torch.from_numpy(question.prompt)
-        while len(said) < ANSWER_SIZE:
-            logits_1X = logits_at(model, given_T, torch.tensor([len(given_T) - 1]), cache=cache)
-            said.append(int(logits_1X.argmax()))
-            given_T = torch.tensor(said[-1:])
+        said = _greedy(model, cache, torch.from_numpy(question.prompt), len(question.answer))
         answers.append(Answer(question.needle_start / len(body_T), tuple(said), tuple(question.answer.tolist())))
     return NeedlesResult(
         length=length,

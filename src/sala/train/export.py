@@ -105,7 +105,7 @@ def export(
     data = _Described(there["data"])
     require_same_start(there, start_of(model, origin, tokenizer, data), run)
     cut = _until(recipe, index, progress.step)
-    runner = StageRunner(cut, data, ignore, folder=_Reader(checkpoints, saved))
+    runner = StageRunner(cut, data, ignore, kept=_Reader(checkpoints, saved))
     scorers = Scorers(halo, _not_scored, _not_scored)
     trained, report = make_model(
         cut, model or new_model(recipe, tokenizer), scorers, runner, measured, lambda text: None

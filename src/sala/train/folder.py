@@ -7,8 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -167,16 +166,15 @@ class RunFolder:
         if self.record is not None:
             self.record.close()
 
-    @contextmanager
-    def told(self, observer: Observer) -> Iterator[Observer]:
-        """An observer that also writes the record."""
+    def recording(self, observer: Observer) -> Observer:
+        """Return an observer that also writes the record."""
 
         def note(progress: Progress) -> None:
             if self.record is not None:
                 self.record(progress)
             observer(progress)
 
-        yield note
+        return note
 
     def keeper(self, stage_index: int) -> "StageKeeper":
         return StageKeeper(self, stage_index)

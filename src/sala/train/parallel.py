@@ -169,8 +169,8 @@ class Parallel:
     def shard(self, root: Any) -> Any:
         """Return `root` for training: itself when alone, else a copy whose parameters, in float32, are this rank's shards.
 
-        root: a module with `blocks`, the modules that are gathered one at a time. Its own parameters are only read, so
-        that those of a memory-mapped checkpoint are never copied whole.
+        root: a module with `blocks`, the modules that are gathered one at a time. Its own parameters are only read; they
+            stay whole in this rank's memory beside the shards.
         """
         if self.alone:
             return root

@@ -82,7 +82,7 @@ class StageRunner:
     data: Data
     observer: Observer
     world: World = ONE_PROCESS
-    folder: Kept | None = None
+    kept: Kept | None = None
 
     def check(self) -> None:
         """Raise RecipeError for what a stage cannot have, before anything is trained."""
@@ -97,9 +97,9 @@ class StageRunner:
 
     def __call__(self, model: Any, stage: Stage, *, teacher: Any = None) -> Progress:
         index = self.recipe.stages.index(stage)
-        if self.folder is not None and index < len(self.folder.finished):
+        if self.kept is not None and index < len(self.kept.finished):
             # a later stage's checkpoint has every parameter that this one left behind
-            return self.folder.finished[index]
+            return self.kept.finished[index]
         parallel = self._parallel(index)
         return run_stage(
             model,
@@ -110,7 +110,7 @@ class StageRunner:
             teacher=teacher,
             compile_mode=self.recipe.compile,
             parallel=parallel,
-            keeper=None if self.folder is None else self.folder.keeper(index),
+            keeper=None if self.kept is None else self.kept.keeper(index),
             stage_index=index,
             model_flops=self._model_flops(model, stage, teacher),
         )
@@ -234,10 +234,10 @@ def train(
     if isinstance(recipe, ConversionRecipe):
         require_same_shape(recipe, model.config)
     network = model or new_model(recipe, tokenizer)
-    with RunFolder(out, recipe, world, options) as folder, folder.told(observer) as told:
+    with RunFolder(out, recipe, world, options) as folder:
         there = folder.measured.once(START, lambda: start_of(model, origin, tokenizer, data))
         world.on_main(lambda: require_same_start(there, start_of(model, origin, tokenizer, data), out))
-        runner = StageRunner(recipe, data, told, world, folder)
+        runner = StageRunner(recipe, data, folder.recording(observer), world, folder)
         trained, report = make_model(recipe, network, scorers, runner, folder.measured, say)
 
         def write() -> None:
