@@ -15,6 +15,7 @@ from sala.errors import ConfigError, RecipeError
 from sala.model import with_mixers
 
 IDS = torch.arange(2 * 24).view(2, 24) % 50
+SAMPLE = SimpleNamespace(input_ids=IDS, real=None, cu_seqlens=None)
 SPARSE = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8, "window_size": 8, "topk": 2, "dense_len": 8}
 
 
@@ -52,7 +53,7 @@ def convert(teacher: Any, settings: Settings, stages: list[Stage] = [], **change
         "run_stage": lambda model, stage, *, teacher: SimpleNamespace(loss=1.0, layer_errors=()),
         "score_recall": lambda model: 0.0,
         "score_language": lambda model: 0.0,
-        "sample": IDS,
+        "sample": SAMPLE,
     }
     return halo(teacher, settings, stages, **(arguments | changes))
 
@@ -127,6 +128,23 @@ def test_the_divergence_at_step_zero_is_that_of_the_hybrid(teacher_of: Callable)
         own = with_mixers(hybrid, dense)(IDS, use_cache=False).logits.log_softmax(-1)
     expected = (target.exp() * (target - own)).sum(-1).mean().item()
     assert report.step_zero["all"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_is_measured_of_a_document_does_not_know_its_neighbours(teacher_of: Callable) -> None:
+    settings = Settings(output_norm_init="measured")
+    ends = torch.tensor([0, 24, 48, 53], dtype=torch.int32)
+    # the last five tokens are padding
+    ids = torch.cat([IDS.flatten(), torch.arange(5)])[None]
+    packed = SimpleNamespace(input_ids=ids, real=torch.arange(53)[None] < 48, cu_seqlens=ends)
+    apart, together = (convert(teacher_of(), settings, sample=sample) for sample in (SAMPLE, packed))
+    assert together[1].step_zero == pytest.approx(apart[1].step_zero, rel=1e-3)
+    for ours, theirs in zip(together[0].parameters(), apart[0].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_teacher_with_gates_is_refused(teacher_of: Callable) -> None:
+    with pytest.raises(ConfigError, match="the teacher has output gates"):
+        convert(teacher_of(attn_use_output_gate=True), Settings())
 
 
 def test_rope_stays_when_the_ablation_asks(teacher_of: Callable) -> None:

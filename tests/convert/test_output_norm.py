@@ -1,6 +1,7 @@
 """Measured output norms start every head at the teacher's size."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from sala.convert.output_norm import measure_output_norms, scale_output_norms
 from sala.convert.transfer import hybrid_config, linear_twin
 
 IDS = torch.arange(2 * 24).view(2, 24) % 50
+SAMPLE = SimpleNamespace(input_ids=IDS, real=None, cu_seqlens=None)
 
 
 @pytest.mark.parametrize(("gate_init", "passed"), [("open", 1.0), ("random", 0.5)])
@@ -22,7 +24,7 @@ def test_every_head_starts_at_the_teachers_size(
     twins = Twins(
         teacher, [linear_twin(layer.self_attn, config, gate_init, generator) for layer in teacher.model.layers]
     )
-    scale_output_norms(twins, measure_output_norms(twins, IDS))
+    scale_output_norms(twins, measure_output_norms(twins, SAMPLE))
     sizes: list[torch.Tensor] = []
 
     def note(heads_BTD: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """What a recipe costs: operations as torch counts them, memory that follows the mesh, hours that follow the cluster."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,7 +117,8 @@ def test_products_of_alignment_are_those_that_torch_counts(monkeypatch: pytest.M
 
     stage = row(loss="align")
     zero = {"score_recall": lambda model: 0.0, "score_language": lambda model: 0.0}
-    halo(teacher, settings, [stage], run_stage=note, sample=torch.zeros(1, T, dtype=torch.long), **zero)
+    sample = SimpleNamespace(input_ids=torch.zeros(1, T, dtype=torch.long), real=None, cu_seqlens=None)
+    halo(teacher, settings, [stage], run_stage=note, sample=sample, **zero)
     hybrid, twins = planned_configs(teacher_config, settings)
     assert [stage_flops(stage, Networks(hybrid, teacher_config, twins)).total] == seen
 

@@ -12,8 +12,9 @@ from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.train import compile as compiling
 from sala.train.batches import StepFeed
 from sala.train.batches import WindowBatch as Batch
-from sala.train.loop import NonFiniteError, Progress, run_stage, trainable_parameters
-from sala.train.recipe import Optimizer, Stage
+from sala.train.loop import NonFiniteError, Progress, part_of, run_stage, trainable_parameters
+from sala.train.parallel import Parallel, World
+from sala.train.recipe import Mesh, Optimizer, Stage
 
 X = 20
 
@@ -204,6 +205,15 @@ def test_a_batch_without_weight_is_not_a_loss_of_zero() -> None:
 
     with pytest.raises(NonFiniteError, match="the loss is nan"):
         run(tiny("attention"), stage(), batches=nothing)
+
+
+def test_the_ends_of_documents_stay_where_the_model_reads_them() -> None:
+    # any device that is not the CPU: reading a number from it would wait for all of its work, and from "meta" is an error
+    far = Parallel(World(device=torch.device("meta")), Mesh())
+    batch = Batch(torch.ones(2, 6, dtype=torch.int64), torch.ones(2, 6), ("a", "b"), ((2, 6), (6,)))
+    part = part_of(batch, far)
+    assert part.input_ids.is_meta and part.cu_seqlens is not None
+    assert part.cu_seqlens.tolist() == [0, 2, 6, 12]
 
 
 def test_layers_can_be_clipped_each_by_itself() -> None:

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from sala.data import Document, train_tokenizer
 from sala.errors import InputError, RecipeError
 from sala.model.families import load_model
-from sala.train.batches import Corpus, read_corpus
+from sala.train.batches import Corpus, StepFeed, WindowBatch, read_corpus
 from sala.train.recipe import ConversionRecipe, TrainingRecipe, load_recipe, parse_recipe
-from sala.train.run import Scorers, new_model, require_same_shape, run_conversion, train
+from sala.train.run import Scorers, new_model, require_same_shape, run_conversion, sample, train
 
 TEXT = "def read(path):\n    return open(path).read()\n" * 40
 MODEL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
@@ -165,6 +165,18 @@ def convert(tokenizer: Any, corpus: Corpus, out: Path, halo: Callable) -> tuple[
         tokenizer=tokenizer,
         data=corpus,
     )
+
+
+def test_what_is_measured_on_is_packed_as_what_is_trained_on(corpus: Corpus) -> None:
+    padding = torch.zeros(9, 6, dtype=torch.bool)
+    padding[1, 4:] = True
+    windows = WindowBatch(torch.ones(9, 6).long(), torch.ones(9, 6), ("",) * 9, ((2, 6), (4, 6), *((6,),) * 7), padding)
+    measured = sample(smoke(), SimpleNamespace(feed=lambda stage, seed: StepFeed(lambda step: windows)))
+    assert measured.cu_seqlens.tolist() == [0, 2, 6, 10, *range(12, 49, 6)]
+    assert measured.input_ids.shape == measured.real.shape == (1, 48)
+    assert (~measured.real).nonzero()[:, 1].tolist() == [10, 11]
+    # windows of text and tasks are sequences of their own
+    assert sample(smoke(), corpus).input_ids.shape == (2, smoke().stages[0].length)
 
 
 def test_a_conversion_that_fails_leaves_nothing(

@@ -2,12 +2,37 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sala.model import MiniCPMSALAConfig
+
+
+class Sample(Protocol):
+    """Tokens to measure on: windows (B, T), or packed documents (1, N) with their ends, `cu_seqlens`, on the CPU.
+
+    real: bool, False on padding, which nothing is measured on; None when there is none.
+    """
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def real(self) -> Tensor | None: ...
+    @property
+    def cu_seqlens(self) -> Tensor | None: ...
+
+
+def inputs_of(sample: Sample, model: Any) -> dict[str, Tensor]:
+    """Return what `model` reads of a sample, by the names of its arguments."""
+    inputs = {"input_ids": sample.input_ids.to(model.device)}
+    return inputs if sample.cu_seqlens is None else inputs | {"cu_seqlens": sample.cu_seqlens}
+
+
+def real_tokens(values_BTX: Tensor, sample: Sample) -> Tensor:
+    """Return (N, ...) of (B, T, ...): the values of the tokens that are no padding."""
+    return values_BTX.flatten(0, 1) if sample.real is None else values_BTX[sample.real.to(values_BTX.device)]
 
 
 class Twins(nn.Module):

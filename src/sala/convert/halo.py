@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from sala.convert.align import Twins, swapped
+from sala.convert.align import Sample, Twins, inputs_of, real_tokens, swapped
 from sala.convert.bootstrap import Outcomes, bootstrap
 from sala.convert.output_norm import measure_output_norms, scale_output_norms
 from sala.convert.select import RULES, LayerScores, importance, select
@@ -173,9 +173,15 @@ def _means(rows: Iterable[Any]) -> tuple[float, ...]:
 
 
 @torch.no_grad()
-def divergence(teacher_NX: Tensor, model: Any, input_ids: Tensor) -> float:
+def _log_probs(model: Any, sample: Sample) -> Tensor:
+    """Return (N, X), what a model says after every token of a sample that is no padding."""
+    logits_BTX = model(**inputs_of(sample, model), use_cache=False).logits
+    return real_tokens(logits_BTX, sample).float().log_softmax(dim=-1)
+
+
+def divergence(teacher_NX: Tensor, model: Any, sample: Sample) -> float:
     """Return the mean KL(teacher || model) in nats a token; `teacher_NX` holds the teacher's log-probabilities."""
-    own_NX = model(input_ids, use_cache=False).logits.float().log_softmax(dim=-1).flatten(0, 1)
+    own_NX = _log_probs(model, sample)
     return (teacher_NX.exp() * (teacher_NX - own_NX)).sum(dim=-1).mean().item()
 
 
@@ -200,7 +206,7 @@ def halo(
     run_stage: RunStage,
     score_recall: Score,
     score_language: Score,
-    sample: Tensor,
+    sample: Sample,
     seed: int = 0,
     remember: Remember = FORGETFUL,
     say: Say = lambda text: None,
@@ -212,21 +218,20 @@ def halo(
         run_stage: the training loop.
         score_recall, score_language: model -> the outcome of every item, higher is better, or their mean alone; asked
             for every swapped layer when the layers are chosen by score. Items say how sure the choice is.
-        sample: token ids (B, T) for the measurements before training.
+        sample: tokens for the measurements before training.
         remember: what was measured and decided before, when a run is started again: the twins' output norms, the scores
             of every candidate, the kept layers, the cost of step zero. All else is a function of teacher, settings and
             seed, so with `run_stage` restoring the parameters it trained, the same modules are reached.
         say: takes a line on what happens now.
 
     Raises:
-        ConfigError: the teacher has layers other than attention.
+        ConfigError: the teacher has layers other than attention, or output gates.
         RecipeError: the settings ask for layers that the teacher does not have.
     """
     require_teacher(teacher.config)
     num_layers = teacher.config.num_hidden_layers
     # what cannot be is refused before an hour of alignment
     select_layers(settings, num_layers, _blank(num_layers))
-    sample = sample.to(teacher.device)
     generator = torch.Generator().manual_seed(seed)
     twins = _make_twins(teacher, settings, generator)
     if settings.output_norm_init == "measured":
@@ -350,7 +355,7 @@ def _run(run_stage: RunStage, model: Any, stage: Stage, *, teacher: Any) -> Stag
 
 
 def _step_zero(
-    teacher: Any, settings: Settings, kinds: Sequence[str], mixers: dict[int, nn.Module], sample: Tensor
+    teacher: Any, settings: Settings, kinds: Sequence[str], mixers: dict[int, nn.Module], sample: Sample
 ) -> dict[str, float]:
     """Return what each kind of change alone costs the teacher, and all of them together."""
     kept = [layer for layer, kind in enumerate(kinds) if kind != LINEAR]
@@ -366,8 +371,7 @@ def _step_zero(
             changed[layer] = mixer
         return changed
 
-    with torch.no_grad():
-        teacher_NX = teacher(sample, use_cache=False).logits.float().log_softmax(dim=-1).flatten(0, 1)
+    teacher_NX = _log_probs(teacher, sample)
     changes = {
         "gates": attention(rope=True, gates=True),
         "positions": attention(rope=settings.attention_rope, gates=False),

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sala.convert.align import Twins, watch_mixers
+from sala.convert.align import Sample, Twins, inputs_of, real_tokens, watch_mixers
 from sala.convert.transfer import ZERO_GATE
 
 
 @torch.no_grad()
-def measure_output_norms(twins: Twins, input_ids: Tensor) -> list[list[float]]:
+def measure_output_norms(twins: Twins, sample: Sample) -> list[list[float]]:
     """Return, for every layer and head, the factor by which the teacher's head is larger than the twin's.
 
-    By root mean square over `input_ids` (B, T), after the twin's output norm and gate.
+    By root mean square over the tokens of `sample`, after the twin's output norm and gate.
 
     Heads with slow decay add up far more keys, so with weights of 1 they fill the norm that all heads share and the
     others start near zero. A deviation from HALO, which leaves that to alignment.
@@ -24,8 +24,8 @@ def measure_output_norms(twins: Twins, input_ids: Tensor) -> list[list[float]]:
     sizes: dict[int, Tensor] = {}
 
     def note(layer: int, num_heads: int, sizes: dict[int, Tensor], out_BTD: Tensor) -> None:
-        heads = out_BTD.unflatten(-1, (num_heads, -1)).float()
-        sizes[layer] = heads.square().mean(dim=(0, 1, 3)).sqrt()
+        heads_NHK = real_tokens(out_BTD, sample).unflatten(-1, (num_heads, -1)).float()
+        sizes[layer] = heads_NHK.square().mean(dim=(0, 2)).sqrt()
 
     num_heads = teacher.config.num_attention_heads
     own: dict[int, Tensor] = {}
@@ -35,7 +35,7 @@ def measure_output_norms(twins: Twins, input_ids: Tensor) -> list[list[float]]:
             stack.enter_context(
                 hooked.register_forward_pre_hook(lambda _, given, index=index: note(index, num_heads, sizes, given[0]))
             )
-        layers = watch_mixers(teacher, input_ids)
+        layers = watch_mixers(teacher, **inputs_of(sample, teacher))
     for index, (twin, (x_BTD, rows, _)) in enumerate(zip(twins.twins, layers, strict=True)):
         mixer: Any = twin
         note(index, num_heads, own, mixer.o_norm(mixer.attend(x_BTD, rows).flatten(2)))

@@ -62,7 +62,8 @@ class Part:
     """What one forward and backward pass reads: (B, T) each, or the rank's piece of one packed row, (1, N).
 
     targets: what follows each token; target_weights: how much that prediction counts. real: False on padding, None when
-    there is none. cu_seqlens: the ends of the packed row's sequences, on all ranks; context: who has the rest of the row.
+    there is none. cu_seqlens: the ends of the packed row's sequences, on all ranks, on the CPU, where the model reads them;
+    context: who has the rest of the row.
     """
 
     input_ids: Tensor
@@ -144,10 +145,11 @@ def _parts(batch: WindowBatch, stage: Stage, parallel: Parallel) -> list[Part]:
     """Split this rank's windows into micro-batches, and with context parallelism each of these over its ranks."""
     windows = len(batch.input_ids)
     size = stage.micro_batch or windows
-    return [_part(batch.rows(start, start + size), parallel) for start in range(0, windows, size)]
+    return [part_of(batch.rows(start, start + size), parallel) for start in range(0, windows, size)]
 
 
-def _part(batch: WindowBatch, parallel: Parallel) -> Part:
+def part_of(batch: WindowBatch, parallel: Parallel) -> Part:
+    """Return what a rank reads of some windows, on its device."""
     # shifted before windows are cut: the last token of a rank's piece is followed by the next rank's first
     tensors = [batch.input_ids, losses.following(batch.input_ids), losses.following(batch.loss_weights), batch.padding]
     packed = batch.ends is not None or parallel.context is not None
@@ -160,7 +162,7 @@ def _part(batch: WindowBatch, parallel: Parallel) -> Part:
         targets,
         weights,
         None if padding is None else ~padding,
-        batch.cu_seqlens.to(parallel.device) if packed else None,
+        batch.cu_seqlens if packed else None,
         parallel.context,
     )
 

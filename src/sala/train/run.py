@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sala.data import tokenizer_hash
@@ -23,8 +22,8 @@ from sala.train.budget import Networks, model_flops, peak_flops
 from sala.train.card import model_card, versions
 from sala.train.folder import DEFAULTS, FINAL, Measured, RunFolder, RunOptions
 from sala.train.initial import initialize
-from sala.train.loop import Keeper, Observer, Progress, run_stage
-from sala.train.parallel import ONE_PROCESS, Parallel, World
+from sala.train.loop import Keeper, Observer, Part, Progress, part_of, run_stage
+from sala.train.parallel import ALONE, ONE_PROCESS, Parallel, World
 from sala.train.recipe import ConversionRecipe, Recipe, Stage, TrainingRecipe
 from sala.train.record import read_metrics
 from sala.train.start import START, Origin, require_same_start, start_of
@@ -136,10 +135,10 @@ class StageRunner:
         return self.data.feed(self.recipe.stages[index], seed, parallel.data_rank, parallel.mesh.data_parallel)
 
 
-def sample_ids(recipe: Recipe, data: Data) -> Tensor:
-    """Return token ids (up to 8, T) like those of the first stage, for measurements before training."""
+def sample(recipe: Recipe, data: Data) -> Part:
+    """Return up to 8 windows like those of the first stage, for measurements before training."""
     seed = recipe.seed * SEEDS_PER_RUN + SEEDS_PER_RUN - 1
-    return next(data.feed(recipe.stages[0], seed)).input_ids[:8]
+    return part_of(next(data.feed(recipe.stages[0], seed)).rows(0, 8), ALONE)
 
 
 def _write_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
@@ -287,7 +286,7 @@ def _convert(
         run_stage=runner,
         score_recall=_on(runner.world.device, scorers.recall),
         score_language=_on(runner.world.device, scorers.language),
-        sample=sample_ids(recipe, runner.data),
+        sample=sample(recipe, runner.data),
         seed=recipe.seed,
         say=say,
         remember=remember,
