@@ -31,11 +31,17 @@ def expand_heads(tensor: Tensor, num_kv_heads: int, num_heads: int) -> Tensor:
 
 
 def require_teacher(config: MiniCPMSALAConfig) -> None:
-    """Raise ConfigError unless every layer is full softmax attention: a hybrid is no teacher."""
+    """Raise ConfigError unless every layer is full softmax attention without a gate: a hybrid is no teacher."""
     other = sorted({kind for kind in config.mixer_types or () if kind not in SPARSE_ROWS})
     if other:
         raise ConfigError(
             f"the teacher has {', '.join(other)} layers; a conversion starts from 'attention' in every layer"
+        )
+    if config.attn_use_output_gate:
+        # the gates that a conversion adds would take the place of those that the teacher was trained with
+        raise ConfigError(
+            "the teacher has output gates (attn_use_output_gate = true), as a converted model has; right would be a model "
+            "without, such as a Llama, Qwen or MiniCPM"
         )
 
 
