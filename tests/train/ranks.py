@@ -115,7 +115,7 @@ def run(world: World, mesh: Mesh, stage: Stage, precision: torch.dtype = torch.f
         model,
         stage,
         Feed(parallel.data_rank, mesh.data_parallel),
-        optimizer=Optimizer(),
+        optimizer=stage.optimizer or Optimizer(),
         observer=seen.append,
         teacher=teacher,
         compile_mode="off",

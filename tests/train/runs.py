@@ -76,6 +76,7 @@ def recipe(kind: str, folder: Path, **changes: Any) -> Any:
         "shards": {
             "model": HYBRID,
             "sources": {"web": {"shards": str(folder / "web")}, "code": {"shards": str(folder / "code")}},
+            "optimizer": {"kind": "muon"},
             "stages": [
                 row("short", "next_token", 4, data={"web": [1, 2], "code": 1}),
                 row("long", "next_token", 3, data={"web": 1}, length=96),

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW
 
+from sala.train.muon import Muon
 from sala.train.optimizer import make_optimizers
 from sala.train.recipe import Optimizer
 

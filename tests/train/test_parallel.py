@@ -14,7 +14,10 @@ STAGES = {
     "next_token": ranks.stage_of("next_token", sparse=True),
     "distill": ranks.stage_of("distill", steps=2, micro_batch=1, activation_checkpointing=True, trainable="mixers"),
     "align": ranks.stage_of("align", steps=2, clip_per_layer=True),
+    "muon": ranks.stage_of("next_token", steps=2, optimizer={"kind": "muon"}),
 }
+# of parameters; Muon rounds to bfloat16 what differs by the rounding of sums over ranks
+TOLERANCES = {"muon": {"rtol": 1e-4, "atol": 2e-4}}
 
 
 def every_stage(world: World, meshes: list[Mesh]) -> dict[Any, Any]:
@@ -41,4 +44,4 @@ def test_losses_and_parameters_are_those_of_one_process(processes: int, meshes: 
         for (_, name), (steps, parameters) in results.items():
             wanted_steps, wanted = alone[str(Mesh()), name]
             torch.testing.assert_close(torch.tensor(steps), torch.tensor(wanted_steps), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(parameters, wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(parameters, wanted, **TOLERANCES.get(name, {"rtol": 1e-4, "atol": 1e-5}))

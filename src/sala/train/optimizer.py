@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW
 
+from sala.train.muon import Muon
 from sala.train.recipe import Optimizer
 
 Parameters = list[nn.Parameter]
@@ -62,10 +63,7 @@ def _adamw(parameters: Parameters, settings: Optimizer) -> AdamW:
 
 
 def _muon(parameters: Parameters, settings: Optimizer) -> Muon:
-    # updates of AdamW's size, so that one learning rate serves both (Liu et al. 2025, Muon is scalable)
-    return Muon(
-        parameters, weight_decay=settings.weight_decay, momentum=settings.momentum, adjust_lr_fn="match_rms_adamw"
-    )
+    return Muon(parameters, momentum=settings.momentum, weight_decay=settings.weight_decay)
 
 
 # what moves the layers' matrices
