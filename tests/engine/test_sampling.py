@@ -14,7 +14,7 @@ SEEN = torch.tensor([[1, 1]])
 
 def drawn(sampling, times=200):
     sampler = Sampler(sampling, torch.device("cpu"))
-    return [sampler.draw(SEEN, LOGITS) for _ in range(times)]
+    return [int(sampler.draw(SEEN, LOGITS)) for _ in range(times)]
 
 
 def test_temperature_zero_takes_the_likeliest():

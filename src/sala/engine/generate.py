@@ -1,16 +1,20 @@
 """An answer to a prompt: prefill in chunks, then one token at a time."""
 
+import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sala.engine.graph import Steps, obstacle
 from sala.engine.sampling import Sampler, Sampling
 from sala.engine.transcript import Transcript
 from sala.errors import InputError
@@ -18,10 +22,15 @@ from sala.model import MiniCPMSALAForCausalLM, SalaCache, new_cache
 
 DEFAULT_CHUNK = 2048
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What an answer cost; `peak_bytes` is the process's largest resident memory so far, weights included."""
+    """What an answer cost; `peak_bytes` is the most memory that the process has had so far, weights included.
+
+    Of the device where the model is on a GPU, else resident.
+    """
 
     prompt_tokens: int
     new_tokens: int
@@ -83,15 +92,21 @@ def generate(
     sampling: Sampling,
     *,
     chunk: int = DEFAULT_CHUNK,
+    graph: bool | None = None,
     on_prefill: Callable[[int], None] = lambda tokens: None,
     on_text: Callable[[str], None] = lambda piece: None,
 ) -> Generation:
     """Answer the token ids `prompt`.
 
     chunk: tokens of the prompt read in one forward pass; it changes memory and speed, not the answer.
+    graph: whether a GPU replays a recorded graph to decode; None: where it can.
     on_prefill: called after every chunk with its number of tokens.
     on_text: called with every piece of text that is certain.
+
+    Raises:
+        InputError: a graph is asked for and cannot be recorded here.
     """
+    recorded = _records(model, graph)
     device = model.device
     cache = new_cache(model.config, reserve=len(prompt) + sampling.max_new_tokens)
     seen_1T = torch.empty(1, len(prompt) + sampling.max_new_tokens, dtype=torch.long, device=device)
@@ -101,36 +116,71 @@ def generate(
     finish: Literal["end", "stop", "length"] = "length"
     started = time.perf_counter()
     logits_1X = prefill(model, seen_1T[:, : len(prompt)], cache, chunk, on_prefill)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     prefill_s = time.perf_counter() - started
     first_token_s = 0.0
-    length = len(prompt)
-    while length < seen_1T.shape[1]:
-        if length > len(prompt):
-            logits_1X = model(seen_1T[:, length - 1 : length], past_key_values=cache, use_cache=True).logits[:, -1]
-        token = sampler.draw(seen_1T[:, :length], logits_1X)
-        first_token_s = first_token_s or time.perf_counter() - started
-        if token in ends:
-            finish = "end"
-            break
-        seen_1T[0, length] = token
-        length += 1
-        _pass_on(transcript.add(token), on_text)
-        if transcript.stopped:
-            finish = "stop"
-            break
+    tokens: list[int] = []
+    with closing(_draws(model, cache, seen_1T, len(prompt), logits_1X, sampler, recorded)) as draws:
+        for token in islice(draws, sampling.max_new_tokens):
+            first_token_s = first_token_s or time.perf_counter() - started
+            if token in ends:
+                finish = "end"
+                break
+            tokens.append(token)
+            _pass_on(transcript.add(token), on_text)
+            if transcript.stopped:
+                finish = "stop"
+                break
     _pass_on(transcript.finish(), on_text)
-    new = length - len(prompt)
     statistics = Statistics(
         prompt_tokens=len(prompt),
         # the end token was drawn too
-        new_tokens=new + (finish == "end"),
+        new_tokens=len(tokens) + (finish == "end"),
         prefill_s=prefill_s,
         first_token_s=first_token_s,
         decode_s=time.perf_counter() - started - first_token_s,
         cache_bytes=cache.size_bytes,
-        peak_bytes=peak_bytes(),
+        peak_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_bytes(),
     )
-    return Generation(transcript.text, tuple(seen_1T[0, len(prompt) : length].tolist()), finish, statistics)
+    return Generation(transcript.text, tuple(tokens), finish, statistics)
+
+
+def _records(model: MiniCPMSALAForCausalLM, graph: bool | None) -> bool:
+    why_not = obstacle(model)
+    if graph and why_not is not None:
+        raise InputError(f"graph = True: {why_not}; right would be to leave it out")
+    if graph is None and why_not is not None and model.device.type == "cuda":
+        log.info("decoding without a CUDA graph: %s", why_not)
+    return why_not is None and graph is not False
+
+
+def _draws(
+    model: MiniCPMSALAForCausalLM,
+    cache: SalaCache,
+    seen_1S: Tensor,
+    length: int,
+    logits_1X: Tensor,
+    sampler: Sampler,
+    recorded: bool,
+) -> Generator[int, None, None]:
+    """Yield tokens as they are drawn, writing them behind the first `length` of `seen_1S`; `logits_1X` are the first's."""
+    token_1 = sampler.draw(seen_1S[:, :length], logits_1X)
+    seen_1S[:, length] = token_1
+    yield int(token_1)
+    if recorded:
+        steps = Steps(model, cache, seen_1S, length + 1, sampler)
+        try:
+            while True:
+                yield int(steps.next())
+        finally:
+            steps.finish()
+    while True:
+        length += 1
+        logits_1X = model(seen_1S[:, length - 1 : length], past_key_values=cache, use_cache=True).logits[:, -1]
+        token_1 = sampler.draw(seen_1S[:, :length], logits_1X)
+        seen_1S[:, length] = token_1
+        yield int(token_1)
 
 
 def end_tokens(model: MiniCPMSALAForCausalLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -96,9 +96,14 @@ class Sampler:
         if sampling.top_p < 1:
             self.processors.append(TopPLogitsWarper(sampling.top_p))
 
-    def draw(self, seen_1T: Tensor, logits_1X: Tensor) -> int:
-        """Return the next token after `seen_1T`, int64 (1, T), from logits (1, X)."""
+    def draw(self, seen_1T: Tensor, logits_1X: Tensor) -> Tensor:
+        """Return the next token, int64 (1,), from logits (1, X); nothing is read back from their device.
+
+        seen_1T: int64 (1, T), the tokens before it, in any order and as often as one likes.
+        """
         scores_1X: Tensor = self.processors(seen_1T, logits_1X)  # type: ignore[arg-type]
         if self.greedy:
-            return int(scores_1X.argmax(dim=-1))
-        return int(torch.multinomial(scores_1X.softmax(dim=-1), 1, generator=self.generator))
+            return scores_1X.argmax(dim=-1)
+        # the first of exponential clocks to ring (torch.multinomial does the same, but looks at the numbers before)
+        clocks_1X = torch.empty_like(scores_1X).exponential_(generator=self.generator)
+        return (scores_1X.softmax(dim=-1) / clocks_1X).argmax(dim=-1)

@@ -79,7 +79,8 @@ class FullAttention(nn.Module):
     ) -> Tensor:
         """Return (B, T, H, V) over everything cached and new, causal by position."""
         k, v = (k_BTGK, v_BTGV) if cache is None else cache.append(k_BTGK, v_BTGV, rows)
-        return dense_attention(q_BTHK, k, v, rows.positions_BT, scale=self.width**-0.5, start=rows.start)
+        static = rows.capacity is not None
+        return dense_attention(q_BTHK, k, v, rows.positions_BT, scale=self.width**-0.5, start=rows.start, static=static)
 
     # the documents' lengths would be numbers of the graph, and every batch would compile it again
     @torch.compiler.disable

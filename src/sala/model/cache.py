@@ -26,14 +26,37 @@ class GrowingTensor:
 
     def extend_to(self, length: int, like: Tensor) -> Tensor:
         """Return the first `length` places (B, length, ...), of the dtype, device and other widths of `like`."""
-        if self.buffer is None or self.buffer.shape[1] < length:
-            capacity = max(length, self.reserve, 2 * self.length if self.buffer is not None else length)
-            grown = like.new_zeros((like.shape[0], capacity, *like.shape[2:]))
-            if self.buffer is not None:
-                grown[:, : self.length] = self.buffer[:, : self.length]
-            self.buffer = grown
+        if self.buffer is None or self.capacity < length:
+            self._move_to(max(length, self.reserve, 2 * self.length if self.buffer is not None else length), like)
+        assert self.buffer is not None
         self.length = max(self.length, length)
         return self.buffer[:, :length]
+
+    @property
+    def capacity(self) -> int:
+        """Places there are, written or not."""
+        return 0 if self.buffer is None else self.buffer.shape[1]
+
+    def hold(self, capacity: int) -> None:
+        """Have memory for at least `capacity` places; where there is too little, all moves to memory for just as many."""
+        if self.buffer is not None and self.capacity < capacity:
+            self._move_to(capacity, self.buffer)
+
+    def put(self, index_T: Tensor, new_BT: Tensor) -> None:
+        """Write at places that only the device knows, int64 (T,); `length` is for the caller to say."""
+        assert self.buffer is not None
+        self.buffer.index_copy_(1, index_T, new_BT)
+
+    def first(self, places: int) -> Tensor:
+        """Return the first `places`, written or not."""
+        assert self.buffer is not None
+        return self.buffer[:, :places]
+
+    def _move_to(self, capacity: int, like: Tensor) -> None:
+        grown = like.new_zeros((like.shape[0], capacity, *like.shape[2:]))
+        if self.buffer is not None:
+            grown[:, : self.length] = self.buffer[:, : self.length]
+        self.buffer = grown
 
     @property
     def filled(self) -> Tensor | None:
@@ -89,6 +112,12 @@ class LayerCache(CacheLayerMixin):
         for tensor in self.tensors():
             tensor.buffer, tensor.length = None, 0
 
+    def hold(self, tokens: int) -> None:
+        """Have memory for a sequence of that many tokens, which stays where it is as long as no more are read."""
+
+    def count(self, tokens: int) -> None:
+        """Take note that steps whose positions only the device knew have made the sequence so many tokens long."""
+
     def mark(self) -> Any:
         """Return what `rewind` needs to come back to this moment."""
         return [tensor.length for tensor in self.tensors()]
@@ -133,9 +162,20 @@ class AttentionCache(LayerCache):
 
     def append(self, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Write the new keys and values and return all of them, (B, S, G, K) and (B, S, G, V)."""
+        if rows.capacity is not None:
+            self.key_places.put(rows.positions_BT[0], k_BTGK)
+            self.value_places.put(rows.positions_BT[0], v_BTGV)
+            return self.key_places.first(rows.capacity), self.value_places.first(rows.capacity)
         end = rows.start + k_BTGK.shape[1] if rows.start is not None else int(rows.positions_BT.max()) + 1
         end = max(end, self.key_places.length)
         return _write(self.key_places, k_BTGK, rows, end), _write(self.value_places, v_BTGV, rows, end)
+
+    def hold(self, tokens: int) -> None:
+        self.key_places.hold(tokens)
+        self.value_places.hold(tokens)
+
+    def count(self, tokens: int) -> None:
+        self.key_places.length = self.value_places.length = tokens
 
 
 class SparseCache(AttentionCache):
@@ -156,6 +196,8 @@ class SparseCache(AttentionCache):
         Rows of a padded batch end at different places; a window that is incomplete in the shortest row is computed
         again later, and until then no query of that row reaches it.
         """
+        if rows.capacity is not None:
+            return self._compressed_by_step(rows)
         total = k_BSGK.shape[1]
         for tier, (size, stride) in zip(self.tiers, compression_tiers(self.geometry), strict=True):
             done, complete = num_windows(self.shortest, size, stride), num_windows(total, size, stride)
@@ -170,6 +212,33 @@ class SparseCache(AttentionCache):
         fine, coarse = (tier.filled for tier in self.tiers)
         assert fine is not None and coarse is not None
         return fine, coarse
+
+    def _compressed_by_step(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Return both tiers up to the capacity, having written the newest window of each, again if it is not new.
+
+        Before the first window is complete its place takes the mean of what there is, which no query reads.
+        """
+        assert rows.capacity is not None and self.key_places.buffer is not None
+        tiers = []
+        sizes = compression_tiers(self.geometry)
+        for tier, (size, stride), (newest_1, places_C) in zip(self.tiers, sizes, rows.windows, strict=True):
+            tier.put(newest_1, compress(self.key_places.buffer.index_select(1, places_C), size, stride))
+            tiers.append(tier.first(num_windows(rows.capacity, size, stride)))
+        fine, coarse = tiers
+        return fine, coarse
+
+    def hold(self, tokens: int) -> None:
+        # a first window is always there to be written
+        tokens = max(tokens, self.geometry.coarse_size)
+        super().hold(tokens)
+        for tier, (size, stride) in zip(self.tiers, compression_tiers(self.geometry), strict=True):
+            tier.hold(num_windows(tokens, size, stride))
+
+    def count(self, tokens: int) -> None:
+        super().count(tokens)
+        self.shortest = tokens
+        for tier, (size, stride) in zip(self.tiers, compression_tiers(self.geometry), strict=True):
+            tier.length = num_windows(tokens, size, stride)
 
     def reset(self) -> None:
         super().reset()
@@ -204,6 +273,14 @@ class LightningCache(LayerCache):
     def size_bytes(self) -> int:
         return 0 if self.state_BHKV is None else self.state_BHKV.numel() * self.state_BHKV.element_size()
 
+    def keep(self, state_BHKV: Tensor, rows: Rows) -> None:
+        """Remember the state after `rows`."""
+        if rows.capacity is not None and self.state_BHKV is not None:
+            # where the next step, launched as this one, will look for it
+            self.state_BHKV.copy_(state_BHKV)
+        else:
+            self.state_BHKV = state_BHKV
+
     def reset(self) -> None:
         self.state_BHKV = None
 
@@ -223,6 +300,31 @@ class SalaCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
+
+    def place_step(self, position_1: Tensor, batch: int, capacity: int) -> Rows:
+        """Return the places of one new token a row, at the position, int64 (1,), that only the device knows.
+
+        capacity: as in `Rows`; what `hold` was asked for, or less.
+        """
+        windows = []
+        geometry = next((layer.geometry for layer in self.layers if isinstance(layer, SparseCache)), None)
+        for size, stride in () if geometry is None else compression_tiers(geometry):
+            newest_1 = ((position_1 + 1 - size) // stride).clamp(min=0)
+            windows.append((newest_1, newest_1 * stride + torch.arange(size, device=position_1.device)))
+        return Rows(position_1.expand(batch, 1), capacity=capacity, windows=tuple(windows))
+
+    def hold(self, tokens: int) -> None:
+        """Have memory for a sequence of that many tokens, which stays where it is as long as no more are read."""
+        for layer in self.layers:
+            assert isinstance(layer, LayerCache)
+            layer.hold(tokens)
+
+    def count(self, tokens: int) -> None:
+        """Take note that steps whose positions only the device knew have made every row so many tokens long."""
+        self.columns = tokens
+        for layer in self.layers:
+            assert isinstance(layer, LayerCache)
+            layer.count(tokens)
 
     def reset(self) -> None:
         super().reset()

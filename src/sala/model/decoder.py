@@ -96,6 +96,23 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         positions = rows.positions_BT[:1] if rows.start is not None else rows.positions_BT
         return dataclasses.replace(rows, rotation=rotation_tables(positions, *self.rope))
 
+    def scaled(self, embeddings_BTD: Tensor) -> Tensor:
+        return embeddings_BTD * self.config.scale_emb if self.config.scale_emb != 1 else embeddings_BTD
+
+    def step(self, ids_B1: Tensor, position_1: Tensor, cache: SalaCache, capacity: int) -> Tensor:
+        """Return the last hidden state (B, 1, D) after one token a row at a position that only the device knows.
+
+        What is launched depends on shapes alone: a CUDA graph may hold it. `cache` must have read something, must `hold`
+        the capacity, and learns by `count` how far it has come. For tests against `forward`, which computes the same.
+        """
+        rows = cache.place_step(position_1, ids_B1.shape[0], capacity)
+        if self.rope is not None:
+            rows = dataclasses.replace(rows, rotation=rotation_tables(rows.positions_BT[:1], *self.rope))
+        hidden = self.scaled(self.embed_tokens(ids_B1))
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            hidden = layer(hidden, rows, layer_cache)
+        return self.norm(hidden)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -123,8 +140,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give either input_ids or inputs_embeds")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden = hidden * self.config.scale_emb if self.config.scale_emb != 1 else hidden
+        hidden = self.scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if past_key_values is None and use_cache and cu_seqlens is None:
             past_key_values = new_cache(self.config)

@@ -25,7 +25,16 @@ class SparseAttention(FullAttention):
             k, v = cache.append(k_BTGK, v_BTGV, rows)
             fine, coarse = cache.compressed(k, rows)
         return infllm_attention(
-            q_BTHK, k, v, fine, coarse, rows.positions_BT, self.geometry, scale=self.width**-0.5, start=rows.start
+            q_BTHK,
+            k,
+            v,
+            fine,
+            coarse,
+            rows.positions_BT,
+            self.geometry,
+            scale=self.width**-0.5,
+            start=rows.start,
+            static=rows.capacity is not None,
         )
 
     @property

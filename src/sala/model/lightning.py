@@ -76,7 +76,7 @@ class LightningAttention(nn.Module):
             mask_BT=rows.mask_BT,
         )
         if cache is not None:
-            cache.state_BHKV = state_BHKV
+            cache.keep(state_BHKV, rows)
         return o_BTHV
 
     def forward(self, x_BTD: Tensor, rows: Rows, cache: LightningCache | None = None) -> Tensor:

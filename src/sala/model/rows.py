@@ -38,6 +38,9 @@ class Rows:
     start: position of the first new token when every row holds `start .. start + T - 1`, else None.
     packing: of documents in the one row; None when rows are not packed.
     rotation: cosine and sine of the rotary embedding, (B or 1, T, R) float32 for R pairs; None when no layer rotates.
+    capacity: set where only the device knows the positions, the same in every row: the places of the cache that are in
+        use. What is launched is then the same whatever the positions, and nothing is read back.
+    windows: beside `capacity`, of each tier of compressed keys the newest complete window (1,) and its keys' places (C,).
     """
 
     positions_BT: Tensor
@@ -45,6 +48,8 @@ class Rows:
     start: int | None = None
     packing: Packing | None = None
     rotation: tuple[Tensor, Tensor] | None = None
+    capacity: int | None = None
+    windows: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def place_rows(

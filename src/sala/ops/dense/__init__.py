@@ -21,6 +21,7 @@ def dense_attention(
     *,
     scale: float,
     start: int | None = None,
+    static: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Return softmax attention in which the query at position p sees the keys 0..p.
@@ -35,6 +36,8 @@ def dense_attention(
             zero. May be None when `start` is given.
         scale: factor on the scores.
         start: given when every row's queries are at start..start+T-1: then `positions_BT` is not looked at.
+        static: for few queries whose positions only the device knows: what runs depends on shapes alone, as in a CUDA
+            graph. That each has its key and none is padding is taken for granted, and keys beyond must be numbers.
         backend: a name in `sala.ops.dispatch.BACKENDS["dense"]`, or "auto".
 
     Returns:
@@ -44,15 +47,22 @@ def dense_attention(
         InputError: shapes or dtypes that do not fit, or a position without a key.
         BackendError: no backend of that name, or it does not take these tensors.
     """
-    check_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, start)
+    check_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, start, static)
     implementation = choose("dense", backend, (q_BTHK, k_BSGK, v_BSGV))
+    if static:
+        return implementation.attend_static(q_BTHK, k_BSGK, v_BSGV, positions_BT, scale)
     return implementation.attend(q_BTHK, k_BSGK, v_BSGV, positions_BT, scale, start)
 
 
 def check_attention(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, positions_BT: Tensor | None, start: int | None
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    positions_BT: Tensor | None,
+    start: int | None,
+    static: bool = False,
 ) -> None:
-    """Check that queries, keys, values and positions fit together.
+    """Check that queries, keys, values and positions fit together; with `static` without reading the positions.
 
     Raises:
         InputError: they do not; the message names the tensor and what it should be.
@@ -86,5 +96,5 @@ def check_attention(
             f"positions must be int32 or int64 of shape {(B, T)}, not {positions_BT.dtype} of shape "
             f"{tuple(positions_BT.shape)}"
         )
-    if positions_BT.numel() and int(positions_BT.max()) >= S:
+    if not static and positions_BT.numel() and int(positions_BT.max()) >= S:
         raise InputError(f"a query at position {int(positions_BT.max())} needs its key, there are {S} keys")

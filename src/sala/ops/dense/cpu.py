@@ -17,6 +17,11 @@ def attend(
     return _dense(q_BTHK, k_BSGK, v_BSGV, positions_BT, start or 0, scale)
 
 
+def attend_static(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, positions_BT: Tensor, scale: float) -> Tensor:
+    """Return (B, T, H, V); see `dense_attention`. The kernel itself looks at the positions."""
+    return _dense(q_BTHK, k_BSGK, v_BSGV, positions_BT, 0, scale)
+
+
 def _empty_like(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *_: object) -> Tensor:
     return v_BSGV.new_empty(*q_BTHK.shape[:3], v_BSGV.shape[3])
 

@@ -36,6 +36,21 @@ def attend(
     return _attend_from(q_BTHK, k_BSGK, v_BSGV, scale, start)
 
 
+def attend_static(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, positions_BT: Tensor, scale: float) -> Tensor:
+    """Return (B, T, H, V) over all S keys, those after a query's position hidden; see `dense_attention`."""
+    B, T, H, K = q_BTHK.shape
+    S, G = k_BSGK.shape[1:3]
+    later_BTS = torch.arange(S, device=q_BTHK.device) > positions_BT[..., None]
+    bias_BTS = q_BTHK.new_zeros(B, T, S).masked_fill_(later_BTS, -torch.inf)
+    # a group's heads as rows of one product: keys and values are read once a group instead of once a head
+    q_BGMK = q_BTHK.reshape(B, T, G, H // G, K).permute(0, 2, 3, 1, 4).reshape(B, G, -1, K)
+    bias_B1MS = bias_BTS.repeat(1, H // G, 1)[:, None]
+    out_BGMV = scaled_dot_product_attention(
+        q_BGMK, k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2), attn_mask=bias_B1MS, scale=scale
+    )
+    return out_BGMV.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
 def recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
     """Return `function(*arguments)`, keeping only the arguments for the backward pass and not what lies between."""
     if not torch.is_grad_enabled():

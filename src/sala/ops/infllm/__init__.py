@@ -104,6 +104,7 @@ def infllm_attention(
     *,
     scale: float,
     start: int | None = None,
+    static: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Return attention over the blocks each query selects, or over everything where its context is short.
@@ -124,6 +125,9 @@ def infllm_attention(
         scale: factor on the scores, K**-0.5 in the released model.
         start: given when every row's queries are at start..start+T-1: then `positions_BT` is not looked at, and a call
             that is dense as a whole has no step that depends on data.
+        static: for few queries whose positions only the device knows: what runs depends on shapes alone, as in a CUDA
+            graph, with `backend` "triton"; the others look at the positions. That every position has its key and every
+            window up to it its mean is taken for granted, and keys beyond must be numbers.
         backend: a name in `sala.ops.dispatch.BACKENDS["infllm"]`, or "auto".
 
     Returns:
@@ -133,16 +137,19 @@ def infllm_attention(
         InputError: shapes or dtypes that do not fit, a position without a key, or too few windows.
         BackendError: no backend of that name.
     """
-    check_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, start)
+    check_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, start, static)
     B, T, _, K = q_BTHK.shape
-    if start is not None:
+    if static:
+        last_position = k_BSGK.shape[1] - 1
+    elif start is not None:
         last_position = start + T - 1
     else:
         assert positions_BT is not None
         last_position = int(positions_BT.max()) if positions_BT.numel() else -1
     k1_BNGK, k2_BNGK = (None if x is None else x.detach() for x in (k1_BNGK, k2_BNGK))
     implementation = choose("infllm", backend, (q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT))
-    if backend != "reference" and last_position < geometry.first_sparse_position(last_position):
+    # of a static call a later position may be sparse
+    if backend != "reference" and not static and last_position < geometry.first_sparse_position(last_position):
         # on a GPU torch's own kernels are those of full attention
         dense_backend = "eager" if backend == "triton" else backend
         return dense_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, scale=scale, start=start, backend=dense_backend)

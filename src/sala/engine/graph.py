@@ -1,0 +1,102 @@
+"""Decoding by steps that are all alike, so that a GPU replays one recorded graph instead of being told every launch."""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from sala.engine.sampling import Sampler
+from sala.model import MiniCPMSALAForCausalLM, SalaCache
+from sala.model.config import FULL_ROWS
+from sala.ops.dispatch import explain
+
+log = logging.getLogger(__name__)
+
+# where the context is shorter a step's attention is too little to tell
+MIN_CAPACITY = 4096
+
+
+def obstacle(model: MiniCPMSALAForCausalLM) -> str | None:
+    """Return why the model's steps cannot be recorded on its device, None when they can."""
+    if model.device.type != "cuda":
+        return f"the model is on {model.device}; graphs are CUDA's"
+    if not FULL_ROWS.keys().isdisjoint(model.config.mixer_types):
+        backend, reason = explain("infllm", model.device.type)
+        if backend != "triton":
+            return f"block-sparse attention runs through {backend}, which looks at positions ({reason})"
+    return None
+
+
+class Steps:
+    """One token after another, each a step that depends on shapes alone: position and token stay on the device.
+
+    A step reads the newest token of `seen_1S` and writes the next behind it. Work is launched for a number of places that
+    doubles as the context grows, so that a short one does not pay for all the memory that was reserved. For each such
+    number a first step runs as it is, which compiles its kernels; then it is recorded. Without graphs all run as they are.
+
+    seen_1S: int64 (1, S), the tokens so far and room for those to come.
+    length: how many there are so far. `cache` has read all but the last, and nobody else uses it until `finish`.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: MiniCPMSALAForCausalLM, cache: SalaCache, seen_1S: Tensor, length: int, sampler: Sampler):
+        assert cache.columns == length - 1 > 0
+        self.model, self.cache, self.seen_1S, self.length, self.sampler = model, cache, seen_1S, length, sampler
+        # the sampler sees all of it, and tokens to come must not count
+        seen_1S[:, length:] = seen_1S[:, :1]
+        self.position_1 = torch.tensor([length - 1], device=seen_1S.device)
+        self.capacity = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.recorder = torch.cuda.Stream(seen_1S.device) if seen_1S.is_cuda else None
+
+    @torch.inference_mode()
+    def next(self) -> Tensor:
+        """Return the next token, int64 (1,), on the device; the step after may overwrite it."""
+        if self.length > self.capacity:
+            self._grow()
+            self._run_aside()
+        elif self.recorder is None:
+            self._run()
+        else:
+            self.graph = self.graph or self._record(self.recorder)
+            self.graph.replay()
+        self.length += 1
+        return self.token_1
+
+    def finish(self) -> None:
+        """Tell the cache how far it has come: from then on it is as if the model had read the tokens by itself."""
+        self.cache.count(self.length - 1)
+
+    def _grow(self) -> None:
+        longest = self.seen_1S.shape[1]
+        self.capacity = min(longest, max(MIN_CAPACITY, 1 << (self.length - 1).bit_length()))
+        # what may move is what has been counted
+        self.finish()
+        self.cache.hold(self.capacity)
+        self.graph = None
+
+    def _run(self) -> None:
+        ids_11 = self.seen_1S.index_select(1, self.position_1)
+        hidden_11D = self.model.model.step(ids_11, self.position_1, self.cache, self.capacity)
+        self.logits_1X = self.model.logits(hidden_11D)[:, -1]
+        self.token_1 = self.sampler.draw(self.seen_1S, self.logits_1X)
+        self.position_1 += 1
+        self.seen_1S.index_copy_(1, self.position_1, self.token_1[None])
+
+    def _run_aside(self) -> None:
+        if self.recorder is None:
+            return self._run()
+        # where it will be recorded, for libraries keep their workspaces by stream
+        stream = torch.cuda.current_stream(self.seen_1S.device)
+        self.recorder.wait_stream(stream)
+        with torch.cuda.stream(self.recorder):
+            self._run()
+        stream.wait_stream(self.recorder)
+
+    def _record(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        if not self.sampler.greedy:
+            graph.register_generator_state(self.sampler.generator)
+        with torch.cuda.device(self.seen_1S.device), torch.cuda.graph(graph, stream=stream):
+            self._run()
+        return graph
