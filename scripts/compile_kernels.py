@@ -103,7 +103,32 @@ def infllm() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "bf16 128, 16 heads, step", lambda: call(torch.bfloat16, 1, 128, 16, False)
 
 
-CALLS = {"lightning": lightning, "infllm": infllm}
+def pointwise() -> Iterator[tuple[str, Callable[[], object]]]:
+    from sala.ops.pointwise import triton as backend
+
+    def call(dtype: torch.dtype, heads: int, width: int, hidden: int) -> None:
+        x, branch = torch.zeros(2, 1, 2, hidden, dtype=dtype)
+        table = torch.zeros(1, 2, width // 2)
+        backend.rms_norm(x, x[0, 0], 1e-6)
+        backend.add_rms_norm(x, branch, 0.2, x[0, 0], 1e-6)
+        backend.add_scaled(x, branch, 0.2)
+        backend.silu_mul(x, branch)
+        q = torch.zeros(1, 2, heads, width, dtype=dtype)
+        backend.norm_rotate(q, q[0, 0, 0], 1e-6, table, table, None)
+        backend.norm_gate(q, q[0, 0].flatten(), 1e-6, q.flatten(2))
+        backend.norm_gate(q, None, 0.0, q.flatten(2))
+
+    for dtype, heads, width, hidden in (
+        (torch.bfloat16, 32, 128, 4096),
+        (torch.bfloat16, 24, 96, 2304),
+        (torch.bfloat16, 128, 128, 16384),
+        (torch.float32, 32, 128, 4096),
+    ):
+        label = f"{str(dtype).removeprefix('torch.')} {heads} x {width}, {hidden}"
+        yield label, lambda shape=(dtype, heads, width, hidden): call(*shape)
+
+
+CALLS = {"lightning": lightning, "infllm": infllm, "pointwise": pointwise}
 
 
 def main(arch: str = "sm_90", *names: str) -> None:

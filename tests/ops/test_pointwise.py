@@ -3,22 +3,33 @@
 from collections.abc import Callable
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from devices import GPU, on_device_of, row
 from sala.errors import BackendError, InputError
-from sala.ops import native, pointwise
-from sala.ops.dispatch import BACKENDS, unavailable
+from sala.ops import gpu, native, pointwise
+from sala.ops.dispatch import BACKENDS, choose, unavailable
 from sala.ops.pointwise import add_rms_norm, add_scaled, norm_gate, norm_rotate, rms_norm, silu_mul
 from tolerances import assert_close
 
-every_other_backend = pytest.mark.parametrize(
-    "backend", [name for name in BACKENDS["pointwise"] if name != "reference"]
-)
+DTYPES = (torch.float32, torch.bfloat16)
+DTYPES_OF = {"triton": (*DTYPES, torch.float16)}
+OTHERS = [name for name in BACKENDS["pointwise"] if name != "reference"]
+
+every_other_backend = pytest.mark.parametrize("backend", [row(name) for name in OTHERS])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+every_dtype_of_triton = pytest.mark.parametrize(
+    ("backend", "dtype"), [row("triton", dtype) for dtype in DTYPES_OF["triton"]]
+)
+every_fast_backend = pytest.mark.parametrize(
+    "backend", [row(name) for name in ("cpu", "triton") if unavailable("pointwise", name) is None]
+)
 every_level = pytest.mark.parametrize("level", native.levels_here())
 with_cpu = pytest.mark.skipif(unavailable("pointwise", "cpu") is not None, reason="no C++ here")
 
@@ -39,27 +50,25 @@ def calls(B: int, T: int, H: int, K: int, dtype: torch.dtype) -> dict[str, Call]
     tokens_of_a_head_together = heads.transpose(1, 2).contiguous().transpose(1, 2)
     weight, head_weight = (1 + 0.3 * torch.randn(D)).to(dtype), (1 + 0.3 * torch.randn(K)).to(dtype)
     scale_BT = torch.rand(B, T) + 1
-    every: dict[str, Call] = {
-        "rms_norm": lambda backend: rms_norm(x, weight, EPS, backend=backend),
-        "add_scaled": lambda backend: add_scaled(x, branch, 0.35, backend=backend),
-        "add_rms_norm": lambda backend: add_rms_norm(x, branch, 0.35, weight, EPS, backend=backend),
-        "silu_mul": lambda backend: silu_mul(x * 8, branch, backend=backend),
-    }
+    every: dict[str, Call] = {}
+
+    def add(name: str, function: Callable[..., Tensor | tuple[Tensor, Tensor]], *arguments: object, **options: object):
+        every[name] = lambda backend: on_device_of(backend, function, *arguments, **options)
+
+    add("rms_norm", rms_norm, x, weight, EPS)
+    add("add_scaled", add_scaled, x, branch, 0.35)
+    add("add_rms_norm", add_rms_norm, x, branch, 0.35, weight, EPS)
+    add("silu_mul", silu_mul, x * 8, branch)
     widths = {0, K // 2, K // 4}
     for norm, R, rows, scaled in product((None, (head_weight, EPS)), sorted(widths), {1, B}, (False, True)):
-        options = {
-            "norm": norm,
-            "scale_BT": scale_BT if scaled else None,
-            "rotation": tables(rows, T, R) if R else None,
-        }
-        every[f"norm_rotate {norm is not None} {R} {rows} {scaled}"] = lambda backend, options=options: norm_rotate(
-            heads, **options, backend=backend
-        )
+        rotation = tables(rows, T, R) if R else None
+        add(
+            f"norm_rotate {norm is not None} {R} {rows} {scaled}", norm_rotate, heads,
+            norm=norm, scale_BT=scale_BT if scaled else None, rotation=rotation,
+        )  # fmt: skip
     for norm, gated, x_BTHV in product((None, (weight, EPS)), (False, True), (heads, tokens_of_a_head_together)):
-        options = {"norm": norm, "gate_BTD": gate if gated else None}
-        every[f"norm_gate {norm is not None} {gated} {x_BTHV.stride()}"] = (
-            lambda backend, options=options, x_BTHV=x_BTHV: norm_gate(x_BTHV, **options, backend=backend)
-        )
+        gate_BTD = gate if gated else None
+        add(f"norm_gate {norm is not None} {gated} {x_BTHV.stride()}", norm_gate, x_BTHV, norm=norm, gate_BTD=gate_BTD)
     return every
 
 
@@ -70,9 +79,20 @@ def flat(result: Tensor | tuple[Tensor, Tensor]) -> list[Tensor]:
 # against the definition
 
 
-@every_other_backend
-@every_dtype
-@pytest.mark.parametrize("size", [(1, 1, 4, 64), (2, 5, 3, 24), (1, 130, 2, 20), (2, 63, 5, 8)], ids=str)
+# the interpreter takes a millisecond a program, and a token is one
+SIZES = [(1, 1, 4, 64), (2, 2, 3, 24), (1, 130, 2, 20), (2, 63, 5, 8)]
+SIZES_OF = {"triton": SIZES if GPU else SIZES[:2]}
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "size"),
+    [
+        row(name, dtype, size)
+        for name in OTHERS
+        for dtype in DTYPES_OF.get(name, DTYPES)
+        for size in SIZES_OF.get(name, SIZES)
+    ],
+)
 def test_backends_agree_with_the_definition(backend: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> None:
     for name, call in calls(*size, dtype).items():
         for actual, expected in zip(flat(call(backend)), flat(call("reference")), strict=True):
@@ -82,6 +102,18 @@ def test_backends_agree_with_the_definition(backend: str, dtype: torch.dtype, si
                 raise AssertionError(f"{name}: {error}") from error
 
 
+def assert_rounded_as_plain_torch(backend: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> None:
+    """Within one rounding of the result's own dtype: a rounding left out or made twice is seen in 16 bits."""
+    bound = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    for name, call in calls(*size, dtype).items():
+        for actual, expected in zip(flat(call(backend)), flat(call("eager")), strict=True):
+            largest = expected.abs().max()
+            off = ((actual.float() - expected.float()).abs() > bound * expected.float().abs() + 1e-7 * largest).sum()
+            assert actual.dtype == dtype and off == 0, name
+            if dtype != torch.float32:
+                assert (actual != expected).float().mean() < 0.01, f"{name}: roundings differ beyond the rare tie"
+
+
 @with_cpu
 @every_level
 @every_dtype
@@ -89,18 +121,13 @@ def test_backends_agree_with_the_definition(backend: str, dtype: torch.dtype, si
 def test_every_level_rounds_where_plain_torch_does(
     level: str, dtype: torch.dtype, size: tuple[int, int, int, int]
 ) -> None:
-    """Within one rounding of the result's own dtype: a rounding left out or made twice is seen in bfloat16."""
-    bound = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}[dtype]
     with native.at_level(level):
-        for name, call in calls(*size, dtype).items():
-            for actual, expected in zip(flat(call("cpu")), flat(call("eager")), strict=True):
-                largest = expected.abs().max()
-                off = (
-                    (actual.float() - expected.float()).abs() > bound * expected.float().abs() + 1e-7 * largest
-                ).sum()
-                assert actual.dtype == dtype and off == 0, name
-                if dtype == torch.bfloat16:
-                    assert (actual != expected).float().mean() < 0.01, f"{name}: roundings differ beyond the rare tie"
+        assert_rounded_as_plain_torch("cpu", dtype, size)
+
+
+@every_dtype_of_triton
+def test_triton_rounds_where_plain_torch_does(backend: str, dtype: torch.dtype) -> None:
+    assert_rounded_as_plain_torch(backend, dtype, (1, 2, 5, 96))
 
 
 @with_cpu
@@ -146,31 +173,59 @@ def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
-@with_cpu
-def test_extremes_are_those_of_plain_torch() -> None:
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tokens of a head together": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "part of a wider tensor": lambda x: torch.cat((x, x), 2)[:, :, : x.shape[2]],
+    "every second number": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "rows turned round": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+@every_fast_backend
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_layout_changes_a_number(backend: str, layout: str) -> None:
+    heads, weight = torch.randn(2, 3, 2, 12), torch.rand(24)
+    x, other = torch.randn(2, 2, 3, 24)
+    lie = LAYOUTS[layout]
+    for function, tensors, options in (
+        (rms_norm, (x, weight, EPS), {}),
+        (add_rms_norm, (x, other, 0.5, weight, EPS), {}),
+        (add_scaled, (x, other, 0.5), {}),
+        (silu_mul, (x, other), {}),
+        (norm_rotate, (heads,), {"norm": (weight[:12], EPS), "rotation": tables(1, 3, 4)}),
+        (norm_gate, (heads,), {"norm": (weight, EPS), "gate_BTD": other}),
+    ):
+        expected = flat(on_device_of(backend, function, *tensors, **options))
+        lying = [lie(y) if isinstance(y, Tensor) and y.ndim > 1 else y for y in tensors]
+        for actual, plain in zip(flat(on_device_of(backend, function, *lying, **options)), expected, strict=True):
+            assert torch.equal(actual, plain), function.__name__
+
+
+@every_fast_backend
+def test_extremes_are_those_of_plain_torch(backend: str) -> None:
+    def assert_plain(function: Callable[..., Tensor], *arguments: Tensor, **options: Tensor) -> None:
+        # the interpreter's exponentials warn
+        with np.errstate(all="ignore"):
+            actual = on_device_of(backend, function, *arguments, **options)
+        torch.testing.assert_close(actual, function(*arguments, **options, backend="eager"), equal_nan=True)
+
     x = torch.tensor([-torch.inf, -1e4, -100.0, -88.5, -80.0, 0.0, 80.0, 88.5, 100.0, 1e4, torch.nan])
     one = torch.ones_like(x)
-    torch.testing.assert_close(
-        silu_mul(x[1:], one[1:], backend="cpu"), silu_mul(x[1:], one[1:], backend="eager"), equal_nan=True
-    )
-    gates = {"gate_BTD": x[None, None]}
-    torch.testing.assert_close(
-        norm_gate(one[None, None, None], **gates, backend="cpu"),
-        norm_gate(one[None, None, None], **gates, backend="eager"),
-        equal_nan=True,
-    )
+    assert_plain(silu_mul, x[1:], one[1:])
+    assert_plain(norm_gate, one[None, None, None], gate_BTD=x[None, None])
     nan = torch.tensor([[1.0, torch.nan], [1.0, 2.0]])
-    assert torch.equal(
-        rms_norm(nan, torch.ones(2), EPS, backend="cpu").isnan(), torch.tensor([[True, True], [False, False]])
-    )
+    normed = on_device_of(backend, rms_norm, nan, torch.ones(2), EPS)
+    assert torch.equal(normed.isnan(), torch.tensor([[True, True], [False, False]]))
 
 
-@with_cpu
-def test_no_tokens_are_no_work() -> None:
+@every_fast_backend
+def test_no_tokens_are_no_work(backend: str) -> None:
     nothing = torch.randn(1, 0, 32)
-    assert rms_norm(nothing, torch.ones(32), EPS, backend="cpu").shape == (1, 0, 32)
-    assert norm_gate(nothing.view(1, 0, 4, 8), gate_BTD=nothing, backend="cpu").shape == (1, 0, 32)
-    assert norm_rotate(nothing.view(1, 0, 4, 8), rotation=tables(1, 0, 4), backend="cpu").shape == (1, 0, 4, 8)
+    heads = nothing.view(1, 0, 4, 8)
+    assert on_device_of(backend, rms_norm, nothing, torch.ones(32), EPS).shape == (1, 0, 32)
+    assert on_device_of(backend, silu_mul, nothing, nothing).shape == (1, 0, 32)
+    assert on_device_of(backend, norm_gate, heads, gate_BTD=nothing).shape == (1, 0, 32)
+    assert on_device_of(backend, norm_rotate, heads, rotation=tables(1, 0, 4)).shape == (1, 0, 4, 8)
 
 
 # properties of the functions
@@ -178,10 +233,10 @@ def test_no_tokens_are_no_work() -> None:
 
 @every_other_backend
 def test_a_rotation_keeps_lengths_and_depends_on_distance_alone(backend: str) -> None:
-    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 50, 1, 16)
-    angles = torch.arange(50.0)[None, :, None] * torch.rand(8)
-    options = {"rotation": (angles.cos(), angles.sin()), "backend": backend}
-    turned_q, turned_k = norm_rotate(q, **options), norm_rotate(k, **options)
+    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 20, 1, 16)
+    angles = torch.arange(20.0)[None, :, None] * torch.rand(8)
+    options = {"rotation": (angles.cos(), angles.sin())}
+    turned_q, turned_k = (on_device_of(backend, norm_rotate, x, **options) for x in (q, k))
     torch.testing.assert_close(turned_q.norm(dim=-1), q.norm(dim=-1))
     products = (turned_q[0, 7:, 0] * turned_k[0, :-7, 0]).sum(-1)
     torch.testing.assert_close(products, products[:1].expand_as(products), atol=1e-4, rtol=1e-4)
@@ -216,36 +271,59 @@ def test_other_dtypes_run_in_plain_torch(dtype: torch.dtype) -> None:
     assert rms_norm(x.bfloat16(), torch.ones(8), EPS).dtype == torch.float32
 
 
-@with_cpu
-def test_what_the_library_does_not_take_is_refused_by_name() -> None:
+@every_fast_backend
+def test_what_a_backend_does_not_take_is_refused_by_name(backend: str) -> None:
     x = torch.randn(1, 3, 8)
     with pytest.raises(BackendError, match="float64"):
-        silu_mul(x.double(), x.double(), backend="cpu")
+        on_device_of(backend, silu_mul, x.double(), x.double())
     with pytest.raises(BackendError, match="one dtype"):
-        rms_norm(x.bfloat16(), torch.ones(8), EPS, backend="cpu")
+        on_device_of(backend, rms_norm, x.half(), torch.ones(8), EPS)
     with pytest.raises(BackendError, match="gradient"):
-        rms_norm(x.requires_grad_(), torch.ones(8), EPS, backend="cpu")
+        on_device_of(backend, rms_norm, x.requires_grad_(), torch.ones(8), EPS)
+    if backend == "triton":
+        with pytest.raises(BackendError, match="rows are 40000 wide; it takes up to 32768"):
+            on_device_of(backend, silu_mul, *torch.randn(2, 1, 1, 40000))
 
 
-@with_cpu
-def test_torch_sees_operators() -> None:
+def test_on_a_gpu_kernels_run_unless_a_gradient_is_wanted_or_a_compiler_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "interpreted", lambda: False)
+    monkeypatch.setattr(gpu, "_unavailable", lambda interpreted: None)
+    with FakeTensorMode():
+        x = torch.empty(1, 3, 8, device="cuda:0")
+        wanted = torch.empty(1, 3, 8, device="cuda:0", requires_grad=True)
+    assert choose("pointwise", tensors=(x, x)).__name__ == "sala.ops.pointwise.triton"
+    assert choose("pointwise", tensors=(x, wanted)).__name__ == "sala.ops.pointwise.eager"
+    with torch.no_grad():
+        assert choose("pointwise", tensors=(x, wanted)).__name__ == "sala.ops.pointwise.triton"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choose("pointwise", tensors=(x, x)).__name__ == "sala.ops.pointwise.eager"
+    assert choose("pointwise", "triton", (x, x)).__name__ == "sala.ops.pointwise.triton"
+
+
+@every_fast_backend
+def test_torch_sees_operators(backend: str) -> None:
     """Shapes, strides and dtypes of the fake versions are those of the real ones; a compiled function gives the same."""
-    x, gate = torch.randn(2, 1, 5, 4, 8)
-    cosine, sine = tables(1, 5, 4)
-    ops = torch.ops.sala
-    for op, arguments in (
-        (ops.rms_norm, (x, torch.ones(8), EPS)),
-        (ops.add_scaled, (x, gate, 0.5)),
-        (ops.add_rms_norm, (x, gate, 0.5, torch.ones(8), EPS)),
-        (ops.norm_rotate, (x, torch.ones(8), EPS, cosine, sine, torch.ones(1, 5))),
-        (ops.norm_gate, (x, torch.ones(32), EPS, gate.flatten(2))),
-        (ops.silu_mul, (x, gate)),
+    device = "cuda" if GPU and backend == "triton" else "cpu"
+    x, gate = torch.randn(2, 1, 5, 4, 8, device=device)
+    weight_K, weight_D, scale_BT = (torch.ones(*shape, device=device) for shape in ((8,), (32,), (1, 5)))
+    cosine, sine = (table.to(device) for table in tables(1, 5, 4))
+    choose("pointwise", backend)
+    prefix = "pointwise_triton_" if backend == "triton" else ""
+    for name, arguments in (
+        ("rms_norm", (x, weight_K, EPS)),
+        ("add_scaled", (x, gate, 0.5)),
+        ("add_rms_norm", (x, gate, 0.5, weight_K, EPS)),
+        ("norm_rotate", (x, weight_K, EPS, cosine, sine, scale_BT)),
+        ("norm_gate", (x, weight_D, EPS, gate.flatten(2))),
+        ("silu_mul", (x, gate)),
     ):
-        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        op = getattr(torch.ops.sala, prefix + name).default
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
     def layer(x: Tensor) -> Tensor:
-        heads = norm_rotate(x, norm=(torch.ones(8), EPS), rotation=(cosine, sine))
-        return add_scaled(silu_mul(norm_gate(heads), gate.flatten(2)), gate.flatten(2), 0.5)
+        heads = norm_rotate(x, norm=(weight_K, EPS), rotation=(cosine, sine), backend=backend)
+        gated = silu_mul(norm_gate(heads, backend=backend), gate.flatten(2), backend=backend)
+        return add_scaled(gated, gate.flatten(2), 0.5, backend=backend)
 
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

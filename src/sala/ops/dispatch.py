@@ -25,6 +25,7 @@ class Backend:
     details: returns more of the reason, that only this machine knows.
     unavailable: returns why this machine cannot run it, or None.
     refuses: takes a call's tensors and returns why it does not take them, or None.
+    fusible: a compiler makes more of plain torch, and gets it instead where the choice is not the user's.
     """
 
     module: str
@@ -33,15 +34,20 @@ class Backend:
     details: Callable[[], str | None] = _never
     unavailable: Callable[[], str | None] = _never
     refuses: Callable[[Sequence[Tensor | None]], str | None] = _never
+    fusible: bool = False
 
     def automatic_on(self, device: str) -> bool:
+        if self.fusible and torch.compiler.is_compiling():
+            return False
         return self.devices is None or device in self.devices
 
 
 Refuses = Callable[[Sequence[Tensor | None]], str | None]
 
 
-def _rows(op: str, refuses: Refuses = native.refuses, triton_refuses: Refuses | None = None) -> Mapping[str, Backend]:
+def _rows(
+    op: str, refuses: Refuses = native.refuses, triton_refuses: Refuses | None = None, fusible: bool = False
+) -> Mapping[str, Backend]:
     """Return the backends of an operator; one in Triton where it is said what that does not take."""
     triton = Backend(
         f"sala.ops.{op}.triton",
@@ -51,6 +57,7 @@ def _rows(op: str, refuses: Refuses = native.refuses, triton_refuses: Refuses | 
         details=gpu.describe,
         unavailable=gpu.unavailable,
         refuses=triton_refuses or _never,
+        fusible=fusible,
     )
     return MappingProxyType(
         {
@@ -76,8 +83,10 @@ BACKENDS: Mapping[str, Mapping[str, Backend]] = MappingProxyType(
         "lightning": _rows("lightning", triton_refuses=gpu.refuses_states),
         "infllm": _rows("infllm", triton_refuses=gpu.refuses_wide),
         "dense": _rows("dense"),
-        # plain torch promotes where dtypes differ, as with norms kept in float32
-        "pointwise": _rows("pointwise", native.refuses_mixed),
+        # plain torch promotes where dtypes differ, as with norms kept in float32. On a GPU torch.compile makes one kernel of
+        # it and of what stands beside it, over the edges of our functions and with gradients; a kernel of ours would cut
+        # its graph there
+        "pointwise": _rows("pointwise", native.refuses_mixed, gpu.refuses_rows, fusible=True),
     }
 )
 

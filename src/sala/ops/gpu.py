@@ -4,6 +4,7 @@ Nothing here imports Triton: it is imported with a backend's file, when that is 
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -18,6 +19,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # bfloat16 in the tensor cores and asynchronous copies, which the kernels are written for
 CAPABILITY = (8, 0)
 MAX_WIDTH = 256
+# of elementwise work, where all threads of a program hold one row
+MAX_ROW = 2**15
 
 
 def interpreted() -> bool:
@@ -85,6 +88,20 @@ def refuses_wide(tensors: Sequence[Tensor | None]) -> str | None:
     """As `refuses`, for queries, keys and values: a row of each has to fit into the registers of one program."""
     widest = max((x.shape[-1] for x in tensors if x is not None and x.is_floating_point()), default=0)
     return f"heads are {widest} wide; it takes up to {MAX_WIDTH}" if widest > MAX_WIDTH else refuses(tensors)
+
+
+def refuses_rows(tensors: Sequence[Tensor | None]) -> str | None:
+    """As `refuses`, for elementwise work: one dtype, rows that one program can hold, and no gradients."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    for tensor in given:
+        if tensor.dtype != given[0].dtype:
+            return f"tensors are {given[0].dtype} and {tensor.dtype}; it takes one dtype"
+        width = max(tensor.shape[-1], math.prod(tensor.shape[2:]))
+        if width > MAX_ROW:
+            return f"rows are {width} wide; it takes up to {MAX_ROW}"
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            return "a gradient is wanted and it has no backward pass"
+    return refuses(tensors)
 
 
 def operator(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sala.ops.native import Function, operator
+from sala.ops.pointwise.layout import close, contiguous, count, rows
 
 _norm = Function("sala_norm", "iii pi pi f p f pp i")
 _turn = Function("sala_turn", "iiiii piii pf ppii pi p i")
@@ -18,12 +19,12 @@ def _fake_like(x: Tensor, *_: object) -> Tensor:
 @operator("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _fake_like)
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """See `sala.ops.pointwise`, as all of these."""
-    x, row = _rows(x)
+    x, row = rows(x)
     out = _fake_like(x)
     weight_D = weight_D.contiguous()
     n = x.shape[-1]
     _norm(
-        _kind(x), _count(x), n, x.data_ptr(), row, None, 0, 0.0,
+        _kind(x), count(x), n, x.data_ptr(), row, None, 0, 0.0,
         weight_D.data_ptr(), eps, None, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -31,10 +32,10 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 @operator("add_scaled(Tensor x, Tensor branch, float scale) -> Tensor", _fake_like)
 def add_scaled(x: Tensor, branch: Tensor, scale: float) -> Tensor:
-    (x, row), (branch, branch_row) = _rows(x), _rows(branch)
+    (x, row), (branch, branch_row) = rows(x), rows(branch)
     total = _fake_like(x)
     _norm(
-        _kind(x), _count(x), x.shape[-1], x.data_ptr(), row, branch.data_ptr(), branch_row, scale,
+        _kind(x), count(x), x.shape[-1], x.data_ptr(), row, branch.data_ptr(), branch_row, scale,
         None, 0.0, total.data_ptr(), None, torch.get_num_threads(),
     )  # fmt: skip
     return total
@@ -48,11 +49,11 @@ def _fake_pair(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     "add_rms_norm(Tensor x, Tensor branch, float scale, Tensor weight, float eps) -> (Tensor, Tensor)", _fake_pair
 )
 def add_rms_norm(x: Tensor, branch: Tensor, scale: float, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    (x, row), (branch, branch_row) = _rows(x), _rows(branch)
+    (x, row), (branch, branch_row) = rows(x), rows(branch)
     total, out = _fake_pair(x)
     weight_D = weight_D.contiguous()
     _norm(
-        _kind(x), _count(x), x.shape[-1], x.data_ptr(), row, branch.data_ptr(), branch_row, scale,
+        _kind(x), count(x), x.shape[-1], x.data_ptr(), row, branch.data_ptr(), branch_row, scale,
         weight_D.data_ptr(), eps, total.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return total, out
@@ -78,13 +79,13 @@ def norm_rotate(
     sine_BTR: Tensor | None,
     scale_BT: Tensor | None,
 ) -> Tensor:
-    x = _close(x_BTHK)
+    x = close(x_BTHK)
     out = _fake_heads(x)
     weight, cosine, sine, scale = (
-        _contiguous(weight_K),
-        _contiguous(cosine_BTR),
-        _contiguous(sine_BTR),
-        _contiguous(scale_BT),
+        contiguous(weight_K),
+        contiguous(cosine_BTR),
+        contiguous(sine_BTR),
+        contiguous(scale_BT),
     )
     B, T, H, K = x.shape
     half = 0 if cosine is None else cosine.shape[-1]
@@ -104,10 +105,10 @@ def _fake_merged(x_BTHV: Tensor, *_: object) -> Tensor:
 
 @operator("norm_gate(Tensor x, Tensor? weight, float eps, Tensor? gate) -> Tensor", _fake_merged)
 def norm_gate(x_BTHV: Tensor, weight_D: Tensor | None, eps: float, gate_BTD: Tensor | None) -> Tensor:
-    x = _close(x_BTHV)
+    x = close(x_BTHV)
     out = _fake_merged(x)
-    weight = _contiguous(weight_D)
-    gate, gate_row = (None, 0) if gate_BTD is None else _rows(gate_BTD)
+    weight = contiguous(weight_D)
+    gate, gate_row = (None, 0) if gate_BTD is None else rows(gate_BTD)
     B, T, H, V = x.shape
     _merge(
         _kind(x), B, T, H, V, x.data_ptr(), *x.stride()[:3], _address(weight), eps,
@@ -118,10 +119,10 @@ def norm_gate(x_BTHV: Tensor, weight_D: Tensor | None, eps: float, gate_BTD: Ten
 
 @operator("silu_mul(Tensor gate, Tensor up) -> Tensor", _fake_like)
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    (gate, gate_row), (up, up_row) = _rows(gate), _rows(up)
+    (gate, gate_row), (up, up_row) = rows(gate), rows(up)
     out = _fake_like(gate)
     _silu_mul(
-        _kind(gate), _count(gate), gate.shape[-1], gate.data_ptr(), gate_row, up.data_ptr(), up_row,
+        _kind(gate), count(gate), gate.shape[-1], gate.data_ptr(), gate_row, up.data_ptr(), up_row,
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -131,28 +132,5 @@ def _kind(x: Tensor) -> int:
     return int(x.dtype == torch.bfloat16)
 
 
-def _count(x: Tensor) -> int:
-    return x.numel() // max(1, x.shape[-1])
-
-
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _close(x: Tensor) -> Tensor:
-    """Return x, copied unless the numbers of its last dimension stand side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """Return x and the stride between its rows (all dimensions but the last), copied where they have more than one."""
-    if x.is_contiguous():
-        return x, x.shape[-1]
-    shape, stride = x.shape, x.stride()
-    if stride[-1] == 1 and all(stride[i] == stride[i + 1] * shape[i + 1] for i in range(x.ndim - 2)):
-        return x, stride[-2]
-    return x.contiguous(), shape[-1]
