@@ -1,6 +1,7 @@
 """Operators are checked before they are timed, and what is counted is what they have to do."""
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -8,9 +9,9 @@ import pytest
 import torch
 
 import tolerances
-from sala.bench import OpsPlan, ParityError, cases, run_ops, write_results
+from sala.bench import OpsPlan, ParityError, cases, device, run_ops, sdpa, write_results
 from sala.bench import ops as ops_module
-from sala.bench.cases import CASES, Inputs, backends
+from sala.bench.cases import CASES, Inputs
 from sala.bench.ceilings import Ceilings
 from sala.bench.cost import compressed_bytes, infllm_step, keys_read, lightning_prefill, windows_scored
 from sala.bench.ops import check
@@ -20,7 +21,8 @@ from sala.ops import dispatch
 from sala.ops.infllm import SparseGeometry
 
 TINY = AttentionShape(4, 2, 16, 4, 16, SparseGeometry(8, 4, 1, 16, 32, 2, 64))
-PLAN = OpsPlan(shape="tiny", lengths=(100, 200), dtype=torch.float32, repeats=2)
+CPU = torch.device("cpu")
+PLAN = OpsPlan(shape="tiny", lengths=(100, 200), dtype=torch.float32, device="cpu", repeats=2)
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +30,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shape "tiny", and ceilings that take no time to measure."""
     monkeypatch.setattr(ops_module, "attention_shape", lambda name: TINY)
     speeds = {"float32": 1e11, "bfloat16": 2e11}
-    monkeypatch.setattr(ops_module, "measure_ceilings", lambda clock: Ceilings(speeds, 3e10, 2e10))
-    monkeypatch.setattr(ops_module, "FLUSH_BYTES", 1024)
+    monkeypatch.setattr(ops_module, "measure_ceilings", lambda timer, dtype: Ceilings(speeds, 3e10, 2e10))
+    monkeypatch.setattr(device, "FLUSH_BYTES", 1024)
     monkeypatch.setattr(cases, "PARITY_LIGHTNING_TOKENS", 70)
 
 
@@ -46,12 +48,12 @@ def test_every_case_is_checked_and_timed_with_all_its_competitors() -> None:
     for row in results["cases"]:
         competitors = row["competitors"]
         assert set(competitors) >= {"eager"} | ({"sdpa"} if row["phase"] != "selection" else set())
-        samples = 2 * (ops_module.COLD_SAMPLES if row["cold"] else 1)
+        samples = 2 * (ops_module.SHORT_SAMPLES if row["cold"] else 1)
         for facts in competitors.values():
             assert len(facts["samples_s"]) == samples
             assert 0 < facts["min_s"] <= facts["median_s"] <= max(facts["samples_s"])
         eager = competitors["eager"]
-        assert eager["share_of_ceiling"] == pytest.approx(row["roof_s"] / eager["median_s"])
+        assert eager["times_floor"] == pytest.approx(eager["median_s"] / row["roof_s"])
         if "sdpa" in competitors:
             expected = competitors["sdpa"]["median_s"] / eager["median_s"]
             assert row["times_faster_than_sdpa"]["eager"] == pytest.approx(expected)
@@ -63,7 +65,9 @@ def test_every_case_is_checked_and_timed_with_all_its_competitors() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_backend_passes_its_check(case: Any, dtype: torch.dtype) -> None:
-    for backend in backends(case.op):
+    for backend in case.competitors(CPU):
+        if case.trains and backend == "cpu":
+            continue  # it has no gradients, and says so
         if dispatch.unavailable(case.op, backend) is None:
             assert check(case, Inputs(TINY, dtype), backend)
 
@@ -76,6 +80,8 @@ def test_every_backend_passes_its_check(case: Any, dtype: torch.dtype) -> None:
         ("infllm prefill", "infllm_attention", lambda out: out.index_fill(1, torch.tensor([257]), torch.nan)),
         ("infllm selection", "select_blocks", lambda table: table.flip(1)),
         ("infllm step", "infllm_attention", lambda out: out * 1.01),
+        ("lightning training", "lightning_attention", lambda result: (result[0] * 1.01, result[1])),
+        ("infllm training", "infllm_attention", lambda out: out * 1.01),
     ],
 )
 def test_a_wrong_operator_is_not_timed(name: str, operator: str, spoil: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,8 +93,30 @@ def test_a_wrong_operator_is_not_timed(name: str, operator: str, spoil: Any, mon
 
     monkeypatch.setattr(cases, operator, wrong)
     op, phase = name.split()
-    with pytest.raises(ParityError, match=f"{name}, backend eager, float32: differs from .* not timed"):
-        run_ops(replace(PLAN, ops=(op,), phases=(phase,), only=("eager",)))
+    (case,) = (case for case in CASES if case.name == name)
+    message = f"{name}, backend eager, float32: differs from .* not timed"
+    with pytest.raises(ParityError, match=message):
+        check(case, Inputs(TINY, torch.float32), "eager")
+    results = run_ops(replace(PLAN, ops=(op,), phases=(phase,), only=("eager",)))
+    (failure,) = results["failures"]
+    assert re.match(message, failure["error"]) and "check" in failure["traceback"]
+    assert all("eager" not in row["competitors"] for row in results["cases"])
+
+
+def test_a_competitor_that_fails_takes_nothing_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise ValueError("out of registers")
+
+    monkeypatch.setattr(sdpa, "prefill", broken)
+    kept: list[int] = []
+    results = run_ops(
+        replace(PLAN, ops=("dense",), phases=("prefill",)), keep=lambda results: kept.append(len(results["cases"]))
+    )
+    assert [(f["who"], f["length"], f["error"]) for f in results["failures"]] == [
+        ("sdpa", length, "ValueError: out of registers") for length in (100, 200)
+    ]
+    assert all("median_s" in row["competitors"]["eager"] for row in results["cases"])
+    assert kept == [1, 2]
 
 
 def test_a_sample_over_the_limit_is_foretold_and_not_taken() -> None:
@@ -100,11 +128,16 @@ def test_a_sample_over_the_limit_is_foretold_and_not_taken() -> None:
     assert facts["expected_s"] == pytest.approx(first["competitors"]["eager"]["median_s"] * work)
 
 
-def test_sdpa_on_some_of_the_heads_is_scaled_to_all() -> None:
+def test_sdpa_on_some_of_the_heads_is_scaled_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (torch.randn(1, 64, heads, 16) for heads in (8, 2, 2))
-    a_head_s = 2 * 64 * 64 * 16 / 1e11
-    measured = [cases._sdpa_prefill(q, k, v, heads * a_head_s).heads_measured for heads in (0, 1.5, 3.5, 5.5, 99)]
-    assert measured == [1, 1, 3, 4, 8]  # a part of a group, or whole groups
+    a_head = 2 * 64 * 64 * 16
+
+    def measured(heads: float) -> int:
+        monkeypatch.setattr(sdpa, "OPERATIONS", {"cpu": heads * a_head})
+        return sdpa.prefill(q, k, v, device.HostTimer()).heads_measured
+
+    # a part of a group, or whole groups
+    assert [measured(heads) for heads in (0, 1.5, 3.5, 5.5, 99)] == [1, 1, 3, 4, 8]
 
 
 def test_a_selection_that_selects_nothing_says_so() -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import sala.bench.device
 import sala.bench.ops
 from sala.bench.ceilings import Ceilings
 
@@ -11,8 +12,8 @@ from sala.bench.ceilings import Ceilings
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     speeds = {"float32": 1e11, "bfloat16": 2e11}
-    monkeypatch.setattr(sala.bench.ops, "measure_ceilings", lambda clock: Ceilings(speeds, 3e10, 2e10))
-    monkeypatch.setattr(sala.bench.ops, "FLUSH_BYTES", 1024)
+    monkeypatch.setattr(sala.bench.ops, "measure_ceilings", lambda timer, dtype: Ceilings(speeds, 3e10, 2e10))
+    monkeypatch.setattr(sala.bench.device, "FLUSH_BYTES", 1024)
 
 
 def test_ops_prints_a_table_and_writes_what_it_measured(sala, tmp_path):
@@ -20,7 +21,7 @@ def test_ops_prints_a_table_and_writes_what_it_measured(sala, tmp_path):
     options = ("--shape", "small-32x4", "--length", "1K", "--repeats", "1", "--dtype", "float32", "--backend", "eager")
     outcome = sala("bench", "ops", *options, "--op", "dense", "--op", "infllm", "--out", out)
     assert outcome.code == 0
-    for fact in ("small-32x4, float32", "infllm prefill", "dense step", "sdpa", "of ceiling", "x SDPA", "1K"):
+    for fact in ("small-32x4, float32", "infllm prefill", "dense step", "sdpa", "x floor", "x SDPA", "1K"):
         assert fact in outcome.out
     assert "nothing is selected" not in outcome.out
     results = json.loads(out.read_text())

@@ -4,7 +4,7 @@ from sala.bench.environment import environment
 from sala.bench.latency import LatencyPoint, latency
 from sala.bench.length import length_label, parse_length
 from sala.bench.memory import PeakMemory, peak_memory
-from sala.bench.ops import OpsPlan, ParityError, run_ops
+from sala.bench.ops import MeasurementError, OpsPlan, ParityError, run_ops
 from sala.bench.pair import LatencyPlan, run_latency
 from sala.bench.report import write_report
 from sala.bench.results import write_results
@@ -12,6 +12,7 @@ from sala.bench.results import write_results
 __all__ = [
     "LatencyPlan",
     "LatencyPoint",
+    "MeasurementError",
     "OpsPlan",
     "ParityError",
     "PeakMemory",

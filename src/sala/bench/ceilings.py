@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 
 import torch
 
-MATMUL_SIZE = 2048
-# far larger than any cache
-MEMORY_BYTES = 512 * 2**20
+from sala.bench.device import Timer
+
+# rows of a square matrix, and bytes far larger than any cache
+SIZES = {"cpu": (2048, 512 * 2**20), "cuda": (8192, 4 * 2**30)}
 REPEATS = 5
 
 
@@ -30,29 +30,31 @@ class Ceilings:
 
 
 @torch.inference_mode()
-def measure_ceilings(clock: Callable[[], float] = perf_counter) -> Ceilings:
+def measure_ceilings(timer: Timer, dtype: torch.dtype) -> Ceilings:
     """Measure with torch's present number of threads, on the clock that the operators are timed with.
 
-    A product of square matrices of n rows counts 2 n^3 operations; a sum reads each byte once, a copy reads and writes it.
+    A product of square matrices of n rows counts 2 n^3 operations, in float32, bfloat16 and `dtype`; a sum reads each byte
+    once, a copy reads and writes it.
     """
+    rows, _ = SIZES[timer.device.type]
     flops_s = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(dtype) for _ in range(2))
-        flops_s[str(dtype).removeprefix("torch.")] = 2 * MATMUL_SIZE**3 / _best(partial(torch.matmul, a, b), clock)
-    source = torch.ones(MEMORY_BYTES // 4)
+    for kind in dict.fromkeys((torch.float32, torch.bfloat16, dtype)):
+        # of random numbers: zeros are multiplied faster
+        a, b = (torch.randn(rows, rows, device=timer.device).to(kind) for _ in range(2))
+        flops_s[str(kind).removeprefix("torch.")] = 2 * rows**3 / _best(partial(torch.matmul, a, b), timer)
+    read_bytes_s, copy_bytes_s = measure_bandwidth(timer)
+    return Ceilings(flops_s, read_bytes_s, copy_bytes_s)
+
+
+@torch.inference_mode()
+def measure_bandwidth(timer: Timer) -> tuple[float, float]:
+    """Return (read, copied): bytes a second of memory; those of a copy count twice."""
+    _, size = SIZES[timer.device.type]
+    source = torch.ones(size // 4, device=timer.device)
     target = torch.empty_like(source)
-    return Ceilings(
-        matmul_flops_s=flops_s,
-        read_bytes_s=MEMORY_BYTES / _best(source.sum, clock),
-        copy_bytes_s=2 * MEMORY_BYTES / _best(partial(target.copy_, source), clock),
-    )
+    return size / _best(source.sum, timer), 2 * size / _best(partial(target.copy_, source), timer)
 
 
-def _best(work: Callable[[], object], clock: Callable[[], float]) -> float:
+def _best(work: Callable[[], object], timer: Timer) -> float:
     work()
-    seconds = []
-    for _ in range(REPEATS):
-        started = clock()
-        work()
-        seconds.append(clock() - started)
-    return min(seconds)
+    return min(timer.seconds(work) for _ in range(REPEATS))

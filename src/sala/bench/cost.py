@@ -30,6 +30,16 @@ def lightning_prefill(shape: AttentionShape, T: int, b: int) -> Cost:
     )
 
 
+def lightning_training(shape: AttentionShape, T: int, b: int) -> Cost:
+    H, K = shape.lightning_heads, shape.lightning_width
+    return Cost(
+        12 * T * H * K * K,
+        11 * T * H * K * b + H * K * K * STATE_BYTES,
+        "flops 4 T H K V forward, 8 T H K V backward (a state and a gradient of a state, each made and read twice); bytes "
+        "q, k, v and output forward, q, k, v, the output's gradient and three gradients backward, T H K b each; state 4 H K V",
+    )
+
+
 def lightning_step(shape: AttentionShape, S: int, b: int) -> Cost:
     H, K = shape.lightning_heads, shape.lightning_width
     return Cost(
@@ -75,6 +85,16 @@ def infllm_prefill(shape: AttentionShape, T: int, b: int) -> Cost:
         2 * T * (shape.heads + shape.groups) * shape.width * b + compressed_bytes(shape, T, b),
         "flops 2 K H windows + 2 (K + V) H keys (p + 1 of a dense query at p, of a sparse one all of its blocks up to itself); "
         "bytes q, k, v, output and compressed keys once",
+    )
+
+
+def infllm_training(shape: AttentionShape, T: int, b: int) -> Cost:
+    forward, keys = infllm_prefill(shape, T, b), keys_read(shape, T)
+    return Cost(
+        forward.flops + 10 * shape.width * shape.heads * keys,
+        forward.bytes + 4 * T * (shape.heads + shape.groups) * shape.width * b,
+        f"forward {forward.formula}; backward flops 2 (3 K + 2 V) H keys (five products, the weights made again), "
+        "bytes q, k, v, output, its gradient and three gradients once",
     )
 
 

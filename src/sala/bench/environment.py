@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("sala", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+PACKAGES = (
+    "sala",
+    "torch",
+    "triton",
+    "transformers",
+    "flash-linear-attention",
+    "fla-core",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -28,13 +38,21 @@ def environment() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "memory_bytes": _memory_bytes(),
+            "gpu": _gpu(),
             "system": f"{platform.system()} {platform.machine()}",
         },
     }
 
 
 def commit() -> str | None:
-    """Return the commit of the source tree, with `+changes` where it differs from it; None outside a repository."""
+    """Return the commit of the source tree, with `+changes` where it differs from it.
+
+    Outside a repository, of a copy of its files say, it is what SALA_COMMIT says, or None.
+    """
+    return _commit_of_repository() or os.environ.get("SALA_COMMIT")
+
+
+def _commit_of_repository() -> str | None:
     git, folder = shutil.which("git"), Path(__file__).parent
     if git is None:
         return None
@@ -64,6 +82,32 @@ def _cpu_model() -> str | None:
         return platform.processor() or None
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else None
+
+
+def _gpu() -> dict[str, Any] | None:
+    """Return the GPU that torch would use, its driver and the CUDA that torch was built for."""
+    if not torch.cuda.is_available():
+        return None
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": card.name,
+        "memory_bytes": card.total_memory,
+        "capability": f"{card.major}.{card.minor}",
+        "multiprocessors": card.multi_processor_count,
+        "l2_bytes": getattr(card, "L2_cache_size", None),
+        "count": torch.cuda.device_count(),
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _driver() -> str | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    return answer[0] if answer else None
 
 
 def _memory_bytes() -> int | None:

@@ -1,4 +1,4 @@
-"""The peak of this process's memory over a piece of work, where the system tells it."""
+"""The peak of memory over a piece of work: of this process, where the system tells it, or of what torch holds on a GPU."""
 
 import ctypes
 import gc
@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+from sala.bench.device import CPU, free_cached
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): resets VmHWM to the present resident size
 
 
 @dataclass
 class PeakMemory:
-    """start_bytes: resident size before the work; peak_bytes: its peak during the work. None where not measurable."""
+    """start_bytes: size before the work; peak_bytes: its peak during the work. None where not measurable."""
 
     start_bytes: int | None = None
     peak_bytes: int | None = None
@@ -29,23 +33,23 @@ class PeakMemory:
 
 
 @contextmanager
-def peak_memory() -> Iterator[PeakMemory]:
-    """Measure the resident memory of the work inside `with`; on Linux only, elsewhere the fields stay None."""
+def peak_memory(device: torch.device = CPU) -> Iterator[PeakMemory]:
+    """Measure the work inside `with`: tensors on a GPU, or the process's resident memory (on Linux; elsewhere None)."""
     measured = PeakMemory()
-    gc.collect()
-    _give_back_freed()
+    gauge = _gauge(device)
+    gauge.settle()
     try:
-        CLEAR.write_text(RESET_PEAK)
-        measured.start_bytes = _resident("VmRSS")
+        gauge.reset()
+        measured.start_bytes = gauge.now()
     except OSError:
         yield measured
         return
     yield measured
-    measured.peak_bytes = _resident("VmHWM")
+    measured.peak_bytes = gauge.peak()
 
 
 class MemorySample(NamedTuple):
-    """Resident size after `tokens` tokens, and its peak since the sample before."""
+    """Memory after `tokens` tokens, resident or on the GPU, and its peak since the sample before."""
 
     tokens: int
     resident_bytes: int
@@ -53,11 +57,11 @@ class MemorySample(NamedTuple):
 
 
 class MemoryCurve:
-    """Resident memory against tokens read; its `samples` stay empty where the system does not tell."""
+    """Memory against tokens read; its `samples` stay empty where the system does not tell."""
 
-    def __init__(self) -> None:
-        gc.collect()
-        _give_back_freed()
+    def __init__(self, device: torch.device = CPU) -> None:
+        self._gauge = _gauge(device)
+        self._gauge.settle()
         self.samples: list[MemorySample] = []
         self.tokens = 0
         self._measurable = True
@@ -71,8 +75,8 @@ class MemoryCurve:
         self.tokens += more_tokens
         if self._measurable:
             try:
-                sample = MemorySample(self.tokens, _resident("VmRSS"), _resident("VmHWM"))
-                CLEAR.write_text(RESET_PEAK)
+                sample = MemorySample(self.tokens, self._gauge.now(), self._gauge.peak())
+                self._gauge.reset()
             except OSError:
                 self._measurable = False
                 return
@@ -84,11 +88,48 @@ class MemoryCurve:
         return max((sample.peak_bytes for sample in self.samples), default=None)
 
 
-def _give_back_freed() -> None:
-    """Hand memory that was freed back to the system, with glibc; else work that fits into it would seem to take none."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+class _Process:
+    """This process's resident memory; an OSError where the system does not tell it."""
+
+    def settle(self) -> None:
+        """Hand memory that was freed back to the system, with glibc; else work that fits into it would seem to take none."""
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        if trim is not None:
+            trim(0)
+
+    def reset(self) -> None:
+        CLEAR.write_text(RESET_PEAK)
+
+    def now(self) -> int:
+        return _resident("VmRSS")
+
+    def peak(self) -> int:
+        return _resident("VmHWM")
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    """What torch's tensors take on a GPU, which is not what its allocator keeps for later use."""
+
+    device: torch.device
+
+    def settle(self) -> None:
+        gc.collect()
+        free_cached(self.device)
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+def _gauge(device: torch.device) -> _Process | _Gpu:
+    return _Gpu(device) if device.type == "cuda" else _Process()
 
 
 def _resident(name: str) -> int:

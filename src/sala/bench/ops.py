@@ -1,31 +1,34 @@
 """Operators timed side by side: every backend, torch's SDPA at the same shape, and the machine's ceilings."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from statistics import median
-from time import perf_counter, process_time
+from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
 
-from sala.bench.cases import CASES, CORRELATION, Case, Inputs, Parity, Run, Work, backends
+from sala.bench.cases import CASES, CORRELATION, Case, Inputs, Parity, Work
 from sala.bench.ceilings import Ceilings, measure_ceilings
 from sala.bench.cost import Cost
+from sala.bench.device import CLOCKS, Timer, free_cached, timer_of
 from sala.bench.environment import environment
+from sala.bench.fla import FLA
 from sala.bench.length import length_label
+from sala.bench.memory import peak_memory
+from sala.bench.sdpa import Run
 from sala.bench.shapes import attention_shape
+from sala.engine.load import find_device
 from sala.errors import BackendError, InputError, SalaError, nearest
-from sala.ops import dispatch
 
 SDPA = "sdpa"
 EAGER = "eager"
+# whose times the ratios are of
+AGAINST = (SDPA, EAGER, FLA)
 # samples of a call of milliseconds or less, for each sample of a longer one
-COLD_SAMPLES = 5
-# more than the last cache of any processor this runs on
-FLUSH_BYTES = 256 * 2**20
-# what SDPA may take: beyond it fewer heads are timed, and the time scaled
-SDPA_SECONDS = 5.0
-CLOCKS: Mapping[str, Callable[[], float]] = {"wall": perf_counter, "cpu": process_time}
+SHORT_SAMPLES = 5
 OPS_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 Value = TypeVar("Value")
@@ -35,13 +38,18 @@ class ParityError(SalaError):
     """A backend that computes something else than the definition: its time means nothing."""
 
 
+class MeasurementError(SalaError):
+    """Something could not be measured; everything else was."""
+
+
 @dataclass(frozen=True, slots=True)
 class OpsPlan:
     """What to time.
 
-    ops, phases, only: empty means all. clock: "wall", or "cpu", the process's own time: with one thread the
-    wall time of a machine that does nothing else. limit_s: a sample that would take longer, judged from the length before,
-    is not taken.
+    ops, phases, only: empty means all. device: a name of torch's, or "auto" for a GPU where there is one. clock: on a CPU
+    "wall", or "cpu", the process's own time: with one thread the wall time of a machine that does nothing else. repeats:
+    samples of each competitor, more of a short call. limit_s: a sample that would take longer, judged from the length
+    before, is not taken.
     """
 
     shape: str = "minicpm-sala-9b"
@@ -50,68 +58,67 @@ class OpsPlan:
     phases: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     dtype: torch.dtype = torch.bfloat16
+    device: str = "auto"
     repeats: int = 5
     independent: bool = False
     clock: str = "wall"
     limit_s: float = 300.0
 
 
-@torch.inference_mode()
-def run_ops(plan: OpsPlan, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def run_ops(
+    plan: OpsPlan,
+    say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict[str, Any]], None] = lambda results: None,
+) -> dict[str, Any]:
     """Check and time every case of the plan, and return what `docs/benchmarks.md` describes.
 
-    say: told each case before its work starts.
+    A competitor that differs from the definition, or that fails, is not timed and stands under `failures`; the others are.
+
+    say: told each case before its work starts. keep: given the results so far after every case and length.
 
     Raises:
-        InputError: no such shape, operator, phase or backend.
-        ParityError: a backend differs from the definition; nothing of it is timed.
+        InputError: no such shape, operator, phase, backend or device.
     """
     shape = attention_shape(plan.shape)
-    clock = choice("clock", plan.clock, CLOCKS)
-    cases = _chosen(plan)
-    inputs = {case: Inputs(shape, plan.dtype, case.correlated and not plan.independent) for case in cases}
-    runnable: dict[Case, list[str]] = {}
-    parity: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    unavailable: dict[str, dict[str, str]] = {}
+    choice("clock", plan.clock, CLOCKS)
+    device = find_device(plan.device)
+    cases = _chosen(plan, device)
+    timer = timer_of(device, plan.clock)
+    bench = _Bench(plan, timer, say)
     for case in cases:
-        say(f"{case.name}: parity")
-        parity[case.name], runnable[case] = {}, []
-        for name in backends(case.op):
-            if plan.only and name not in plan.only:
-                continue
-            reason = dispatch.unavailable(case.op, name)
-            if reason is None:
-                try:
-                    parity[case.name][name] = [asdict(found) for found in check(case, inputs[case], name)]
-                    runnable[case].append(name)
-                except BackendError as error:  # it does not take these tensors
-                    reason = str(error)
-            if reason is not None:
-                unavailable.setdefault(case.name, {})[name] = reason
+        inputs = Inputs(shape, plan.dtype, case.correlated and not plan.independent, device=device)
+        bench.check(case, inputs)
     say("ceilings of this machine")
-    ceilings = measure_ceilings(clock)
+    ceilings = measure_ceilings(timer, plan.dtype)
     rows: list[dict[str, Any]] = []
-    for case in cases:
-        for length in sorted(plan.lengths):
-            say(f"{case.name}, {length_label(length)}")
-            earlier = next((row for row in reversed(rows) if (row["op"], row["phase"]) == (case.op, case.phase)), None)
-            rows.append(_measure(case, inputs[case], length, runnable[case], plan, ceilings, earlier))
-    return {
+    results = {
         "kind": "ops",
         "environment": environment(),
         "shape": {"name": plan.shape} | asdict(shape),
         "settings": {
             "dtype": _name(plan.dtype),
+            "device": device.type,
             "threads": torch.get_num_threads(),
             "repeats": plan.repeats,
             "clock": plan.clock,
             "limit_s": plan.limit_s,
         },
         "ceilings": asdict(ceilings),
-        "unavailable": unavailable,
-        "parity": parity,
+        "unavailable": bench.unavailable,
+        "parity": bench.parity,
+        "failures": bench.failures,
         "cases": rows,
     }
+    for case in cases:
+        inputs = Inputs(shape, plan.dtype, case.correlated and not plan.independent, device=device)
+        for length in sorted(plan.lengths):
+            say(f"{case.name}, {length_label(length)}")
+            earlier = next((row for row in reversed(rows) if (row["op"], row["phase"]) == (case.op, case.phase)), None)
+            with torch.inference_mode(not case.trains):
+                rows.append(bench.measure(case, inputs, length, ceilings, earlier))
+            free_cached(device)
+            keep(results)
+    return results
 
 
 def check(case: Case, inputs: Inputs, backend: str) -> list[Parity]:
@@ -120,7 +127,8 @@ def check(case: Case, inputs: Inputs, backend: str) -> list[Parity]:
     Raises:
         ParityError: it differs by more than the dtype's tolerance.
     """
-    checks = case.parity(inputs, backend)
+    with torch.inference_mode(not case.trains):
+        checks = case.parity(inputs, backend)
     for found in checks:
         if not found.holds:
             raise ParityError(
@@ -141,11 +149,11 @@ def choice(what: str, name: str, known: Mapping[str, Value]) -> Value:
     return known[name]
 
 
-def _chosen(plan: OpsPlan) -> list[Case]:
+def _chosen(plan: OpsPlan, device: torch.device) -> list[Case]:
     for what, names, known in (
         ("operator", plan.ops, {case.op for case in CASES}),
         ("phase", plan.phases, {case.phase for case in CASES}),
-        ("backend", plan.only, {name for case in CASES for name in backends(case.op)}),
+        ("backend", plan.only, {name for case in CASES for name in case.competitors(device)}),
     ):
         for name in names:
             if name not in known:
@@ -164,71 +172,135 @@ def _chosen(plan: OpsPlan) -> list[Case]:
 
 @dataclass(slots=True)
 class _Competitor:
+    """run: None where it is not timed. factor: whole work / what is timed of it."""
+
     run: Run | None
-    # whole work / what is timed of it
-    factor: float
-    facts: dict[str, Any]
-    samples_s: list[float]
+    factor: float = 1.0
+    facts: dict[str, Any] = field(default_factory=dict)
+    samples_s: list[float] = field(default_factory=list)
+    host_s: list[float] = field(default_factory=list)
 
 
-def _measure(
-    case: Case,
-    inputs: Inputs,
-    length: int,
-    names: Sequence[str],
-    plan: OpsPlan,
-    ceilings: Ceilings,
-    earlier: dict[str, Any] | None,
-) -> dict[str, Any]:
-    cost = case.cost(inputs.shape, length, plan.dtype.itemsize)
-    row: dict[str, Any] = {
-        "op": case.op,
-        "phase": case.phase,
-        "length": length,
-        "inputs": f"random walk {CORRELATION}" if inputs.correlated else "independent",
-        "cold": case.cold,
-        "cost": asdict(cost),
-    }
-    try:
-        work = case.work(inputs, length)
-    except InputError as error:
-        return row | {"skipped": str(error), "competitors": {}}
-    competitors = _competitors(work, names, cost, plan, earlier)
-    flush = torch.zeros(FLUSH_BYTES // 4) if case.cold else None
-    clock, samples = CLOCKS[plan.clock], plan.repeats * (COLD_SAMPLES if case.cold else 1)
-    timed = [competitor for competitor in competitors.values() if competitor.run is not None]
-    for index in range(samples + case.cold):  # a short call's first sample is its warm-up
-        for competitor in timed:
-            if flush is not None:
-                flush.add_(1)
-            assert competitor.run is not None
-            started = clock()
-            competitor.run()
-            if not case.cold or index:
-                competitor.samples_s.append((clock() - started) * competitor.factor)
-    roof_s, bound = _roof(cost, plan.dtype, ceilings)
-    row["bound"], row["roof_s"] = bound, roof_s
-    row["competitors"] = {name: _facts(competitor, cost, roof_s) for name, competitor in competitors.items()}
-    return row | _ratios(row["competitors"], names)
+class _Bench:
+    """What is known of the competitors so far, and what times them."""
 
+    def __init__(self, plan: OpsPlan, timer: Timer, say: Callable[[str], None]):
+        self.plan, self.timer, self.say = plan, timer, say
+        self.runnable: dict[str, list[str]] = {}
+        self.parity: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        self.unavailable: dict[str, dict[str, str]] = {}
+        self.failures: list[dict[str, Any]] = []
+        # by the check, which two cases may share, and the backend
+        self.checked: dict[tuple[Any, str], list[Parity]] = {}
 
-def _competitors(
-    work: Work, names: Sequence[str], cost: Cost, plan: OpsPlan, earlier: dict[str, Any] | None
-) -> dict[str, _Competitor]:
-    runs = {name: work.backend(name) for name in names}
-    competitors = {}
-    for name, run in runs.items():
-        expected_s = _expected_s(name, cost, earlier)
-        if expected_s is not None and expected_s > plan.limit_s:
-            skipped = {"skipped": f"over the limit of {plan.limit_s:g} s", "expected_s": expected_s}
-            competitors[name] = _Competitor(None, 1.0, skipped, [])
-        else:
-            competitors[name] = _Competitor(run, 1.0, {}, [])
-    if work.sdpa is not None:
-        sdpa = work.sdpa(SDPA_SECONDS)
-        facts = {"heads": sdpa.heads, "heads_measured": sdpa.heads_measured}
-        competitors[SDPA] = _Competitor(sdpa.run, sdpa.heads / sdpa.heads_measured, facts, [])
-    return competitors
+    def check(self, case: Case, inputs: Inputs) -> None:
+        """Find out which competitors run and compute the right thing."""
+        self.say(f"{case.name}: parity")
+        self.parity[case.name], self.runnable[case.name] = {}, []
+        for name in case.competitors(inputs.device):
+            if self.plan.only and name not in self.plan.only:
+                continue
+            reason = case.unavailable(name)
+            if reason is None:
+                with self._surviving(case, name):
+                    try:
+                        key = (case.parity, name)
+                        if key not in self.checked:
+                            self.checked[key] = check(case, inputs, name)
+                        self.parity[case.name][name] = [asdict(found) for found in self.checked[key]]
+                        self.runnable[case.name].append(name)
+                    except BackendError as error:  # it does not take these tensors
+                        reason = str(error)
+            if reason is not None:
+                self.unavailable.setdefault(case.name, {})[name] = reason
+
+    def measure(
+        self, case: Case, inputs: Inputs, length: int, ceilings: Ceilings, earlier: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Return the row of a case at one length."""
+        plan, names = self.plan, self.runnable[case.name]
+        cost = case.cost(inputs.shape, length, plan.dtype.itemsize)
+        row: dict[str, Any] = {
+            "op": case.op,
+            "phase": case.phase,
+            "length": length,
+            "inputs": f"random walk {CORRELATION}" if inputs.correlated else "independent",
+            # on a GPU nothing is in the caches in any case
+            "cold": case.cold or inputs.device.type == "cuda",
+            "cost": asdict(cost),
+        }
+        try:
+            work = case.work(inputs, length)
+        except InputError as error:
+            return row | {"skipped": str(error), "competitors": {}}
+        competitors = self._competitors(case, work, cost, length, earlier)
+        self._sample(case, competitors, row["cold"])
+        roof_s, bound = _roof(cost, plan.dtype, ceilings)
+        row["bound"], row["roof_s"] = bound, roof_s
+        row["competitors"] = {name: _facts(competitor, cost, roof_s) for name, competitor in competitors.items()}
+        return row | _ratios(row["competitors"], names)
+
+    def _competitors(
+        self, case: Case, work: Work, cost: Cost, length: int, earlier: dict[str, Any] | None
+    ) -> dict[str, _Competitor]:
+        competitors = {}
+        for name in self.runnable[case.name]:
+            expected_s = _expected_s(name, cost, earlier)
+            if expected_s is not None and expected_s > self.plan.limit_s:
+                skipped = {"skipped": f"over the limit of {self.plan.limit_s:g} s", "expected_s": expected_s}
+                competitors[name] = _Competitor(None, facts=skipped)
+                continue
+            competitors[name] = _Competitor(None, facts={"skipped": "failed"})
+            with self._surviving(case, name, length):
+                run = work.backend(name)
+                competitors[name] = _Competitor(run, facts=self._warmed_up(run))
+        if work.sdpa is not None:
+            with self._surviving(case, SDPA, length):
+                sdpa = work.sdpa(self.timer)
+                facts: dict[str, Any] = {"heads": sdpa.heads, "heads_measured": sdpa.heads_measured}
+                if sdpa.kernel is not None:
+                    facts |= {"kernel": sdpa.kernel, "kernels": dict(sdpa.kernels)} | self._warmed_up(sdpa.run)
+                competitors[SDPA] = _Competitor(sdpa.run, sdpa.heads / sdpa.heads_measured, facts)
+        return competitors
+
+    def _warmed_up(self, run: Run) -> dict[str, Any]:
+        """On a GPU, compile, choose tunings, and return the memory that a call takes at its peak."""
+        if self.timer.device.type != "cuda":
+            return {}
+        run()
+        with peak_memory(self.timer.device) as memory:
+            run()
+        return {"added_bytes": memory.added_bytes}
+
+    def _sample(self, case: Case, competitors: Mapping[str, _Competitor], cold: bool) -> None:
+        """Take turns: a first call of a short one is its warm-up on a CPU."""
+        timer, began = self.timer, perf_counter()
+        warm_up = case.cold and timer.device.type == "cpu"
+        for index in range(self.plan.repeats * (SHORT_SAMPLES if cold else 1) + warm_up):
+            if index >= self.plan.repeats + warm_up and perf_counter() - began > timer.enough_s:
+                break
+            for competitor in competitors.values():
+                if competitor.run is None:
+                    continue
+                seconds = timer.seconds(competitor.run, cold=cold) * competitor.factor
+                host_s = timer.enqueued()
+                if index or not warm_up:
+                    competitor.samples_s.append(seconds)
+                    competitor.host_s += [] if host_s is None else [host_s]
+
+    @contextmanager
+    def _surviving(self, case: Case, name: str, length: int | None = None) -> Iterator[None]:
+        """Note what a competitor fails with, and go on with the others: the measurement ends with an error all the same."""
+        try:
+            yield
+        except Exception as error:
+            place = case.name if length is None else f"{case.name}, {length_label(length)}"
+            text = f"{type(error).__name__}: {error}" if not isinstance(error, SalaError) else str(error)
+            self.say(f"{place}, {name}: failed: {' '.join(text.split())[:500]}")
+            self.failures.append(
+                {"case": case.name, "length": length, "who": name, "error": text, "traceback": traceback.format_exc()}
+            )
+            free_cached(self.timer.device)
 
 
 def _expected_s(name: str, cost: Cost, earlier: dict[str, Any] | None) -> float | None:
@@ -251,23 +323,27 @@ def _facts(competitor: _Competitor, cost: Cost, roof_s: float) -> dict[str, Any]
         return competitor.facts
     seconds = median(competitor.samples_s)
     facts = {"median_s": seconds, "min_s": min(competitor.samples_s), "samples_s": competitor.samples_s}
+    if competitor.host_s:
+        facts["enqueued_s"] = median(competitor.host_s)
+    facts |= competitor.facts
     if "heads" in competitor.facts:  # SDPA does other work than the operator's: its own share says nothing here
-        return competitor.facts | facts
+        return facts
     return facts | {
         "flops_s": cost.flops / seconds,
         "bytes_s": cost.bytes / seconds,
         "share_of_ceiling": roof_s / seconds,
+        "times_floor": seconds / roof_s,
     }
 
 
 def _ratios(competitors: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Return how many times faster each backend is than SDPA, and than the operator in torch alone, by their medians."""
+    """Return how many times faster each backend is than SDPA, the operator in torch alone, and fla, by their medians."""
     seconds = {name: facts["median_s"] for name, facts in competitors.items() if "median_s" in facts}
     return {
         f"times_faster_than_{other}": {
             name: seconds[other] / seconds[name] for name in names if name in seconds and name != other
         }
-        for other in (SDPA, EAGER)
+        for other in AGAINST
         if other in seconds
     }
 

@@ -1,6 +1,6 @@
 """`sala bench`: what the operators and whole models cost on this machine."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,9 @@ PIPE_WIDTH = 160
 Lengths = Annotated[
     list[str] | None, typer.Option("--length", metavar="N", help="Tokens, such as 512, 16K or 1M; may be repeated.")
 ]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, ..., or auto for a GPU where there is one.", rich_help_panel="Machine")
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE.json", help="Also write everything measured.")]
 
 
@@ -30,7 +33,9 @@ Out = Annotated[Path | None, typer.Option("--out", metavar="FILE.json", help="Al
 def ops(
     shape: Annotated[str, typer.Option(help="A named shape.")] = "minicpm-sala-9b",
     op: Annotated[list[str] | None, typer.Option(help="Only this operator; may be repeated.")] = None,
-    phase: Annotated[list[str] | None, typer.Option(help="Only prefill, selection or step; may be repeated.")] = None,
+    phase: Annotated[
+        list[str] | None, typer.Option(help="Only prefill, training, selection or step; may be repeated.")
+    ] = None,
     length: Lengths = None,
     backend: Annotated[list[str] | None, typer.Option(help="Only this backend; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
@@ -42,6 +47,7 @@ def ops(
         str, typer.Option(help="wall, or cpu: the process's own time, for a machine that others use.")
     ] = "wall",
     limit: Annotated[float, typer.Option(help="Seconds that one sample may take.")] = 300.0,
+    device: Device = "auto",
     threads: Threads = None,
     out: Out = None,
 ) -> None:
@@ -57,16 +63,20 @@ def ops(
         phases=tuple(phase or ()),
         only=tuple(backend or ()),
         dtype=choice("dtype", dtype, OPS_DTYPES),
+        device=device,
         repeats=repeats,
         independent=independent,
         clock=clock,
         limit_s=limit,
     )
     progress = error_console()
-    results = run_ops(plan, say=lambda line: progress.print(line, soft_wrap=True, markup=False))
-    if out is not None:
-        write_results(out, results)
+    results = run_ops(
+        plan,
+        say=lambda line: progress.print(line, soft_wrap=True, markup=False),
+        keep=lambda results: None if out is None else write_results(out, results),
+    )
     show_ops(results, output_console())
+    require_no_failures(results["failures"])
 
 
 @bench.command()
@@ -126,6 +136,18 @@ def report(
         typer.echo(file, err=True)
 
 
+def require_no_failures(failures: Sequence[Mapping[str, Any]]) -> None:
+    """Raise MeasurementError that names what failed, after everything else was measured, shown and written."""
+    from sala.bench import MeasurementError
+
+    if failures:
+        first = failures[0]
+        raise MeasurementError(
+            f"{len(failures)} of the competitors failed, the first one {first['who']} in {first['case']}: "
+            f"{first['error']}; the file of --out has the rest"
+        )
+
+
 def show_latency(results: Mapping[str, Any], console: Console) -> None:
     """Print one row a length and model."""
     from sala.bench.length import length_label
@@ -174,7 +196,7 @@ def show_ops(results: Mapping[str, Any], console: Console) -> None:
     settings, ceilings = results["settings"], results["ceilings"]
     matmul = ", ".join(f"{dtype} {speed / 1e9:,.0f}" for dtype, speed in ceilings["matmul_flops_s"].items())
     console.print(
-        f"{results['shape']['name']}, {settings['dtype']}, {settings['threads']} threads, {settings['clock']} clock; "
+        f"{results['shape']['name']}, {settings['dtype']}, {_machine(results)}; "
         f"ceilings: matmul {matmul} GFLOP/s, memory {max(ceilings['read_bytes_s'], ceilings['copy_bytes_s']) / 1e9:.1f} GB/s",
         soft_wrap=True,
     )
@@ -184,7 +206,7 @@ def show_ops(results: Mapping[str, Any], console: Console) -> None:
     table = Table(box=SIMPLE_HEAD)
     for name in ("case", "length", "who"):
         table.add_column(name, no_wrap=True)
-    for name in ("median", "min", "GFLOP/s", "GB/s", "of ceiling", "x SDPA", "x eager"):
+    for name in ("median", "min", "GFLOP/s", "GB/s", "x floor", "added", "x SDPA", "x eager", "x fla"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in results["cases"]:
         case, length = f"{row['op']} {row['phase']}", length_label(row["length"])
@@ -198,16 +220,31 @@ def show_ops(results: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def _machine(results: Mapping[str, Any]) -> str:
+    settings = results["settings"]
+    if settings["device"] == "cuda":
+        return str(results["environment"]["hardware"]["gpu"]["name"])
+    clock = f", {settings['clock']} clock" if "clock" in settings else ""
+    return f"{settings['threads']} threads{clock}"
+
+
 def _ops_cells(name: str, facts: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+    from sala.engine import human_bytes
+
     if "skipped" in facts:
-        return [name, f"skipped ({facts['expected_s']:,.0f} s)"]
+        return [name, f"skipped ({facts['expected_s']:,.0f} s)" if "expected_s" in facts else facts["skipped"]]
     if facts.get("heads_measured", 0) != facts.get("heads", 0):
         name += f", {facts['heads_measured']}/{facts['heads']} heads"
+    if "kernel" in facts:
+        name += f", {facts['kernel']}"
     cells = [name, _time(facts["median_s"]), _time(facts["min_s"])]
-    if "share_of_ceiling" not in facts:
-        return cells
-    cells += [f"{facts['flops_s'] / 1e9:,.1f}", f"{facts['bytes_s'] / 1e9:,.2f}", f"{facts['share_of_ceiling']:.1%}"]
-    for other in ("sdpa", "eager"):
+    if "times_floor" in facts:
+        cells += [f"{facts['flops_s'] / 1e9:,.1f}", f"{facts['bytes_s'] / 1e9:,.2f}", f"{facts['times_floor']:.2f}"]
+    else:
+        cells += [""] * 3
+    added = facts.get("added_bytes")
+    cells.append("" if added is None else human_bytes(added))
+    for other in ("sdpa", "eager", "fla"):
         ratios = row.get(f"times_faster_than_{other}", {})
         cells.append(f"{ratios[name]:.2f}" if name in ratios else "")
     return cells

@@ -58,7 +58,7 @@ def open_checkpoint(name: str | Path, dtype: str = AUTO, device: str = AUTO) -> 
         generation=GenerationConfig.from_dict(read_json(path)) if path.is_file() else GenerationConfig(),
         tokenizer=load_tokenizer(folder),
         dtype=_dtype(dtype, config),
-        device=_device(device),
+        device=find_device(device),
     )
 
 
@@ -87,7 +87,12 @@ def _dtype(name: str, config: MiniCPMSALAConfig) -> torch.dtype:
     return DTYPES[name]
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return the device that goes by one of torch's names, or for "auto" a GPU where there is one.
+
+    Raises:
+        InputError: it is not on this machine.
+    """
     if name == AUTO:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
