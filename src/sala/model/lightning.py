@@ -7,7 +7,8 @@ from sala.model.cache import LightningCache
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.norm import RMSNorm, norm_of
 from sala.model.rows import Packing, Rows
-from sala.ops.lightning import lightning_attention, log_decay
+from sala.ops.constants import constant
+from sala.ops.lightning import lightning_attention, log_decays
 from sala.ops.pointwise import norm_gate, norm_rotate
 
 
@@ -27,8 +28,7 @@ class LightningAttention(nn.Module):
         self.rotary_width = config.qk_rope_head_dim or self.width
         self.scale = config.lightning_scale_value
         # neither a parameter nor a buffer: those are laid out on the meta device, moved and cast
-        with torch.device("cpu"):
-            self.log_decay_H = log_decay(self.num_heads)
+        self.log_decays = log_decays(self.num_heads)
         self.use_rope = config.lightning_use_rope
         bias = config.attention_bias or config.qkv_bias
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.width, bias=bias)
@@ -63,7 +63,7 @@ class LightningAttention(nn.Module):
         if self.num_groups != self.num_heads:
             repeats = self.num_heads // self.num_groups
             k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
-        log_decay_H = self.log_decay_H.to(q.device)
+        log_decay_H = constant(self.log_decays, q.device)
         if rows.packing is not None:
             return _attend_packed(q, k, v, log_decay_H, self.scale, rows.packing)
         o_BTHV, state_BHKV = lightning_attention(

@@ -7,6 +7,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sala.errors import ConfigError
 from sala.model.config import MiniCPMSALAConfig
+from sala.ops.constants import constant
 
 # `dynamic` is left out: its frequencies change with the length, which no cache of rotated keys survives.
 SCALINGS = ("linear", "llama3", "yarn", "longrope")
@@ -45,7 +46,6 @@ def inverse_frequencies(config: MiniCPMSALAConfig, width: int) -> tuple[tuple[fl
 
 def rotation_tables(positions_BT: Tensor, frequencies: tuple[float, ...], factor: float) -> tuple[Tensor, Tensor]:
     """Return cosine and sine, each (B, T, R) float32 for R pairs. Padding (position -1) rotates too; nobody reads it."""
-    inverse = torch.tensor(frequencies, dtype=torch.float32, device=positions_BT.device)
-    angles = positions_BT[..., None] * inverse
+    angles = positions_BT[..., None] * constant(frequencies, positions_BT.device)
     cosine, sine = angles.cos(), angles.sin()
     return (cosine, sine) if factor == 1 else (cosine * factor, sine * factor)

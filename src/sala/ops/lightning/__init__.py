@@ -1,7 +1,6 @@
 """Lightning attention: linear attention with a fixed exponential decay per head."""
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,13 +15,22 @@ from sala.ops.lightning import eager as _eager  # noqa: F401
 from sala.ops.lightning import part
 from sala.ops.packing import row_bounds
 
-__all__ = ["lightning_attention", "log_decay"]
+__all__ = ["lightning_attention", "log_decay", "log_decays"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def log_decay(num_heads: int) -> Tensor:
-    """Return the logarithm of each head's decay per token, (H,) float32, all negative.
+    """Return `log_decays` as a tensor (H,) float32.
+
+    Raises:
+        InputError: no heads.
+    """
+    return torch.tensor(log_decays(num_heads), dtype=torch.float32)
+
+
+def log_decays(num_heads: int) -> tuple[float, ...]:
+    """Return the logarithm of each head's decay per token, H numbers, all negative.
 
     Minus the ALiBi slopes, 2^(-8 (h+1) / H), the same for every layer; for an H that is no power of two, those of
     the next lower power P followed by every second one of 2P. (Press et al., "Train Short, Test Long", section 3
@@ -33,18 +41,6 @@ def log_decay(num_heads: int) -> Tensor:
     """
     if num_heads < 1:
         raise InputError(f"num_heads must be at least 1, not {num_heads}")
-    return torch.tensor(_log_decays(num_heads), dtype=torch.float32)
-
-
-# torch.compile takes the answer as it is: it does not trace a cache
-@torch.compiler.assume_constant_result
-def _log_decays(num_heads: int) -> tuple[float, ...]:
-    return _computed_log_decays(num_heads)
-
-
-# asked for by every layer at every decoded token
-@lru_cache
-def _computed_log_decays(num_heads: int) -> tuple[float, ...]:
     power = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
     slopes += [2.0 ** (-4 * (head + 1) / power) for head in range(0, 2 * power, 2)][: num_heads - power]
@@ -73,7 +69,7 @@ def lightning_attention(
 
     Args:
         q_BTHK, k_BTHK, v_BTHV: float32, bfloat16, float16 or float64, one dtype for the three.
-        log_decay_H: float32 (or float64), none above zero; see `log_decay`.
+        log_decay_H: float32 (or float64), finite, none above zero, which is checked on the CPU; see `log_decays`.
         scale: multiplies the queries, usually K**-0.5.
         initial_state_BHKV: float32 (float64 for float64 inputs), zeros when left out; not changed.
         mask_BT: bool; a False token neither adds to the state nor decays it, its output is zero, its values may be
@@ -146,7 +142,7 @@ def _check(
         # a model cast to bfloat16 casts its buffers too
         raise InputError(f"log_decay must be float32, not {log_decay_H.dtype}: a rounded slope is another decay")
     # a graph cannot look at a value, and on a device looking waits for all the work before it
-    can_look = not torch.compiler.is_compiling() and (T > 1 or log_decay_H.is_cpu) and not log_decay_H.is_meta
+    can_look = log_decay_H.is_cpu and not torch.compiler.is_compiling()
     if can_look and not all(-math.inf < value <= 0 for value in log_decay_H.tolist()):
         lowest, highest = (extreme.item() for extreme in log_decay_H.aminmax())
         raise InputError(
