@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from devices import GPU
-from sala.errors import BackendError
+from sala.errors import BackendError, InputError
 from sala.ops import gpu
 from sala.ops.infllm import SparseGeometry, compress, infllm_attention, num_windows, select_blocks
 from tolerances import assert_close
@@ -252,8 +252,10 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
     q, k, v = qkv(3, 150)
     with pytest.raises(BackendError, match="a tensor is torch.float64; it takes float32, bfloat16 and float16"):
         attend(q.double(), k.double(), v.double(), run(147, 3), SMALL)
-    with pytest.raises(BackendError, match="a tensor is on meta; it runs on"):
+    with pytest.raises(InputError, match="values are on meta, queries on"):
         attend(q, k, v.to("meta"), run(147, 3), SMALL)
+    with pytest.raises(BackendError, match="a tensor is on meta; it runs on"):
+        attend(*(x.to("meta") for x in (q, k, v)), None, SMALL, start=147)
     with pytest.raises(BackendError, match="heads are 264 wide; it takes up to 256"):
         attend(*(x.repeat(1, 1, 1, 33) for x in (q, k)), v, run(147, 3), SMALL)
     with pytest.raises(BackendError, match="takes blocks of at most 128 tokens, not of 256"):

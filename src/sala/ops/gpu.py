@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,21 @@ def refuses_rows(tensors: Sequence[Tensor | None]) -> str | None:
         if torch.is_grad_enabled() and tensor.requires_grad:
             return "a gradient is wanted and it has no backward pass"
     return refuses(tensors)
+
+
+class Strided(NamedTuple):
+    """A tensor of four dimensions as kernels take it: how far apart its numbers are along all but the last, by one."""
+
+    at: Tensor
+    row: int
+    place: int
+    head: int
+
+
+def strided(x: Tensor) -> Strided:
+    """Return a tensor (B, T, H, K) as an argument of a kernel; a copy where a head's numbers are no neighbours."""
+    x = x if x.stride(3) == 1 else x.contiguous()
+    return Strided(x, *x.stride()[:3])
 
 
 def operator(

@@ -17,6 +17,7 @@ from sala.errors import InputError
 from sala.ops.dense import check_attention, dense_attention
 from sala.ops.dispatch import choose
 from sala.ops.infllm.geometry import SparseGeometry, num_windows
+from sala.ops.infllm.pages import check_pages, in_order, rows_of_pages
 
 __all__ = ["SparseGeometry", "compress", "infllm_attention", "num_windows", "select_blocks"]
 
@@ -105,6 +106,7 @@ def infllm_attention(
     scale: float,
     start: int | None = None,
     static: bool = False,
+    page_table_BP: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Return attention over the blocks each query selects, or over everything where its context is short.
@@ -128,19 +130,28 @@ def infllm_attention(
         static: for few queries whose positions only the device knows: what runs depends on shapes alone, as in a CUDA
             graph, with `backend` "triton"; the others look at the positions. That every position has its key and every
             window up to it its mean is taken for granted, and keys beyond must be numbers.
+        page_table_BP: (B, max_pages) int32: then `k` and `v` are pages, (num_pages, page_size, G, width), of whole
+            blocks, and the key at position p of row b is `k[page_table[b, p // page_size], p % page_size]`. Rows may
+            share pages; entries beyond a row's last position may be anything. Compressed keys are no pages. Backend
+            "triton" reads the pages where they are; for the others, for gradients, and where compressed keys are left
+            out, they are copied into rows.
         backend: a name in `sala.ops.dispatch.BACKENDS["infllm"]`, or "auto".
 
     Returns:
         (B, T, H, V) in v's dtype.
 
     Raises:
-        InputError: shapes or dtypes that do not fit, a position without a key, or too few windows.
+        InputError: shapes, dtypes or devices that do not fit, a position without a key, too few windows, or a page that
+            does not exist (not looked for with `static`, nor on a device with `start`).
         BackendError: no backend of that name.
     """
-    check_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, start, static)
+    k_rows, v_rows = k_BSGK, v_BSGV
+    if page_table_BP is not None:
+        k_rows, v_rows = rows_of_pages(k_BSGK, v_BSGV, page_table_BP, geometry.block_size)
+    check_attention(q_BTHK, k_rows, v_rows, positions_BT, start, static)
     B, T, _, K = q_BTHK.shape
     if static:
-        last_position = k_BSGK.shape[1] - 1
+        last_position = k_rows.shape[1] - 1
     elif start is not None:
         last_position = start + T - 1
     else:
@@ -148,8 +159,23 @@ def infllm_attention(
         last_position = int(positions_BT.max()) if positions_BT.numel() else -1
     k1_BNGK, k2_BNGK = (None if x is None else x.detach() for x in (k1_BNGK, k2_BNGK))
     implementation = choose("infllm", backend, (q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT))
+    pages = {}
+    if page_table_BP is not None:
+        last_B = page_table_BP.new_full((B,), last_position)
+        if start is None and T:
+            assert positions_BT is not None
+            last_B = positions_BT.amax(1)
+        if not static and (start is None or page_table_BP.is_cpu) and not torch.compiler.is_compiling():
+            check_pages(page_table_BP, last_B, *k_BSGK.shape[:2])
+        wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, k_BSGK, v_BSGV))
+        compressed = k1_BNGK is not None and k2_BNGK is not None
+        if getattr(implementation, "READS_PAGES", False) and compressed and not wants_gradient:
+            pages = {"page_table_BP": page_table_BP.contiguous()}
+        else:
+            k_BSGK, v_BSGV = (in_order(x, page_table_BP, last_B) for x in (k_BSGK, v_BSGV))
     # of a static call a later position may be sparse
-    if backend != "reference" and not static and last_position < geometry.first_sparse_position(last_position):
+    is_dense = not static and last_position < geometry.first_sparse_position(last_position)
+    if backend != "reference" and not pages and is_dense:
         # on a GPU torch's own kernels are those of full attention
         dense_backend = "eager" if backend == "triton" else backend
         return dense_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, scale=scale, start=start, backend=dense_backend)
@@ -158,7 +184,9 @@ def infllm_attention(
     if k2_BNGK is None:
         k2_BNGK = compress(k_BSGK, geometry.coarse_size, geometry.coarse_stride)
     _check_windows(k1_BNGK, k2_BNGK, (B, k_BSGK.shape[2], K), last_position, geometry)
-    return implementation.attend(q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT, geometry, scale, start)
+    return implementation.attend(
+        q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT, geometry, scale, start, **pages
+    )
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:

@@ -19,6 +19,7 @@ from sala.ops import gpu
 from sala.ops.dense import dense_attention
 from sala.ops.infllm.geometry import SparseGeometry
 from sala.ops.infllm.triton.backward import gradients
+from sala.ops.infllm.triton.blocks import load_block, score_entry
 from sala.ops.infllm.triton.score import PRECISION, rows_of_tile
 from sala.ops.infllm.triton.select import FEW_QUERIES, LIST_BITS, choose, chunk_tokens, list_tile, numbers, stages
 
@@ -40,12 +41,13 @@ def attend(
     geometry: SparseGeometry,
     scale: float,
     start: int | None,
+    page_table_BP: Tensor | None = None,
 ) -> Tensor:
-    """Return (B, T, H, V) in v's dtype, differentiable through q, k and v; see `infllm_attention`."""
+    """Return (B, T, H, V) in v's dtype, differentiable through q, k and v where they are no pages; see `infllm_attention`."""
     block_size = geometry.block_size
     if block_size > MAX_BLOCK:
         raise BackendError(f"infllm: backend 'triton' takes blocks of at most {MAX_BLOCK} tokens, not of {block_size}")
-    if start == 0:
+    if start == 0 and page_table_BP is None:
         # the beginning reads everything before it: torch's own causal attention
         num_dense = min(q_BTHK.shape[1], geometry.first_sparse_position(q_BTHK.shape[1] - 1))
         if num_dense:
@@ -72,6 +74,7 @@ def attend(
         k2_BNGK,
         positions_BT.to(torch.int32).contiguous(),
         first_sparse_B,
+        page_table_BP,
         numbers(geometry),
         whole_blocks,
         scale,
@@ -97,6 +100,7 @@ def _shapes(
     k2_BNGK: Tensor,
     positions_BT: Tensor,
     first_sparse_B: Tensor,
+    page_table_BP: Tensor | None,
     geometry: list[int],
     whole_blocks: int,
     scale: float,
@@ -109,7 +113,7 @@ def _shapes(
         return out_BTHV, *(q_BTHK.new_empty(0, dtype=dtype) for dtype in _KEPT)
     tokens, _ = list_tile(T, H // G, v_BSGV.dtype, K, V)
     tiles = triton.cdiv(T, tokens)
-    num_blocks = triton.cdiv(k_BSGK.shape[1], geometry[4])
+    num_blocks = triton.cdiv(_capacity(k_BSGK, page_table_BP), geometry[4])
     width = _list_width(tokens, num_blocks, geometry, whole_blocks)
     sizes = (
         (B, T, H),
@@ -124,12 +128,18 @@ def _shapes(
 _KEPT = (torch.float32, torch.int32, torch.int32, torch.int32)
 
 
+def _capacity(k_BSGK: Tensor, page_table_BP: Tensor | None) -> int:
+    """Return how many keys a row has, or has room for."""
+    return k_BSGK.shape[1] * (1 if page_table_BP is None else page_table_BP.shape[1])
+
+
 def _list_width(tokens: int, num_blocks: int, geometry: list[int], whole_blocks: int) -> int:
     return min(num_blocks, tokens * geometry[7] + whole_blocks)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, _, _, positions, _, geometry, _, scale, _ = inputs
+    q, k, v, _, _, positions, _, page_table, geometry, _, scale, _ = inputs
+    assert page_table is None, "keys in pages have no gradient here"
     ctx.save_for_backward(q, k, v, positions, *output)
     ctx.block_size, ctx.scale = geometry[4], scale
     ctx.mark_non_differentiable(*output[1:])
@@ -138,14 +148,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, grad_BTHV: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_BTHV is None:
-        return (None,) * 11
+        return (None,) * 12
     grads = gradients(grad_BTHV, *ctx.saved_tensors, ctx.block_size, ctx.scale)
-    return *grads, *(None,) * 8
+    return *grads, *(None,) * 9
 
 
 @gpu.operator(
     "infllm_triton_attend(Tensor q, Tensor k, Tensor v, Tensor k1, Tensor k2, Tensor positions, Tensor first_sparse, "
-    "int[] geometry, int whole_blocks, float scale, bool recorded) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? page_table, int[] geometry, int whole_blocks, float scale, bool recorded) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _shapes,
     _keep,
     _backward,
@@ -158,20 +168,22 @@ def _operator(
     k2_BNGK: Tensor,
     positions_BT: Tensor,
     first_sparse_B: Tensor,
+    page_table_BP: Tensor | None,
     geometry: list[int],
     whole_blocks: int,
     scale: float,
     recorded: bool,
 ) -> tuple[Tensor, ...]:
     out_BTHV, log_BTH, lists, counts, table = kept = _shapes(
-        q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT, first_sparse_B, geometry, whole_blocks, scale, recorded
+        *(q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT, first_sparse_B, page_table_BP),
+        *(geometry, whole_blocks, scale, recorded),
     )
     if not out_BTHV.numel():
         return kept
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     tokens, heads = list_tile(T, H // G, v_BSGV.dtype, K, v_BSGV.shape[3])
-    num_blocks = triton.cdiv(k_BSGK.shape[1], geometry[4])
+    num_blocks = triton.cdiv(_capacity(k_BSGK, page_table_BP), geometry[4])
     size = chunk_tokens(B, T, G, num_blocks, geometry)
     if not recorded:
         # used again for every chunk
@@ -186,7 +198,7 @@ def _operator(
             first_tile=first_tile,
         )  # fmt: skip
         attend_lists(
-            q_BTHK, k_BSGK, v_BSGV, positions_BT, lists, counts, out_BTHV, log_BTH if recorded else None,
+            q_BTHK, k_BSGK, v_BSGV, positions_BT, page_table_BP, lists, counts, out_BTHV, log_BTH if recorded else None,
             geometry[4], scale, first, chunk, tokens, heads, first_tile,
         )  # fmt: skip
     return kept
@@ -197,6 +209,7 @@ def attend_lists(
     k_BSGK: Tensor,
     v_BSGV: Tensor,
     positions_BT: Tensor,
+    page_table_BP: Tensor | None,
     lists_BGNL: Tensor,
     counts_BGN2: Tensor,
     out_BTHV: Tensor,
@@ -218,6 +231,7 @@ def attend_lists(
     """
     B, T, H, K = q_BTHK.shape
     G, V = v_BSGV.shape[2:]
+    page_size, page_count = (0, 0) if page_table_BP is None else (k_BSGK.shape[1], page_table_BP.shape[1])
     tiles, width = triton.cdiv(chunk, tokens), lists_BGNL.shape[3]
     piece_entries = FEW_ENTRIES * tokens if T <= FEW_QUERIES else width
     pieces = triton.cdiv(width, piece_entries)
@@ -227,11 +241,10 @@ def attend_lists(
         log = out_BTHV.new_empty(pieces, B, T, H, dtype=torch.float32)
     widths = [max(16, triton.next_power_of_2(width)) for width in (K, V)]
     _attend[tiles, B * G, pieces](
-        q_BTHK, k_BSGK, v_BSGV, positions_BT, lists_BGNL, counts_BGN2, out, log,
-        *q_BTHK.stride(), *k_BSGK.stride(), *v_BSGV.stride(),
-        T, first, first_tile, lists_BGNL.shape[2], width, piece_entries,
+        *map(gpu.strided, (q_BTHK, k_BSGK, v_BSGV)), positions_BT, lists_BGNL, counts_BGN2, out, log, page_table_BP,
+        T, first, first_tile, lists_BGNL.shape[2], width, piece_entries, page_count,
         scale * math.log2(math.e), B, H // G, G, K, V,
-        block_size, max(16, triton.next_power_of_2(block_size)), tokens, heads, *widths, LIST_BITS, pieces > 1,
+        block_size, max(16, triton.next_power_of_2(block_size)), tokens, heads, *widths, LIST_BITS, page_size, pieces > 1,
         num_warps=8 if max(widths) > 128 else 4,
         num_stages=stages(2, v_BSGV.dtype, *widths),
     )  # fmt: skip
@@ -243,9 +256,12 @@ def attend_lists(
 
 @triton.jit
 def _walk(
+    b,
+    g,
     q_MK,
     k,
     v,
+    pages,
     entries,
     begin,
     end,
@@ -254,54 +270,38 @@ def _walk(
     out_MV,
     place_M,
     position_M,
-    last_position,
-    stride_ks,
-    stride_kk,
-    stride_vs,
-    stride_vv,
-    K,
-    V,
+    K: tl.constexpr,
+    V: tl.constexpr,
     scale_log2,
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     BITS: tl.constexpr,
+    PAGE: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Add entries begin..end-1 of a list to the running softmax; EDGE where a row may not see some of their keys."""
-    column_K = tl.arange(0, WIDTH)
-    column_V = tl.arange(0, VALUE_WIDTH)
-    key_N = tl.arange(0, KEYS)
     for i in range(begin, end):
-        entry = tl.load(entries + i)
-        token_N = (entry >> BITS) * BLOCK + key_N
-        # what lies behind the last key need not be a number, and a weight of zero would not hide it
-        is_key_N = key_N < BLOCK
-        if EDGE:
-            is_key_N &= token_N <= last_position
-        at_KN = k + token_N.to(tl.int64)[None, :] * stride_ks + column_K[:, None] * stride_kk
-        k_KN = tl.load(at_KN, mask=is_key_N[None, :] & (column_K < K)[:, None], other=0.0)
-        score_MN = tl.dot(q_MK, k_KN, input_precision=PRECISION) * scale_log2
-        if EDGE:
-            score_MN = tl.where(is_key_N[None, :] & (token_N[None, :] <= position_M[:, None]), score_MN, -float("inf"))
-        elif KEYS != BLOCK:
-            score_MN = tl.where(is_key_N[None, :], score_MN, -float("inf"))
-        chose_M = ((entry >> place_M) & 1) != 0
+        score_MN, _, chose_M, part, place_N, is_key_N = score_entry(
+            tl.load(entries + i), b, g, q_MK, k, pages, place_M, position_M, K, scale_log2,
+            BLOCK, KEYS, WIDTH, BITS, PAGE, EDGE,
+        )  # fmt: skip
         higher_M = tl.where(chose_M, tl.maximum(peak_M, tl.max(score_MN, 1)), peak_M)
         # a row that did not choose the block, or sees none of it, gets no weight from it
         nothing_M = higher_M == -float("inf")
         weight_MN = tl.exp2(score_MN - tl.where(chose_M & (nothing_M == 0), higher_M, float("inf"))[:, None])
         shrink_M = tl.exp2(peak_M - tl.where(nothing_M, 0.0, higher_M))
         sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
-        at_NV = v + token_N.to(tl.int64)[:, None] * stride_vs + column_V[None, :] * stride_vv
-        v_NV = tl.load(at_NV, mask=is_key_N[:, None] & (column_V < V)[None, :], other=0.0)
+        v_NV = load_block(v, part, g, place_N, is_key_N, V, VALUE_WIDTH)
         out_MV = tl.dot(weight_MN.to(v_NV.dtype), v_NV, out_MV * shrink_M[:, None], input_precision=PRECISION)
         peak_M = higher_M
     return peak_M, sum_M, out_MV
 
 
-@triton.jit(do_not_specialize=["T", "first_token", "first_tile", "tiles", "list_width", "piece_entries", "B"])
+@triton.jit(
+    do_not_specialize=["T", "first_token", "first_tile", "tiles", "list_width", "piece_entries", "page_count", "B"]
+)
 def _attend(
     q,
     k,
@@ -311,30 +311,20 @@ def _attend(
     counts,
     out,
     log,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_qk,
-    stride_kb,
-    stride_ks,
-    stride_kg,
-    stride_kk,
-    stride_vb,
-    stride_vs,
-    stride_vg,
-    stride_vv,
+    pages,
     T,
     first_token,
     first_tile,
     tiles,
     list_width,
     piece_entries,
+    page_count,
     scale_log2,
     B,
     group,
     G,
-    K,
-    V,
+    K: tl.constexpr,
+    V: tl.constexpr,
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -342,17 +332,18 @@ def _attend(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     BITS: tl.constexpr,
+    PAGE: tl.constexpr,
     PIECE: tl.constexpr,
 ):
     tile, bg, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, g = (bg // G).to(tl.int64), bg % G
+    b, g = (bg // G).to(tl.int64), (bg % G).to(tl.int64)
     token_M, head_M, is_row_M = rows_of_tile(first_token // TOKENS + tile, T, group, TOKENS, HEADS)
     place_M = tl.arange(0, TOKENS * HEADS) // HEADS
     column_K = tl.arange(0, WIDTH)
     column_V = tl.arange(0, VALUE_WIDTH)
     position_M = tl.load(positions + b * T + token_M, mask=is_row_M, other=-1)
-    at_MK = q + b * stride_qb + token_M.to(tl.int64)[:, None] * stride_qt
-    at_MK += (g * group + head_M)[:, None] * stride_qh + column_K[None, :] * stride_qk
+    at_MK = q.at + b * q.row + token_M.to(tl.int64)[:, None] * q.place
+    at_MK += (g * group + head_M)[:, None] * q.head + column_K[None, :]
     q_MK = tl.load(at_MK, mask=(position_M >= 0)[:, None] & (column_K < K)[None, :], other=0.0)
     at = bg.to(tl.int64) * tiles + first_tile + tile
     begin = piece * piece_entries
@@ -360,21 +351,18 @@ def _attend(
     end = tl.minimum(tl.load(counts + 2 * at + 1), begin + piece_entries)
     free = tl.maximum(tl.minimum(free, end), begin)
     entries = lists + at * list_width
-    k += b * stride_kb + g * stride_kg
-    v += b * stride_vb + g * stride_vg
+    if pages is not None:
+        pages += b * page_count
     peak_M = tl.full([TOKENS * HEADS], -float("inf"), tl.float32)
     sum_M = tl.full([TOKENS * HEADS], 0.0, tl.float32)
     out_MV = tl.full([TOKENS * HEADS, VALUE_WIDTH], 0.0, tl.float32)
-    last_position = tl.max(position_M, 0)
     peak_M, sum_M, out_MV = _walk(
-        q_MK, k, v, entries, begin, free, peak_M, sum_M, out_MV, place_M, position_M, last_position,
-        stride_ks, stride_kk, stride_vs, stride_vv, K, V, scale_log2,
-        BLOCK, KEYS, WIDTH, VALUE_WIDTH, BITS, False,
+        b, g, q_MK, k, v, pages, entries, begin, free, peak_M, sum_M, out_MV, place_M, position_M, K, V, scale_log2,
+        BLOCK, KEYS, WIDTH, VALUE_WIDTH, BITS, PAGE, False,
     )  # fmt: skip
     peak_M, sum_M, out_MV = _walk(
-        q_MK, k, v, entries, free, end, peak_M, sum_M, out_MV, place_M, position_M, last_position,
-        stride_ks, stride_kk, stride_vs, stride_vv, K, V, scale_log2,
-        BLOCK, KEYS, WIDTH, VALUE_WIDTH, BITS, True,
+        b, g, q_MK, k, v, pages, entries, free, end, peak_M, sum_M, out_MV, place_M, position_M, K, V, scale_log2,
+        BLOCK, KEYS, WIDTH, VALUE_WIDTH, BITS, PAGE, True,
     )  # fmt: skip
     reads_M = sum_M > 0
     some_M = tl.where(reads_M, sum_M, 1.0)
@@ -393,7 +381,16 @@ def _attend(
 
 @triton.jit(do_not_specialize=["pieces", "rows"])
 def _combine(
-    parts, logs, out, log, pieces, rows, V, ROWS: tl.constexpr, PIECES: tl.constexpr, VALUE_WIDTH: tl.constexpr
+    parts,
+    logs,
+    out,
+    log,
+    pieces,
+    rows,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIECES: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
 ):
     """Write rows' outputs from those of their pieces, each weighed by its part of the softmax's sum."""
     row_M = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sala.ops import gpu
+from sala.ops.infllm.triton.blocks import load_block, score_entry
 from sala.ops.infllm.triton.score import PRECISION, rows_of_tile
 from sala.ops.infllm.triton.select import LIST_BITS, list_tile, stages
 
@@ -59,9 +60,9 @@ def gradients(
     widths = [max(16, triton.next_power_of_2(width)) for width in (K, V)]
     num_stages = stages(2, v_BSGV.dtype, *widths)
     warps = 8 if tokens * heads > 64 or max(widths) > 128 else 4
+    tensors = [gpu.strided(x) for x in (grad_BTHV, q_BTHK, k_BSGK, v_BSGV)]
     _queries[triton.cdiv(T, tokens), B * G](
-        grad_BTHV, q_BTHK, k_BSGK, v_BSGV, out_BTHV, positions_BT, log_BTH, delta_BTH, lists_BGNL, counts_BGN2, dq_BTHK,
-        *grad_BTHV.stride(), *q_BTHK.stride(), *k_BSGK.stride(), *v_BSGV.stride(),
+        *tensors, out_BTHV, positions_BT, log_BTH, delta_BTH, lists_BGNL, counts_BGN2, dq_BTHK,
         T, lists_BGNL.shape[2], lists_BGNL.shape[3], scale_log2, scale, group, G, K, V,
         block_size, keys, tokens, heads, *widths, LIST_BITS, num_warps=warps, num_stages=num_stages,
     )  # fmt: skip
@@ -70,8 +71,7 @@ def gradients(
         chunk = min(QUERIES, T - first)
         order, bounds = _turned(table_BTGN[:, first : first + chunk], num_blocks)
         _keys[num_blocks, B * G](
-            grad_BTHV, q_BTHK, k_BSGK, v_BSGV, positions_BT, log_BTH, delta_BTH, order, bounds, dk_BSGK, dv_BSGV,
-            *grad_BTHV.stride(), *q_BTHK.stride(), *k_BSGK.stride(), *v_BSGV.stride(),
+            *tensors, positions_BT, log_BTH, delta_BTH, order, bounds, dk_BSGK, dv_BSGV,
             T, S, first, chunk, G * table_BTGN.shape[3], num_blocks, scale_log2, scale, group, G, K, V,
             block_size, keys, tokens, heads, *widths, num_warps=8, num_stages=num_stages,
         )  # fmt: skip
@@ -90,6 +90,8 @@ def _turned(table_BTGN: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _walk_queries(
+    b,
+    g,
     grad_MV,
     q_MK,
     k,
@@ -102,13 +104,8 @@ def _walk_queries(
     dq_MK,
     place_M,
     position_M,
-    last_position,
-    stride_ks,
-    stride_kk,
-    stride_vs,
-    stride_vv,
-    K,
-    V,
+    K: tl.constexpr,
+    V: tl.constexpr,
     scale_log2,
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
@@ -118,29 +115,16 @@ def _walk_queries(
     EDGE: tl.constexpr,
 ):
     """Add what entries begin..end-1 of a list give the queries; EDGE where a row may not see some of their keys."""
-    column_K = tl.arange(0, WIDTH)
-    column_V = tl.arange(0, VALUE_WIDTH)
-    key_N = tl.arange(0, KEYS)
     for i in range(begin, end):
-        entry = tl.load(entries + i)
-        token_N = (entry >> BITS) * BLOCK + key_N
-        is_key_N = key_N < BLOCK
-        if EDGE:
-            is_key_N &= token_N <= last_position
-        at_KN = k + token_N.to(tl.int64)[None, :] * stride_ks + column_K[:, None] * stride_kk
-        k_KN = tl.load(at_KN, mask=is_key_N[None, :] & (column_K < K)[:, None], other=0.0)
-        at_VN = v + token_N.to(tl.int64)[None, :] * stride_vs + column_V[:, None] * stride_vv
-        v_VN = tl.load(at_VN, mask=is_key_N[None, :] & (column_V < V)[:, None], other=0.0)
-        chose_M = ((entry >> place_M) & 1) != 0
-        score_MN = tl.dot(q_MK, k_KN, input_precision=PRECISION) * scale_log2
-        if EDGE:
-            score_MN = tl.where(is_key_N[None, :] & (token_N[None, :] <= position_M[:, None]), score_MN, -float("inf"))
-        elif KEYS != BLOCK:
-            score_MN = tl.where(is_key_N[None, :], score_MN, -float("inf"))
+        score_MN, k_NK, chose_M, part, place_N, is_key_N = score_entry(
+            tl.load(entries + i), b, g, q_MK, k, None, place_M, position_M, K, scale_log2,
+            BLOCK, KEYS, WIDTH, BITS, 0, EDGE,
+        )  # fmt: skip
+        v_NV = load_block(v, part, g, place_N, is_key_N, V, VALUE_WIDTH)
         weight_MN = tl.exp2(score_MN - tl.where(chose_M, log_M, float("inf"))[:, None])
-        back_MN = tl.dot(grad_MV, v_VN, input_precision=PRECISION)
+        back_MN = tl.dot(grad_MV, tl.trans(v_NV), input_precision=PRECISION)
         back_MN = weight_MN * (back_MN - delta_M[:, None])
-        dq_MK = tl.dot(back_MN.to(k_KN.dtype), tl.trans(k_KN), dq_MK, input_precision=PRECISION)
+        dq_MK = tl.dot(back_MN.to(k_NK.dtype), k_NK, dq_MK, input_precision=PRECISION)
     return dq_MK
 
 
@@ -157,22 +141,6 @@ def _queries(
     lists,
     counts,
     dq,
-    stride_gb,
-    stride_gt,
-    stride_gh,
-    stride_gv,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_qk,
-    stride_kb,
-    stride_ks,
-    stride_kg,
-    stride_kk,
-    stride_vb,
-    stride_vs,
-    stride_vg,
-    stride_vv,
     T,
     tiles,
     list_width,
@@ -180,8 +148,8 @@ def _queries(
     scale,
     group,
     G,
-    K,
-    V,
+    K: tl.constexpr,
+    V: tl.constexpr,
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -191,7 +159,7 @@ def _queries(
     BITS: tl.constexpr,
 ):
     tile, bg = tl.program_id(0), tl.program_id(1)
-    b, g = (bg // G).to(tl.int64), bg % G
+    b, g = (bg // G).to(tl.int64), (bg % G).to(tl.int64)
     token_M, head_M, is_row_M = rows_of_tile(tile, T, group, TOKENS, HEADS)
     place_M = tl.arange(0, TOKENS * HEADS) // HEADS
     column_K = tl.arange(0, WIDTH)
@@ -200,10 +168,10 @@ def _queries(
     is_query_MK = (position_M >= 0)[:, None] & (column_K < K)[None, :]
     is_query_MV = (position_M >= 0)[:, None] & (column_V < V)[None, :]
     head_M = g * group + head_M
-    at_MK = q + b * stride_qb + token_M.to(tl.int64)[:, None] * stride_qt + head_M[:, None] * stride_qh
-    q_MK = tl.load(at_MK + column_K[None, :] * stride_qk, mask=is_query_MK, other=0.0)
-    at_MV = grad + b * stride_gb + token_M.to(tl.int64)[:, None] * stride_gt + head_M[:, None] * stride_gh
-    grad_MV = tl.load(at_MV + column_V[None, :] * stride_gv, mask=is_query_MV, other=0.0)
+    at_MK = q.at + b * q.row + token_M.to(tl.int64)[:, None] * q.place + head_M[:, None] * q.head
+    q_MK = tl.load(at_MK + column_K[None, :], mask=is_query_MK, other=0.0)
+    at_MV = grad.at + b * grad.row + token_M.to(tl.int64)[:, None] * grad.place + head_M[:, None] * grad.head
+    grad_MV = tl.load(at_MV + column_V[None, :], mask=is_query_MV, other=0.0)
     row_M = (b * T + token_M) * (G * group) + head_M
     out_MV = tl.load(out + row_M[:, None] * V + column_V[None, :], mask=is_query_MV, other=0.0)
     delta_M = tl.sum(out_MV.to(tl.float32) * grad_MV.to(tl.float32), 1)
@@ -212,18 +180,13 @@ def _queries(
     at = bg.to(tl.int64) * tiles + tile
     free, end = tl.load(counts + 2 * at), tl.load(counts + 2 * at + 1)
     entries = lists + at * list_width
-    k += b * stride_kb + g * stride_kg
-    v += b * stride_vb + g * stride_vg
-    last_position = tl.max(position_M, 0)
     dq_MK = tl.full([TOKENS * HEADS, WIDTH], 0.0, tl.float32)
     dq_MK = _walk_queries(
-        grad_MV, q_MK, k, v, entries, 0, free, log_M, delta_M, dq_MK, place_M, position_M, last_position,
-        stride_ks, stride_kk, stride_vs, stride_vv, K, V, scale_log2,
+        b, g, grad_MV, q_MK, k, v, entries, 0, free, log_M, delta_M, dq_MK, place_M, position_M, K, V, scale_log2,
         BLOCK, KEYS, WIDTH, VALUE_WIDTH, BITS, False,
     )  # fmt: skip
     dq_MK = _walk_queries(
-        grad_MV, q_MK, k, v, entries, free, end, log_M, delta_M, dq_MK, place_M, position_M, last_position,
-        stride_ks, stride_kk, stride_vs, stride_vv, K, V, scale_log2,
+        b, g, grad_MV, q_MK, k, v, entries, free, end, log_M, delta_M, dq_MK, place_M, position_M, K, V, scale_log2,
         BLOCK, KEYS, WIDTH, VALUE_WIDTH, BITS, True,
     )  # fmt: skip
     at_MK = dq + row_M[:, None] * K + column_K[None, :]
@@ -243,22 +206,6 @@ def _keys(
     bounds,
     dk,
     dv,
-    stride_gb,
-    stride_gt,
-    stride_gh,
-    stride_gv,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_qk,
-    stride_kb,
-    stride_ks,
-    stride_kg,
-    stride_kk,
-    stride_vb,
-    stride_vs,
-    stride_vg,
-    stride_vv,
     T,
     S,
     first_token,
@@ -269,8 +216,8 @@ def _keys(
     scale,
     group,
     G,
-    K,
-    V,
+    K: tl.constexpr,
+    V: tl.constexpr,
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -279,7 +226,7 @@ def _keys(
     VALUE_WIDTH: tl.constexpr,
 ):
     block, bg = tl.program_id(0), tl.program_id(1)
-    b, g = (bg // G).to(tl.int64), bg % G
+    b, g = (bg // G).to(tl.int64), (bg % G).to(tl.int64)
     begin = tl.load(bounds + bg * num_blocks + block)
     end = tl.load(bounds + bg * num_blocks + block + 1)
     if begin < end:
@@ -292,10 +239,8 @@ def _keys(
         is_key_N = (tl.arange(0, KEYS) < BLOCK) & (token_N < S)
         is_key_NK = is_key_N[:, None] & (column_K < K)[None, :]
         is_key_NV = is_key_N[:, None] & (column_V < V)[None, :]
-        at_NK = k + b * stride_kb + g * stride_kg + token_N.to(tl.int64)[:, None] * stride_ks
-        k_NK = tl.load(at_NK + column_K[None, :] * stride_kk, mask=is_key_NK, other=0.0)
-        at_NV = v + b * stride_vb + g * stride_vg + token_N.to(tl.int64)[:, None] * stride_vs
-        v_NV = tl.load(at_NV + column_V[None, :] * stride_vv, mask=is_key_NV, other=0.0)
+        k_NK = load_block(k, b, g, token_N, is_key_N, K, WIDTH)
+        v_NV = load_block(v, b, g, token_N, is_key_N, V, VALUE_WIDTH)
         dk_NK = tl.full([KEYS, WIDTH], 0.0, tl.float32)
         dv_NV = tl.full([KEYS, VALUE_WIDTH], 0.0, tl.float32)
         for first in range(begin, end, TOKENS):
@@ -307,12 +252,12 @@ def _keys(
             at_M = (b * T + token_M) * (G * group) + head_M
             log_M = tl.load(log + at_M, mask=is_row_M, other=float("inf"))
             delta_M = tl.load(delta + at_M, mask=is_row_M, other=0.0)
-            at_MK = q + b * stride_qb + token_M[:, None] * stride_qt + head_M[:, None] * stride_qh
+            at_MK = q.at + b * q.row + token_M[:, None] * q.place + head_M[:, None] * q.head
             is_query_MK = is_row_M[:, None] & (column_K < K)[None, :]
-            q_MK = tl.load(at_MK + column_K[None, :] * stride_qk, mask=is_query_MK, other=0.0)
-            at_MV = grad + b * stride_gb + token_M[:, None] * stride_gt + head_M[:, None] * stride_gh
+            q_MK = tl.load(at_MK + column_K[None, :], mask=is_query_MK, other=0.0)
+            at_MV = grad.at + b * grad.row + token_M[:, None] * grad.place + head_M[:, None] * grad.head
             is_query_MV = is_row_M[:, None] & (column_V < V)[None, :]
-            grad_MV = tl.load(at_MV + column_V[None, :] * stride_gv, mask=is_query_MV, other=0.0)
+            grad_MV = tl.load(at_MV + column_V[None, :], mask=is_query_MV, other=0.0)
             score_NM = tl.dot(k_NK, tl.trans(q_MK), input_precision=PRECISION) * scale_log2
             # a key past every query's position need not be a number
             seen_NM = is_key_N[:, None] & (token_N[:, None] <= position_M[None, :])

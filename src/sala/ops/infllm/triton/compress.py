@@ -28,7 +28,7 @@ def _operator(k_BSGK: Tensor, size: int, stride: int) -> Tensor:
     if means_BNGK.numel():
         grid = (triton.cdiv(N, WINDOWS), B * G)
         width = triton.next_power_of_2(K)
-        _compress[grid](k_BSGK, means_BNGK, *k_BSGK.stride(), N, G, K, size, stride, WINDOWS, width)
+        _compress[grid](gpu.strided(k_BSGK), means_BNGK, N, G, K, size, stride, WINDOWS, width)
     return means_BNGK
 
 
@@ -36,28 +36,24 @@ def _operator(k_BSGK: Tensor, size: int, stride: int) -> Tensor:
 def _compress(
     k,
     means,
-    stride_b,
-    stride_s,
-    stride_g,
-    stride_k,
     N,
     G,
-    K,
+    K: tl.constexpr,
     SIZE: tl.constexpr,
     stride,
     WINDOWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     b = (tl.program_id(1) // G).to(tl.int64)
-    g = tl.program_id(1) % G
+    g = (tl.program_id(1) % G).to(tl.int64)
     window_N = tl.program_id(0) * WINDOWS + tl.arange(0, WINDOWS)
     column_K = tl.arange(0, WIDTH)
     inside_NK = (window_N < N)[:, None] & (column_K < K)[None, :]
     first_N = (window_N * stride).to(tl.int64)
-    at_NK = k + b * stride_b + g * stride_g + first_N[:, None] * stride_s + column_K[None, :] * stride_k
+    at_NK = k.at + b * k.row + g * k.head + first_N[:, None] * k.place + column_K[None, :]
     sum_NK = tl.full([WINDOWS, WIDTH], 0.0, tl.float32)
     for token in range(SIZE):
-        sum_NK += tl.load(at_NK + token * stride_s, mask=inside_NK, other=0.0).to(tl.float32)
+        sum_NK += tl.load(at_NK + token * k.place, mask=inside_NK, other=0.0).to(tl.float32)
     to_NK = means + ((b * N + window_N.to(tl.int64)) * G + g)[:, None] * K + column_K[None, :]
     # rounded once, as a division is elsewhere
     mean_NK = tl.div_rn(sum_NK, tl.full([WINDOWS, WIDTH], SIZE, tl.float32))

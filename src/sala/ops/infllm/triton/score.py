@@ -35,12 +35,12 @@ def rows_of_tile(tile, T, group, TOKENS: tl.constexpr, HEADS: tl.constexpr):
 def _log_sum(
     q_MK,
     keys,
-    stride_n,
-    stride_k,
+    b,
+    g,
     visible_M,
     begin,
     end,
-    K,
+    K: tl.constexpr,
     scale_log2,
     WINDOWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -52,7 +52,8 @@ def _log_sum(
     sum_M = tl.full([ROWS], 0.0, tl.float32)
     for first in range(begin, end, WINDOWS):
         window_N = first + tl.arange(0, WINDOWS)
-        at_KN = keys + window_N.to(tl.int64)[None, :] * stride_n + column_K[:, None] * stride_k
+        at_KN = keys.at + b * keys.row + g * keys.head
+        at_KN += window_N.to(tl.int64)[None, :] * keys.place + column_K[:, None]
         k_KN = tl.load(at_KN, mask=(window_N < end)[None, :] & (column_K < K)[:, None], other=0.0)
         score_MN = tl.dot(q_MK, k_KN, input_precision=PRECISION) * scale_log2
         score_MN = tl.where(window_N[None, :] < visible_M[:, None], score_MN, -float("inf"))
@@ -72,25 +73,13 @@ def normalizers(
     positions,
     first_sparse,
     out,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_qk,
-    stride_fb,
-    stride_fn,
-    stride_fg,
-    stride_fk,
-    stride_cb,
-    stride_cn,
-    stride_cg,
-    stride_ck,
     T,
     first_token,
     split_windows,
     scale_log2,
     group,
     G,
-    K,
+    K: tl.constexpr,
     SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
     COARSE_SIZE: tl.constexpr,
@@ -103,15 +92,15 @@ def normalizers(
 ):
     """Write each row's logarithm of its normaliser over a split of the windows, (splits, B * G, tiles, rows)."""
     tile, bg, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, g = (bg // G).to(tl.int64), bg % G
+    b, g = (bg // G).to(tl.int64), (bg % G).to(tl.int64)
     row_M = tl.arange(0, TOKENS * HEADS)
     column_K = tl.arange(0, WIDTH)
     token_M, head_M, is_row_M = rows_of_tile(first_token // TOKENS + tile, T, group, TOKENS, HEADS)
     position_M = tl.load(positions + b * T + token_M, mask=is_row_M, other=-1)
     # who reads everything needs no scores
     position_M = tl.where(position_M >= tl.load(first_sparse + b), position_M, -1)
-    at_MK = q + b * stride_qb + token_M.to(tl.int64)[:, None] * stride_qt
-    at_MK += (g * group + head_M)[:, None] * stride_qh + column_K[None, :] * stride_qk
+    at_MK = q.at + b * q.row + token_M.to(tl.int64)[:, None] * q.place
+    at_MK += (g * group + head_M)[:, None] * q.head + column_K[None, :]
     q_MK = tl.load(at_MK, mask=is_row_M[:, None] & (column_K < K)[None, :], other=0.0)
     fine_M = num_windows(position_M, SIZE, STRIDE)
     if EXACT:
@@ -119,20 +108,14 @@ def normalizers(
         log_M = tl.full([TOKENS * HEADS], -float("inf"), tl.float32)
     else:
         coarse_M = num_windows(position_M, COARSE_SIZE, COARSE_STRIDE)
-        keys = coarse + b * stride_cb + g * stride_cg
         begin = split * split_windows
         end = tl.minimum(begin + split_windows, tl.max(coarse_M, 0))
-        log_M = _log_sum(
-            q_MK, keys, stride_cn, stride_ck, coarse_M, begin, end, K, scale_log2, WINDOWS, WIDTH, TOKENS * HEADS
-        )
+        log_M = _log_sum(q_MK, coarse, b, g, coarse_M, begin, end, K, scale_log2, WINDOWS, WIDTH, TOKENS * HEADS)
     # without a coarse window the exact normaliser
     fine_M = tl.where(coarse_M > 0, 0, fine_M)
-    keys = fine + b * stride_fb + g * stride_fg
     begin = split * split_windows
     end = tl.minimum(begin + split_windows, tl.max(fine_M, 0))
-    exact_M = _log_sum(
-        q_MK, keys, stride_fn, stride_fk, fine_M, begin, end, K, scale_log2, WINDOWS, WIDTH, TOKENS * HEADS
-    )
+    exact_M = _log_sum(q_MK, fine, b, g, fine_M, begin, end, K, scale_log2, WINDOWS, WIDTH, TOKENS * HEADS)
     log_M = tl.where(coarse_M > 0, log_M, exact_M)
     at = ((split * tl.num_programs(1) + bg).to(tl.int64) * tl.num_programs(0) + tile) * (TOKENS * HEADS)
     tl.store(out + at + row_M, log_M)
@@ -142,10 +125,10 @@ def normalizers(
 def _score_blocks(
     q_KM,
     keys,
+    b,
+    g,
     panel,
-    stride_n,
-    stride_k,
-    stride_r,
+    panel_size,
     log_M,
     visible_M,
     token_C,
@@ -153,7 +136,7 @@ def _score_blocks(
     begin,
     end,
     num_blocks,
-    K,
+    K: tl.constexpr,
     scale_log2,
     STEP: tl.constexpr,
     REACH: tl.constexpr,
@@ -173,7 +156,8 @@ def _score_blocks(
         offset = i % STEP
         block_N = begin + i // STEP * BLOCKS + tl.arange(0, BLOCKS)
         window_N = block_N * STEP + offset
-        at_NK = keys + window_N.to(tl.int64)[:, None] * stride_n + column_K[None, :] * stride_k
+        at_NK = keys.at + b * keys.row + g * keys.head
+        at_NK += window_N.to(tl.int64)[:, None] * keys.place + column_K[None, :]
         is_key_NK = (column_K < K)[None, :]
         if MASKED:
             is_key_NK &= (window_N < last_window)[:, None]
@@ -195,7 +179,7 @@ def _score_blocks(
             if (offset + reach) % STEP == 0:
                 ahead = (offset + reach) // STEP
                 is_block_NC = is_score_NC & (block_N + ahead < num_blocks)[:, None]
-                tl.store(at_NC + reach * stride_r + ahead, bits_NC, mask=is_block_NC)
+                tl.store(at_NC + reach * panel_size + ahead, bits_NC, mask=is_block_NC)
 
 
 @triton.jit(do_not_specialize=["T", "first_token", "tokens", "num_blocks", "split_blocks", "num_splits"])
@@ -206,14 +190,6 @@ def score_blocks(
     first_sparse,
     logs,
     panels,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_qk,
-    stride_fb,
-    stride_fn,
-    stride_fg,
-    stride_fk,
     T,
     first_token,
     tokens,
@@ -223,7 +199,7 @@ def score_blocks(
     scale_log2,
     group,
     G,
-    K,
+    K: tl.constexpr,
     SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -239,7 +215,7 @@ def score_blocks(
     that reaches into the block.
     """
     tile, bg, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, g = (bg // G).to(tl.int64), bg % G
+    b, g = (bg // G).to(tl.int64), (bg % G).to(tl.int64)
     ROWS: tl.constexpr = TOKENS * HEADS
     row_M = tl.arange(0, ROWS)
     column_K = tl.arange(0, WIDTH)
@@ -252,8 +228,8 @@ def score_blocks(
     begin = split * split_blocks
     end = tl.minimum(begin + split_blocks, tl.where(tl.max(position_M, 0) >= 0, own_block + 1, 0))
     if begin < end:
-        at_KM = q + b * stride_qb + token_M.to(tl.int64)[None, :] * stride_qt
-        at_KM += (g * group + head_M)[None, :] * stride_qh + column_K[:, None] * stride_qk
+        at_KM = q.at + b * q.row + token_M.to(tl.int64)[None, :] * q.place
+        at_KM += (g * group + head_M)[None, :] * q.head + column_K[:, None]
         q_KM = tl.load(at_KM, mask=is_row_M[None, :] & (column_K < K)[:, None], other=0.0)
         log_M = tl.full([ROWS], -float("inf"), tl.float32)
         for part in range(num_splits):
@@ -270,14 +246,13 @@ def score_blocks(
         free = begin + tl.maximum(tl.minimum(seen, end) - begin, 0) // BLOCKS * BLOCKS
         token_C = tile * TOKENS + tl.arange(0, TOKENS)
         is_token_C = (token_C < tokens) & (first_token + token_C < T)
-        keys = fine + b * stride_fb + g * stride_fg
-        stride_r = tl.num_programs(1).to(tl.int64) * tokens * num_blocks
+        panel_size = tl.num_programs(1).to(tl.int64) * tokens * num_blocks
         panel = panels + bg.to(tl.int64) * tokens * num_blocks
         _score_blocks(
-            q_KM, keys, panel, stride_fn, stride_fk, stride_r, log_M, visible_M, token_C, is_token_C,
+            q_KM, fine, b, g, panel, panel_size, log_M, visible_M, token_C, is_token_C,
             begin, free, num_blocks, K, scale_log2, STEP, REACH, TOKENS, HEADS, BLOCKS, WIDTH, False,
         )  # fmt: skip
         _score_blocks(
-            q_KM, keys, panel, stride_fn, stride_fk, stride_r, log_M, visible_M, token_C, is_token_C,
+            q_KM, fine, b, g, panel, panel_size, log_M, visible_M, token_C, is_token_C,
             free, end, num_blocks, K, scale_log2, STEP, REACH, TOKENS, HEADS, BLOCKS, WIDTH, True,
         )  # fmt: skip

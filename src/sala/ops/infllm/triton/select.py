@@ -174,7 +174,7 @@ def choose(
     scale_log2 = scale * math.log2(math.e)
     width = max(16, triton.next_power_of_2(K))
     # keys may be kept in another dtype than queries: the wider holds both
-    q, k1, k2 = (x.to(dtype) for x in (q_BTHK, k1_BNGK, k2_BNGK))
+    q, k1, k2 = (gpu.strided(x.to(dtype)) for x in (q_BTHK, k1_BNGK, k2_BNGK))
     shared = {
         "TOKENS": score_tokens,
         "HEADS": heads,
@@ -184,13 +184,11 @@ def choose(
     }
     normalizers[tiles, B * G, splits](
         q, k1, k2, positions_BT, first_sparse_B, logs,
-        *q.stride(), *k1.stride(), *k2.stride(),
         T, first, split_windows, scale_log2, group, G, K,
         size, stride, coarse_size, coarse_stride, bool(exact), WINDOWS=SCORE_WINDOWS, **shared,
     )  # fmt: skip
     score_blocks[tiles, B * G, triton.cdiv(num_blocks, split_blocks)](
         q, k1, positions_BT, first_sparse_B, logs, panels,
-        *q.stride(), *k1.stride(),
         T, first, tokens, num_blocks, split_blocks, splits, scale_log2, group, G, K,
         size, stride, block, reach, BLOCKS=SCORE_BLOCKS, **shared,
     )  # fmt: skip
