@@ -120,7 +120,7 @@ def test_checkpointed_activations_give_the_same_steps(what: str) -> None:
         losses.append([(step.loss, step.gradient_norm) for step in seen])
         # forward, and once more on the way back
         assert calls[0] == len(seen) * (1 + checkpointing)
-        assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+        assert not any("forward" in vars(layer) for layer in model.model.layers)
     # gradients of a layer may add up in another order
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=0)
 

@@ -133,10 +133,12 @@ def choose(op: str, backend: str = "auto", tensors: Sequence[Tensor | None] = ()
         known = ("auto", *rows)
         raise BackendError(f"{op} has no backend {backend!r}; it has {', '.join(known)}{nearest(str(backend), known)}")
     _import(row.module)
-    return sys.modules[row.module]
+    # not from sys.modules: of what is imported since it looked there first, torch.compile knows nothing
+    package, _, name = row.module.rpartition(".")
+    return getattr(sys.modules[package], name)
 
 
-# torch.compile cannot trace an import, and takes its result as it is; what follows is a look-up
+# torch.compile cannot trace an import, and takes its result as it is; what follows are look-ups
 @torch.compiler.assume_constant_result
 def _import(module: str) -> bool:
     # sys.modules would have it too while another thread is still running it

@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sala.errors import SalaError
 from sala.train import losses
@@ -192,6 +191,11 @@ class Pass(nn.Module):
         """The blocks that run often enough, and alike enough, to be compiled."""
         return list(self.model.compilable()) if self.stage.loss == "align" else self.blocks  # type: ignore[operator]
 
+    @property
+    def checkpointed(self) -> list[nn.Module]:
+        """The layers that keep no activations."""
+        return list(self.model.model.layers) if self.stage.activation_checkpointing else []  # type: ignore[union-attr, arg-type]
+
 
 # modules of a mixer that make queries and keys
 QUERIES_AND_KEYS = ("q_proj", "k_proj", "q_norm", "k_norm")
@@ -252,27 +256,16 @@ def _require_finite(
     )
 
 
-def _checkpoint_layers(model: Any, on: bool) -> None:
-    # the model's own switch also asks for a gradient at the embeddings, which frozen layers below would have to carry
-    for layer in model.model.layers:
-        layer.gradient_checkpointing = on
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-
-
 @contextmanager
-def _training_only(model: Any, named: dict[str, nn.Parameter], activation_checkpointing: bool) -> Iterator[None]:
+def _training_only(model: Any, named: dict[str, nn.Parameter]) -> Iterator[None]:
     """Gradients for `named` alone inside `with`; as before, and none left over, after it."""
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in named)
     model.train()
-    if activation_checkpointing:
-        _checkpoint_layers(model, True)
     try:
         yield
     finally:
-        if activation_checkpointing:
-            _checkpoint_layers(model, False)
         model.eval()
         model.zero_grad(set_to_none=True)
         for name, parameter in model.named_parameters():
@@ -380,7 +373,7 @@ def run_stage(
         NonFiniteError: a loss or gradient is not finite; nothing has moved in that step.
     """
     chosen = trainable_parameters(model, "all" if stage.loss == "align" else stage.trainable, freeze_qk=stage.freeze_qk)
-    with _training_only(model, chosen, stage.activation_checkpointing):
+    with _training_only(model, chosen):
         original = Pass(model, teacher, stage)
         root = parallel.shard(original)
         named = {name: parameter for name, parameter in root.model.named_parameters() if name in chosen}
@@ -393,7 +386,7 @@ def run_stage(
         progress = keeper.restore(state(), feed) if keeper is not None else None
         first = 0 if progress is None else progress.step
         clock = _Clock(stage, first, parallel, model_flops)
-        with Compiled(root.compilable, compile_mode) as compiled:
+        with Compiled(root.compilable, compile_mode, root.checkpointed) as compiled:
             for step in range(first, stage.steps):
                 batch = next(feed)
                 measured = compiled.run(partial(_backward, root, batch, stage, parallel))
