@@ -1,7 +1,14 @@
 """Every error a user can cause: one line with what was wrong, the value, and what would be right."""
 
 import difflib
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# how Rust's libraries (safetensors, tokenizers) end what they say of an error of the system
+_OF_RUST = re.compile(r"\(os error (\d+)\)$")
 
 
 class SalaError(Exception):
@@ -26,6 +33,10 @@ class InputError(SalaError):
     """Text, files, options or tensors that a verb cannot work on."""
 
 
+class DiskError(SalaError):
+    """A file or folder that the system does not let us write or read: a full disk, a quota, missing rights."""
+
+
 class BackendError(SalaError):
     """A backend asked for by name that cannot run here."""
 
@@ -38,3 +49,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the closest known name, or `""` when none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make an error of the system about `path`, or about a file that stands in for it, a DiskError that names it."""
+    try:
+        yield
+    except SalaError:
+        raise
+    except Exception as error:
+        found = _OF_RUST.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        about = getattr(error, "filename", None)
+        if number is None or (about is not None and not Path(about).is_relative_to(path.parent)):
+            raise
+        raise DiskError(f"{str(path)!r} cannot be written: {os.strerror(number)}") from error

@@ -127,7 +127,7 @@ def run(world: World, mesh: Mesh, stage: Stage, precision: torch.dtype = torch.f
 # forked from a process that has imported what takes long, and runs one thread
 PROCESSES = mp.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["sala.train", "sala.convert", "torch.distributed.checkpoint", "torch.utils.tensorboard"]
+    ["sala.train", "sala.convert", "torch.distributed.checkpoint", "tensorboard.summary.writer.record_writer"]
 )
 
 

@@ -1,6 +1,7 @@
 """Small whole runs in processes of their own, which end themselves as if killed, at a moment of the caller's choice."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -158,6 +159,20 @@ class Signal:
             os.kill(os.getpid(), self.number)
 
 
+class Full:
+    """A disk that takes no new file of a run from the `at`-th on."""
+
+    def __init__(self, out: Path, at: int):
+        self.inside, self.at, self.files = f"{out}/", at, 0
+        sys.addaudithook(self._watch)
+
+    def _watch(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]).startswith(self.inside) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            self.files += 1
+            if self.files >= self.at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def work(
     world: World,
     given: Recipe,
@@ -168,15 +183,19 @@ def work(
     on_rank: int = 0,
     number: int = signal.SIGKILL,
     spoil: int | None = None,
+    full: int | None = None,
     **options: Any,
 ) -> int | str:
     """Start a run, or go on with it; return its moments (see `Signal`), or why it stopped, after the exit code.
 
     at: the moment of rank `on_rank` at which it gets signal `number`; none without. spoil: its batch whose loss is NaN.
+    full: see `Full`, on that rank.
     """
     log = out.with_name(f"{out.name}-{world.rank}.jsonl")
     here = world.rank == on_rank
     sent = Signal(out, at if here else None, number)
+    if full is not None and here:
+        Full(out, full)
     tokenizer = load_tokenizer(folder)
 
     def observe(progress: Progress) -> None:

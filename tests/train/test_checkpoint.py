@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from sala.errors import CheckpointError
+from sala.errors import CheckpointError, DiskError
 from sala.train import checkpoint
 from sala.train.checkpoint import Checkpoints, Saved
 
@@ -145,7 +145,7 @@ def test_a_checkpoint_appears_when_it_is_written_and_polled(tmp_path: Path, monk
     assert checkpoints.newest() is None and names(tmp_path) == [f".writing-{EARLIER}"]
     event.set()
     assert checkpoints._writing is not None
-    checkpoints._writing.files.result()
+    checkpoints._writing.written.result()
     assert checkpoints.newest() is None
     checkpoints.poll()
     assert names(tmp_path) == [EARLIER]
@@ -237,8 +237,8 @@ def edit_the_facts(folder: Path) -> str:
 
 def another_format(folder: Path) -> str:
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-    return r"its format is 2, and this version of sala reads format 1"
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    return r"its format is 1, and this version of sala reads format 2"
 
 
 def no_format(folder: Path) -> str:
@@ -337,11 +337,9 @@ def test_a_folder_that_cannot_be_written_is_said_at_the_start(tmp_path: Path) ->
     (tmp_path / "file").touch()
     checkpoints = Checkpoints(tmp_path / "file" / "checkpoints")
     said = rf"{checkpoints.folder} cannot be written: \[Errno 20\] Not a directory: .*"
-    with pytest.raises(CheckpointError, match=f"^{said}$"):
+    with pytest.raises(DiskError, match=f"^{said}$"):
         checkpoints.claim()
-    with pytest.raises(
-        CheckpointError, match=r"^a checkpoint of step 1 cannot be started: \[Errno 20\] Not a directory: "
-    ):
+    with pytest.raises(DiskError, match=r"^a checkpoint of step 1 cannot be started: \[Errno 20\] Not a directory: "):
         checkpoints.save(1, {}, {})
 
 
@@ -373,16 +371,26 @@ def test_an_error_while_writing_is_said_and_the_rest_stays(
         patch.setattr(checkpoint, "_write", fail_to_write)
         checkpoints.save(30, values(30), {})
         assert checkpoints._writing is not None
-        checkpoints._writing.files.exception()
+        checkpoints._writing.written.exception()
     said = (
         rf"the checkpoint of step 30 could not be written to {checkpoints.folder}: \[Errno 28\] No space left on device"
     )
-    with pytest.raises(CheckpointError, match=f"^{said}$"):
+    with pytest.raises(DiskError, match=f"^{said}$"):
         finish(checkpoints)
     assert names(checkpoints.folder) == [EARLIER, LATER]
     checkpoints.save(30, values(30), {})
     checkpoints.wait()
     assert names(checkpoints.folder) == [LATER, "step-0000000030"]
+
+
+def test_further_files_are_kept_and_checked(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, asynchronous=False)
+    checkpoints.save(1, values(1), {}, {"notes.txt": b"a word"})
+    saved = checkpoints.newest()
+    assert saved is not None and (saved.folder / "notes.txt").read_bytes() == b"a word"
+    (saved.folder / "notes.txt").write_bytes(b"a wort")
+    with pytest.raises(CheckpointError, match=r"notes\.txt has changed"):
+        checkpoints.newest()
 
 
 def test_an_error_while_publishing_is_said_and_the_rest_stays(
@@ -392,7 +400,7 @@ def test_an_error_while_publishing_is_said_and_the_rest_stays(
     said = (
         rf"the checkpoint of step 30 could not be written to {saved_twice.folder}: \[Errno 28\] No space left on device"
     )
-    with pytest.raises(CheckpointError, match=f"^{said}$"):
+    with pytest.raises(DiskError, match=f"^{said}$"):
         saved_twice.save(30, values(30), {})
     assert names(saved_twice.folder) == [EARLIER, LATER]
 
@@ -402,7 +410,7 @@ def test_a_limit_of_the_file_system_is_such_an_error(saved_twice: Checkpoints) -
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     said = rf"the checkpoint of step 30 could not be written to {saved_twice.folder}: \[Errno 27\] File too large"
     try:
-        with pytest.raises(CheckpointError, match=f"^{said}$"):
+        with pytest.raises(DiskError, match=f"^{said}$"):
             saved_twice.save(30, {"weight": torch.zeros(100_000)}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -473,7 +481,7 @@ def whole(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def error_of(work: Callable[[], Any]) -> str:
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises((CheckpointError, DiskError)) as caught:
         work()
     return str(caught.value)
 
@@ -543,7 +551,7 @@ def two_ranks(rank: int, folder: Path) -> None:
     slow.save(7, sharded(7, [Shard(0)], mesh), {})
     if rank == 0:
         assert slow._writing is not None
-        slow._writing.files.result()
+        slow._writing.written.result()
     slow.poll()
     found["while slow"] = names(folder / "slow")
     dist.barrier()

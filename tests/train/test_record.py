@@ -1,8 +1,11 @@
 """What a run writes about itself survives a kill, forgets what is undone, and reads back as it was."""
 
 import dataclasses
+import errno
 import json
+import resource
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 
-from sala.errors import InputError
+from sala.errors import DiskError, InputError
 from sala.train import memory
 from sala.train.loop import Progress
 from sala.train.memory import peak_memory_bytes
@@ -36,12 +38,6 @@ def step(stage_index: int, number: int, **changes: Any) -> Progress:
     return Progress(stage=stage["name"], step=number, steps=stage["steps"], **(values | changes))
 
 
-@pytest.fixture(autouse=True)
-def files_sort_by_age(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Event files of one second and one process sort by a number, as text: 10 comes before 9."""
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
-
-
 WHOLE_RUN = [step(0, 1), step(0, 2), step(0, 3), step(1, 1), step(1, 2), step(1, 3), step(1, 4)]
 
 
@@ -60,10 +56,12 @@ def drawn(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 def test_a_step_is_a_line_with_all_of_its_fields(tmp_path: Path) -> None:
-    progress = step(0, 1, layer_errors=(0.25, 0.5), mfu=0.4)
+    progress, before = step(0, 1, layer_errors=(0.25, 0.5), mfu=0.4), time.time()
     with Record(tmp_path, config=CONFIG) as record:
         record(progress)
-    assert lines(tmp_path) == [dataclasses.asdict(progress) | {"layer_errors": [0.25, 0.5]}]
+    (line,) = lines(tmp_path)
+    assert before <= line.pop("time") <= time.time()
+    assert line == dataclasses.asdict(progress) | {"layer_errors": [0.25, 0.5]}
 
 
 def test_tensorboard_counts_steps_over_all_stages(tmp_path: Path) -> None:
@@ -97,21 +95,59 @@ def test_a_step_is_on_disk_before_the_next_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kept", "torn"), [(0, b""), (2, b'{"stage": "al'), (3, b""), (4, b"{}"), (6, b'{"stage')])
-def test_a_resumed_run_has_every_step_once(tmp_path: Path, kept: int, torn: bytes) -> None:
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_resumed_run_has_every_step_once(
+    tmp_path: Path, kept: int, torn: bytes, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = b""
     with Record(tmp_path, config=CONFIG) as record:
-        for progress in WHOLE_RUN[:6]:
-            record(dataclasses.replace(progress, loss=-1.0) if progress in WHOLE_RUN[kept:] else progress)
+        for number, progress in enumerate(WHOLE_RUN[:6], start=1):
+            record(progress if number <= kept else dataclasses.replace(progress, loss=-1.0))
+            history = record.history if number == kept else history
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(torn)
-    with Record(tmp_path, config=CONFIG) as record:
-        last = WHOLE_RUN[kept - 1] if kept else step(0, 0)
-        record.rewind(last.stage_index, last.step)
+    if lost:
+        # it went on from before, and was killed
+        Record(tmp_path, config=CONFIG).close()
+    # also when the clock was set back meanwhile
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    with Record(tmp_path, config=CONFIG, history=history) as record:
         for progress in WHOLE_RUN[kept:]:
             record(progress)
     assert [(row["stage_index"], row["step"], row["loss"]) for row in lines(tmp_path)] == [
         (progress.stage_index, progress.step, progress.loss) for progress in WHOLE_RUN
     ]
     assert drawn(tmp_path, "loss") == [(i + 1, progress.loss) for i, progress in enumerate(WHOLE_RUN)]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard/events.out"])
+def test_a_file_that_takes_no_more_is_one_error_and_keeps_whole_steps(tmp_path: Path, name: str) -> None:
+    # the file named grows over the limit, the other one is far from it
+    errors = tuple(0.5 for _ in range(200)) if name != "metrics.jsonl" else ()
+    record = Record(tmp_path, config=CONFIG)
+    record(step(0, 1, layer_errors=errors))
+    path = next(tmp_path.glob(f"{name}*"))
+    whole, events_before = path.read_bytes(), drawn(tmp_path, "loss")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, hard))
+    try:
+        with pytest.raises(DiskError, match=f"^'{path}' cannot be written: File too large$"):
+            record(step(0, 2, layer_errors=errors))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == whole and drawn(tmp_path, "loss") == events_before
+    record.close()
+    assert path.read_bytes() == whole
+
+
+def test_a_file_that_cannot_begin_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(DiskError, match=f"^'{tmp_path / 'metrics.jsonl'}' cannot be written: No space left on device$"):
+        Record(tmp_path, config=CONFIG)
+    assert list(tmp_path.iterdir()) == []
 
 
 class FakeWandb:

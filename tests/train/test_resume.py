@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 from functools import partial
@@ -110,6 +111,35 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder: Path, done: Any, tm
     assert isinstance(start()[0], int)
     require_same(out, alone)
     assert start()[0].startswith(f"2 the run in '{out}' is finished: its model is")
+
+
+def require_full(stops: list[Any], out: Path) -> None:
+    """Require that every rank stopped with the same line, which says where the run goes on."""
+    (said,) = set(stops)
+    assert said.startswith("2 ") and said.count("No space left on device") == 1 and str(out) in said, said
+    if (out / "metrics.jsonl").is_file():
+        assert re.search(
+            r"; once that is put right, the same command goes on (after step \d|from the beginning)", said
+        ), said
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(folder: Path, done: Any, tmp_path: Path) -> None:
+    given, out, draw = runs.recipe("conversion", folder), tmp_path / "full", random.Random(1)
+    start = partial(ranks.spawn, 1, runs.work, tmp_path, given, folder, out)
+    for full in (1, 3, draw.randrange(5, 15), draw.randrange(5, 15)):
+        require_full(start(full=full), out)
+    assert isinstance(start()[0], int)
+    require_same(out, done("conversion")[0])
+
+
+def test_a_disk_that_is_full_for_one_rank_stops_all(folder: Path, done: Any, tmp_path: Path) -> None:
+    given, out = runs.recipe("conversion", folder, mesh={"dp_shard": 2}), tmp_path / "full"
+    start = partial(ranks.spawn, 2, runs.work, tmp_path, given, folder, out)
+    # rank 1 writes its parts of checkpoints, and what it has measured
+    for on_rank, full in ((0, 7), (1, 2), (1, 3)):
+        require_full(start(full=full, on_rank=on_rank), out)
+    assert all(isinstance(moments, int) for moments in start())
+    require_same(out, done("conversion", 2)[0], 2)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_only_when_asked(folder: Path, done: Any, tmp_path: Path) -> None:

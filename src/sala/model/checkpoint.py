@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sala.errors import CheckpointError, InputError
+from sala.errors import CheckpointError, InputError, writing
 
 _EMBEDDED = Path(__file__).parent.parent / "embedded"
 BUILTIN = {"embedded-teacher": _EMBEDDED / "teacher", "embedded-hybrid": _EMBEDDED / "hybrid"}
@@ -96,20 +96,20 @@ def output_folder(path: str | Path) -> Iterator[Path]:
     """Give a temporary folder beside `path` that takes its name once the block ends without an error.
 
     Raises:
-        InputError: `path` exists already, or its parent cannot be written.
+        InputError: `path` exists already.
+        DiskError: it cannot be written, at the start or in the block.
     """
     target = Path(path).expanduser()
     if target.exists():
         raise InputError(f"output {str(target)!r} exists already; right would be a new folder")
-    try:
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise InputError(f"output {str(target)!r} cannot be written: {error.strerror}") from error
     try:
-        yield working
-        working.chmod(0o755)  # mkdtemp's is private to the user
-        working.rename(target)
+        with writing(target):
+            yield working
+            working.chmod(0o755)  # mkdtemp's is private to the user
+            working.rename(target)
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
         raise

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from sala.errors import CheckpointError
+from sala.errors import CheckpointError, DiskError, SalaError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, LOCK = "manifest.json", ".lock"
 WRITING, DELETED = ".writing-", ".deleted-"
 # "-2" and so on: the same step saved again
@@ -72,17 +72,21 @@ class _Ranks:
         return bool(flag)
 
     def each(self, what: str, work: Callable[[], T]) -> list[T]:
-        """Do `work` on every rank and return all results; an error on any rank is one CheckpointError on all."""
+        """Do `work` on every rank and return all results; an error on any rank is one error on all.
+
+        A DiskError is the system's, any other a CheckpointError.
+        """
         value, error = None, None
         try:
             value = work()
         except Exception as caught:
             error = caught
-        answers = self.gather((value, None if error is None else _message(error)))
-        for rank, (_, message) in enumerate(answers):
-            if message is not None:
+        answers = self.gather((value, None if error is None else _told(error)))
+        for rank, (_, told) in enumerate(answers):
+            if told is not None:
+                kind, message = told
                 where = f" on rank {rank}" if self.size > 1 else ""
-                raise CheckpointError(f"{what}{where}: {message}") from error
+                raise kind(f"{what}{where}: {message}") from error
         return [value for value, _ in answers]  # type: ignore[misc]
 
     def first(self, what: str, work: Callable[[], T]) -> T:
@@ -122,7 +126,7 @@ class _Writing:
     facts: str
     writer: FileSystemWriter
     metadata: Metadata
-    files: Future[_Written]
+    written: Future[_Written]
 
 
 class Checkpoints:
@@ -163,11 +167,14 @@ class Checkpoints:
         `save` does it too; a run that begins with it fails at once where it could not save later.
 
         Raises:
-            CheckpointError: the folder cannot be written, or another process saves there.
+            CheckpointError: another process saves there.
+            DiskError: the folder cannot be written.
         """
         self._ranks.first(f"{self.folder} cannot be written", self._claim)
 
-    def save(self, step: int, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, state: Mapping[str, Any], facts: Mapping[str, Any], files: Mapping[str, bytes] | None = None
+    ) -> None:
         """Start to write a checkpoint; the tensors may change as soon as this returns. Collective.
 
         Finishes the save before, if it is still under way. The same step may be saved again: the later one counts. A save
@@ -175,10 +182,11 @@ class Checkpoints:
 
         Args:
             facts: a JSON object (rank 0's is kept).
+            files: further files, by name (rank 0's are written).
 
         Raises:
-            CheckpointError: the folder cannot be written, is in use, or holds later steps of a run that was not resumed;
-                or the save before has failed.
+            CheckpointError: the folder is in use, or holds later steps of a run that was not resumed.
+            DiskError: the folder cannot be written, or the save before has failed.
             TypeError: the state holds something that is not a tensor, or the facts something that JSON does not know.
             ValueError: a step before the last one, or two tensors of one name.
         """
@@ -191,8 +199,9 @@ class Checkpoints:
         planner, writer = _Staging(), FileSystemWriter(folder, per_thread_copy_ahead=0)
         plan = self._agree_on_plan(tensors, planner, writer)
         self._ranks.each(f"a checkpoint of step {step} cannot be started", partial(planner.stage, plan))
-        files = self._thread.submit(_write, folder, self._ranks.rank, writer, plan, planner)
-        self._writing = _Writing(step, folder, self.folder / name, text, writer, self._metadata, files)
+        own = (files or {}) if self._ranks.rank == 0 else {}
+        written = self._thread.submit(_write, folder, self._ranks.rank, writer, plan, planner, own)
+        self._writing = _Writing(step, folder, self.folder / name, text, writer, self._metadata, written)
         if not self.asynchronous:
             self.wait()
 
@@ -200,20 +209,25 @@ class Checkpoints:
         """Publish the checkpoint under way if every rank has written its part; cheap. Collective.
 
         Raises:
-            CheckpointError: it could not be written, on any rank. It is removed; those before it are untouched.
+            DiskError: it could not be written, on any rank. It is removed; those before it are untouched.
         """
-        if self._writing is not None and self._ranks.agree(self._writing.files.done()):
+        if self._writing is not None and self._ranks.agree(self._writing.written.done()):
             self._finish(self._writing)
 
     def wait(self) -> None:
         """Return when the checkpoint under way is published and old ones are deleted. Collective; errors as in `poll`."""
         if self._writing is not None:
-            wait([self._writing.files])
+            wait([self._writing.written])
             self._finish(self._writing)
         deletion, self._deletion = self._deletion, None
         self._ranks.first(
             f"old checkpoints in {self.folder} cannot be deleted", deletion.result if deletion else _nothing
         )
+
+    def newest_facts(self) -> dict[str, Any] | None:
+        """Return the facts of the newest complete checkpoint, which is not verified; None when there is none."""
+        published = self._published()
+        return _read_manifest(published[-1])["facts"] if published else None
 
     def newest(self, which: Literal["newest", "previous"] = "newest") -> Saved | None:
         """Return the newest checkpoint, or the one before it, with every file verified; None when there is none. Collective.
@@ -221,6 +235,7 @@ class Checkpoints:
         Raises:
             CheckpointError: its files are not those that were written, or of another format; or "previous" is asked for
                 and there is no checkpoint before the newest.
+            DiskError: the system does not let us read them.
         """
         found = self._ranks.first(f"{self.folder} cannot be read", self._published)
         if which == "previous" and len(found) < 2:
@@ -233,14 +248,14 @@ class Checkpoints:
             what = f"{folder} cannot be resumed from"
             manifest = self._ranks.first(what, partial(_read_manifest, folder))
             self._ranks.each(what, partial(_verify, folder, manifest["files"], self._ranks.rank, self._ranks.size))
-        except CheckpointError as error:
+        except (CheckpointError, DiskError) as error:
             if not older:
                 advice = "there is no checkpoint before it"
             elif which == "newest":
                 advice = f"--resume previous would use {older[-1].name}"
             else:
                 advice = f"with {folder.name} deleted, --resume previous would use {older[-1].name}"
-            raise CheckpointError(f"{error}; {advice}") from error
+            raise type(error)(f"{error}; {advice}") from error
         return Saved(folder, manifest["facts"])
 
     def load(self, saved: Saved, state: Mapping[str, Any]) -> None:
@@ -249,6 +264,7 @@ class Checkpoints:
         Raises:
             CheckpointError: a tensor that the checkpoint does not have, one that no rank takes, or one of another shape
                 or dtype. Nothing is read then.
+            DiskError: the system does not let us read it.
         """
         tensors = _flat(state)
         reader, planner = FileSystemReader(saved.folder), DefaultLoadPlanner(flatten_state_dict=False)
@@ -313,9 +329,9 @@ class Checkpoints:
         self._writing = None
         what = f"the checkpoint of step {writing.step} could not be written to {self.folder}"
         try:
-            written = self._ranks.each(what, writing.files.result)
+            written = self._ranks.each(what, writing.written.result)
             self._ranks.first(what, partial(self._publish, writing, written))
-        except CheckpointError:
+        except (CheckpointError, DiskError):
             # the next save, of this run or another, removes what cannot be removed now
             self._ranks.first(what, partial(shutil.rmtree, writing.folder, ignore_errors=True))
             raise
@@ -348,14 +364,15 @@ def _nothing() -> None:
     """What ranks do that have nothing to do."""
 
 
-def _message(error: BaseException) -> str:
-    """Return an error in one line, with its class where the text alone would not say enough."""
+def _told(error: BaseException) -> tuple[type[SalaError], str]:
+    """Return the kind of an error and what it says in one line, with its class where the text would not say enough."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError | CheckpointError):
         # torch's file format meets a full disk with an error about positions, which hides the system's
         cause = cause.__cause__ or cause.__context__
     text = " ".join(str(cause or error).split())
-    return text if cause is not None else f"{type(error).__name__}: {text}"
+    kind = DiskError if isinstance(cause, OSError) else CheckpointError
+    return kind, text if cause is not None else f"{type(error).__name__}: {text}"
 
 
 def _order(folder: Path) -> tuple[int, int]:
@@ -401,10 +418,18 @@ def _listed(names: set[str]) -> str:
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
-def _write(folder: Path, rank: int, writer: FileSystemWriter, plan: SavePlan, planner: _Staging) -> _Written:
+def _write(
+    folder: Path, rank: int, writer: FileSystemWriter, plan: SavePlan, planner: _Staging, files: Mapping[str, bytes]
+) -> _Written:
     """Write what this rank writes; return what the metadata needs, and the files with their checksums."""
     results = writer.write_data(plan, planner).wait()
-    return results, {path.name: _checksum(path) for path in sorted(folder.glob(f"__{rank}_*"))}
+    for name, content in files.items():
+        with (folder / name).open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    paths = [*sorted(folder.glob(f"__{rank}_*")), *(folder / name for name in files)]
+    return results, {path.name: _checksum(path) for path in paths}
 
 
 def _checksum(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sala.train.folder import CHECKPOINTS, MEASURED, RECIPE, Measured, progress_
 from sala.train.loop import Progress
 from sala.train.parallel import ONE_PROCESS
 from sala.train.recipe import Mesh, Recipe, Stage, load_recipe
-from sala.train.record import read_metrics
+from sala.train.record import METRICS, rows_of
 from sala.train.run import Scorers, StageRunner, ignore, make_model, new_model, write_final
 from sala.train.start import START, Origin, require_same_start, start_of
 
@@ -110,7 +110,7 @@ def export(
     trained, report = make_model(
         cut, model or new_model(recipe, tokenizer), scorers, runner, measured, lambda text: None
     )
-    steps = [row for row in read_metrics(run) if (row["stage_index"], row["step"]) <= (index, progress.step)]
+    steps = list(rows_of((saved.folder / METRICS).read_bytes()))
     with output_folder(out) as folder:
         write_final(folder, trained, report, tokenizer, recipe, data, steps, origin)
     return progress

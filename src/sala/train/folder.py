@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import threading
@@ -14,13 +13,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self
 
-from sala.errors import InputError, RecipeError, SalaError
+from sala.errors import DiskError, InputError, RecipeError, SalaError
 from sala.train.batches import Feed
 from sala.train.checkpoint import Checkpoints, Saved
 from sala.train.loop import NonFiniteError, Observer, Progress
 from sala.train.parallel import World
 from sala.train.recipe import Recipe, load_recipe
-from sala.train.record import Record
+from sala.train.record import METRICS, Record, write_whole
 
 FINAL = "final"
 RECIPE, MEASURED, CHECKPOINTS = "recipe.yaml", "measured", "checkpoints"
@@ -75,8 +74,15 @@ class Measured:
         missing = self.world.agree([i for i in range(count) if not self._has(names[i])])
         results: dict[int, Any] = {}
         for turn in range(0, len(missing), self.world.ranks):
+            failure = None
             for i in missing[turn : turn + self.world.ranks][self.world.rank :][:1]:
-                results[i] = self._recall(names[i], partial(compute, i))
+                try:
+                    results[i] = self._recall(names[i], partial(compute, i))
+                except DiskError as error:
+                    failure = error
+            for one in self.world.gather(failure):
+                if one is not None:
+                    raise one
             self.between()
         for others in self.world.gather(results):
             results |= others
@@ -99,19 +105,8 @@ class Measured:
         # as JSON gives it back, so that the first start sees what a later one will
         text = json.dumps(compute())
         if path is not None:
-            write_whole(path, text + "\n")
+            write_whole(path, f"{text}\n".encode())
         return json.loads(text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there in full or not at all, whenever the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    working = path.with_name(f".{path.name}.{os.getpid()}")
-    with working.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    working.replace(path)
 
 
 class RunFolder:
@@ -119,15 +114,18 @@ class RunFolder:
 
     finished: the last steps of the stages before the one that goes on now.
 
+    A DiskError that leaves `with` says from where the run goes on; all ranks have met it together.
+
     Raises:
         InputError: the folder is not that of a run, or of a finished one.
         RecipeError: the run that is there has another recipe.
-        CheckpointError: see `Checkpoints.newest`.
+        CheckpointError: another process is at it; or see `Checkpoints.newest`.
+        DiskError: it cannot be written.
     """
 
     def __init__(self, path: Path, recipe: Recipe, world: World, options: RunOptions = DEFAULTS):
         self.path, self.recipe, self.world, self.options = path, recipe, world, options
-        world.on_main(lambda: _open(path, recipe))
+        world.on_main(lambda: _require_own(path, recipe))
         self.checkpoints = Checkpoints(path / CHECKPOINTS, keep=options.keep)
         self.checkpoints.claim()
         world.on_main(lambda: _settle(path, recipe))
@@ -137,12 +135,28 @@ class RunFolder:
         facts: Mapping[str, Any] = {"finished": []} if self.saved is None else self.saved.facts
         self.finished = [progress_of(values) for values in facts["finished"]]
         self.record: Record | None = None
-        world.on_main(self._open_record)
+        self.unwritten: DiskError | None = None
+        try:
+            world.on_main(self._open_record)
+        except DiskError as error:
+            raise self._with_advice(error) from error
 
     def _open_record(self) -> None:
-        self.record = Record(self.path, config=self.recipe.resolved, wandb_project=self.options.wandb_project)
-        if self.saved is None:
-            self.record.rewind(0, 0)
+        self.record = Record(
+            self.path,
+            config=self.recipe.resolved,
+            history=b"" if self.saved is None else (self.saved.folder / METRICS).read_bytes(),
+            wandb_project=self.options.wandb_project,
+        )
+
+    def _with_advice(self, error: DiskError) -> DiskError:
+        facts = self.checkpoints.newest_facts()
+        where = (
+            "from the beginning"
+            if facts is None
+            else "after step {step} of stage {stage!r}".format(**facts["progress"])
+        )
+        return DiskError(f"{error}; once that is put right, the same command goes on {where}")
 
     def _require_no_signal(self) -> None:
         """Raise Interrupted on all ranks when a signal came to one."""
@@ -160,18 +174,27 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.signals.leave()
-        if isinstance(error, NonFiniteError):
-            # all ranks stop at it together, perhaps while a checkpoint from before it is being written
-            self.checkpoints.wait()
         if self.record is not None:
             self.record.close()
+        if isinstance(error, NonFiniteError | DiskError):
+            # all ranks stop at it together, perhaps while a checkpoint from before it is being written
+            try:
+                self.checkpoints.wait()
+            except DiskError as later:
+                error = later
+        if isinstance(error, DiskError):
+            raise self._with_advice(error) from error
 
     def recording(self, observer: Observer) -> Observer:
         """Return an observer that also writes the record."""
 
         def note(progress: Progress) -> None:
             if self.record is not None:
-                self.record(progress)
+                try:
+                    self.record(progress)
+                except DiskError as error:
+                    # raised when all ranks hear of it, after the step
+                    self.unwritten = error
             observer(progress)
 
         return note
@@ -196,17 +219,22 @@ class StageKeeper:
         self.folder.checkpoints.load(saved, state)
         feed.load_state_dict(saved.facts["feed"])
         progress = progress_of(saved.facts["progress"])
-        if self.folder.record is not None:
-            self.folder.record.rewind(self.index, progress.step)
         if progress.step == progress.steps:
             self.folder.finished.append(progress)
         return progress
 
     def after(self, progress: Progress, state: Callable[[], dict[str, Any]], feed: Feed) -> None:
-        """See `sala.train.loop.Keeper`. Raises Interrupted once everything is saved, when a signal came."""
+        """See `sala.train.loop.Keeper`. Raises Interrupted once everything is saved, when a signal came.
+
+        Raises DiskError when this step could not be written down: then it is not saved.
+        """
         folder, options = self.folder, self.folder.options
         late = options.save_every is None and time.monotonic() - self._saved_at >= 60 * options.save_minutes
-        stopping, due = folder.world.sum([folder.signals.number, folder.world.main and late])
+        stopping, due, unwritten = folder.world.sum(
+            [folder.signals.number, folder.world.main and late, folder.unwritten is not None]
+        )
+        if unwritten:
+            raise folder.world.agree(folder.unwritten)
         done = progress.step == progress.steps
         if options.save_every is not None and progress.step % options.save_every == 0:
             due = True
@@ -219,7 +247,8 @@ class StageKeeper:
             "finished": [dataclasses.asdict(earlier) for earlier in folder.finished],
             "feed": feed.state_dict(),
         }
-        folder.checkpoints.save(self.before + progress.step, state(), facts)
+        history = {} if folder.record is None else {METRICS: folder.record.history}
+        folder.checkpoints.save(self.before + progress.step, state(), facts, history)
         self._saved_at = time.monotonic()
         if stopping or done:
             folder.checkpoints.wait()
@@ -270,30 +299,36 @@ def progress_of(values: Mapping[str, Any]) -> Progress:
     return Progress(**{**values, "layer_errors": tuple(values["layer_errors"])})
 
 
-def _open(path: Path, recipe: Recipe) -> None:
-    """Make the folder of a run, or check that this one can go on with `recipe`."""
+def _require_own(path: Path, recipe: Recipe) -> None:
+    """Require that `path` is new, or a run that can go on with `recipe`."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{str(path)!r} is a file; right would be a new folder")
-    # one killed in its first moments left half a recipe
-    if not path.exists() or all(entry.name.startswith(f".{RECIPE}.") for entry in path.iterdir()):
-        write_whole(path / RECIPE, recipe.text)
-    elif not (path / RECIPE).is_file():
+    if not path.exists() or not _begun(path):
+        return
+    if not (path / RECIPE).is_file():
         raise InputError(f"{str(path)!r} exists and is no folder of a run; right would be a new folder")
-    elif (path / FINAL).exists():
+    if (path / FINAL).exists():
         raise InputError(
             f"the run in {str(path)!r} is finished: its model is {str(path / FINAL)!r}; right would be a new folder"
         )
-    else:
-        _require_same(_what(load_recipe(path / RECIPE).resolved), _what(recipe.resolved), path)
+    _require_same(_what(load_recipe(path / RECIPE).resolved), _what(recipe.resolved), path)
+
+
+def _begun(path: Path) -> bool:
+    """Return whether a folder has more than a run that was killed in its first moments left in it."""
+    left = [entry.name for entry in path.iterdir() if not entry.name.startswith(f".{RECIPE}.")]
+    return bool(left) and not (left == [CHECKPOINTS] and not any((path / CHECKPOINTS).glob("step-*")))
 
 
 def _settle(path: Path, recipe: Recipe) -> None:
     """Write down how the run goes on, and remove what killed processes left half-written."""
+    # another process may have begun it before this one claimed it
+    _require_own(path, recipe)
     for left in [*path.glob(f".{RECIPE}.*"), *(path / MEASURED).glob(".*.json.*")]:
         left.unlink()
     for left in path.glob(f".{FINAL}.*"):
         shutil.rmtree(left)
-    write_whole(path / RECIPE, recipe.text)
+    write_whole(path / RECIPE, recipe.text.encode())
 
 
 def _what(resolved: Mapping[str, Any]) -> dict[str, Any]:

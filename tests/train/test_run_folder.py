@@ -1,0 +1,110 @@
+"""The folder of a run has the history of the run that it goes on with, and of no other."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sala.train.folder import RunFolder, RunOptions, StageKeeper
+from sala.train.loop import Progress
+from sala.train.parallel import ONE_PROCESS
+from sala.train.recipe import Recipe, parse_recipe
+
+STEPS = 6
+
+
+def recipe() -> Recipe:
+    row = {"loss": "next_token", "length": 8, "batch": 1, "learning_rate": {"peak": 1.0}, "data": {"text": 1}}
+    model = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    stages = [row | {"name": name, "steps": STEPS} for name in ("first", "second")]
+    return parse_recipe({"name": "run", "model": model, "stages": stages})
+
+
+FEED: Any = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+
+
+class Run:
+    """A run started on its folder; every step that it takes has a loss of its own, as no other start's has."""
+
+    losses = itertools.count(1)
+
+    def __init__(self, path: Path, resume: Any):
+        self.state: dict[str, Any] = {"history": torch.zeros(2 * STEPS)}
+        self.folder = RunFolder(path, recipe(), ONE_PROCESS, RunOptions(save_every=2, resume=resume))
+        self.stage, self.step = len(self.folder.finished), 0
+        if self.folder.saved is not None and self.stage < 2:
+            progress = self.keeper.restore(self.state, FEED)
+            self.step = 0 if progress is None else progress.step
+        if self.step == STEPS:
+            self.stage, self.step = self.stage + 1, 0
+
+    @property
+    def keeper(self) -> StageKeeper:
+        return self.folder.keeper(self.stage)
+
+    @property
+    def done(self) -> bool:
+        return self.stage == 2
+
+    @property
+    def history(self) -> list[float]:
+        """The losses of all steps that led to its parameters, which the parameters know."""
+        return [loss for loss in self.state["history"].tolist() if loss]
+
+    def take_step(self) -> None:
+        loss = float(next(self.losses))
+        self.state["history"][self.stage * STEPS + self.step] = loss
+        self.step += 1
+        name = recipe().stages[self.stage].name
+        progress = Progress(name, self.step, STEPS, loss, 1.0, 1.0, 8 * self.step, 1.0, 1.0, stage_index=self.stage)
+        self.folder.recording(lambda progress: None)(progress)
+        self.keeper.after(progress, lambda: self.state, FEED)
+        if self.step == STEPS:
+            self.stage, self.step = self.stage + 1, 0
+
+    def kill(self, random: random.Random) -> None:
+        """Leave everything as it is; a checkpoint under way may or may not be written."""
+        checkpoints = self.folder.checkpoints
+        if checkpoints._writing is not None and random.random() < 0.5:
+            checkpoints.wait()
+        checkpoints._thread.shutdown()
+        self.folder.record.close()
+
+
+def written(path: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def drawn(path: Path) -> list[float]:
+    accumulator = EventAccumulator(str(path / "tensorboard"))
+    accumulator.Reload()
+    scalars = accumulator.Scalars("loss") if accumulator.Tags()["scalars"] else []
+    assert [event.step for event in scalars] == list(range(1, len(scalars) + 1))
+    return [event.value for event in scalars]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_killed_and_resumed_in_any_order_has_written_down_its_own_steps(seed: int, tmp_path: Path) -> None:
+    draw, path = random.Random(seed), tmp_path / "run"
+    run, previous = Run(path, "newest"), 0
+    while not run.done:
+        assert written(path) == drawn(path) == run.history
+        for _ in range(draw.randrange(5)):
+            if not run.done:
+                run.take_step()
+                assert written(path) == run.history
+        if run.done:
+            break
+        run.kill(draw)
+        checkpoints = list((path / "checkpoints").glob("step-*"))
+        resume = "previous" if len(checkpoints) > 1 and draw.random() < 0.4 else "newest"
+        previous += resume == "previous"
+        run = Run(path, resume)
+    assert len(run.history) == 2 * STEPS and previous
+    run.kill(draw)
