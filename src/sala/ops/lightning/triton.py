@@ -117,6 +117,21 @@ def _weights(position_C, token_C, log_decay, REVERSE: tl.constexpr):
         return tl.where(token_C[:, None] >= token_C[None, :], weights_CC, 0.0)
 
 
+@triton.jit
+def _token(x, batch, head, time):
+    """Return where a token's numbers begin."""
+    # a tensor may hold more than 2^31 numbers
+    return x.at + batch * x.row + head * x.head + tl.cast(time, tl.int64) * x.place
+
+
+@triton.jit
+def _load(x, batch, head, time, is_token_C, column_K, width: tl.constexpr):
+    """Return the numbers of a chunk of tokens from `time` on, (C, K), zero where there is no token."""
+    token_C = tl.arange(0, is_token_C.shape[0])
+    at_CK = _token(x, batch, head, time) + token_C[:, None] * x.place + column_K[None, :]
+    return tl.load(at_CK, mask=is_token_C[:, None] & (column_K < width)[None, :], other=0.0)
+
+
 # fmt: off
 # arguments in tables, a line a kind
 
@@ -124,8 +139,7 @@ def _weights(position_C, token_C, log_decay, REVERSE: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "segment_tokens", "num_segments"])
 def states_kernel(
     k, v, states, log_decay, seen_before, cu_seqlens, segment_rows, scale,
-    T, segment_tokens, num_segments, H, K, V,
-    k_row, k_token, k_head, v_row, v_token, v_head,
+    T, segment_tokens, num_segments, H, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     REVERSE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
 ):
@@ -134,7 +148,7 @@ def states_kernel(
     v_tiles = tl.cdiv(V, BV)
     tiles = tl.cdiv(K, BK) * v_tiles
     tile = program % tiles
-    head = (program // tiles) % H
+    head = ((program // tiles) % H).to(tl.int64)
     index = program // (tiles * H)
     row, cell = _segment(index, segment_rows, num_segments, PACKED)
     first_cell, last_cell = _cells(row, cu_seqlens, num_segments, segment_tokens, PACKED)
@@ -147,10 +161,7 @@ def states_kernel(
     token_C = tl.arange(0, C)
     k_K = (tile // v_tiles) * BK + tl.arange(0, BK)
     v_V = (tile % v_tiles) * BV + tl.arange(0, BV)
-    # a tensor may hold more than 2^31 numbers
     batch = row.to(tl.int64) * (0 if PACKED else 1)
-    k += batch * k_row + head * k_head
-    v += batch * v_row + head * v_head
     if MASKED:
         seen_before += batch * (T + 1)
 
@@ -168,14 +179,8 @@ def states_kernel(
         at = start + chunk * C
         is_token_C, since_C, until_C, _ = _ages(seen_before, start, stop, at + token_C, MASKED)
         write_C = tl.exp(slope * since_C) * scale if REVERSE else tl.exp(slope * until_C)
-        k_CK = tl.load(
-            k + at.to(tl.int64) * k_token + token_C[:, None] * k_token + k_K[None, :],
-            mask=is_token_C[:, None] & (k_K < K)[None, :], other=0.0,
-        ).to(WIDE)
-        v_CV = tl.load(
-            v + at.to(tl.int64) * v_token + token_C[:, None] * v_token + v_V[None, :],
-            mask=is_token_C[:, None] & (v_V < V)[None, :], other=0.0,
-        )
+        k_CK = _load(k, batch, head, at, is_token_C, k_K, K).to(WIDE)
+        v_CV = _load(v, batch, head, at, is_token_C, v_V, V)
         state_KV = tl.dot(tl.trans(k_CK), (v_CV * write_C[:, None]).to(WIDE), state_KV, input_precision=PRECISION)
     states += (index.to(tl.int64) * H + head) * K * V
     tl.store(states + k_K[:, None] * V + v_V[None, :], state_KV, mask=(k_K < K)[:, None] & (v_V < V)[None, :])
@@ -184,14 +189,14 @@ def states_kernel(
 @triton.jit(do_not_specialize=["T", "segment_tokens", "num_segments"])
 def carry_kernel(
     states, initial, log_decay, seen_before, cu_seqlens,
-    T, segment_tokens, num_segments, H, K, V,
+    T, segment_tokens, num_segments, H, K: tl.constexpr, V: tl.constexpr,
     initial_row, initial_head, initial_key, initial_value,
     BLOCK: tl.constexpr, REVERSE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
 ):
     """Replace what each segment adds by the state before it (reversed: after it), for a block of the state's numbers."""
     program = tl.program_id(0)
     blocks = tl.cdiv(K * V, BLOCK)
-    head = (program // blocks) % H
+    head = ((program // blocks) % H).to(tl.int64)
     row = program // (blocks * H)
     first_cell, last_cell = _cells(row, cu_seqlens, num_segments, segment_tokens, PACKED)
     slope = tl.load(log_decay + head)
@@ -224,8 +229,7 @@ def carry_kernel(
 @triton.jit(do_not_specialize=["T", "segment_tokens", "num_segments"])
 def outputs_kernel(
     q, k, v, out, states, initial, final, log_decay, seen_before, cu_seqlens, segment_rows, scale,
-    T, segment_tokens, num_segments, H, K, V,
-    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    T, segment_tokens, num_segments, H, K: tl.constexpr, V: tl.constexpr,
     initial_row, initial_head, initial_key, initial_value,
     C: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     REVERSE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
@@ -234,7 +238,7 @@ def outputs_kernel(
     """Write a segment's outputs, for one tile of the values, and the row's last state where the segment is its last."""
     program = tl.program_id(0)
     v_tiles = tl.cdiv(V, BV)
-    head = (program // v_tiles) % H
+    head = ((program // v_tiles) % H).to(tl.int64)
     index = program // (v_tiles * H)
     if states is None:
         row, cell = index, 0
@@ -259,9 +263,6 @@ def outputs_kernel(
             initial + k_K[:, None] * initial_key + v_V[None, :] * initial_value, mask=in_state_KV, other=0.0
         )
     batch = row.to(tl.int64) * (0 if PACKED else 1)
-    q += batch * q_row + head * q_head
-    k += batch * k_row + head * k_head
-    v += batch * v_row + head * v_head
     out += (batch * T * H + head) * V
     if MASKED:
         seen_before += batch * (T + 1)
@@ -282,11 +283,9 @@ def outputs_kernel(
             read_C = tl.exp(slope * since_C) * scale
             write_C = tl.exp(slope * until_C)
         far = at.to(tl.int64)
-        is_key_CK = is_token_C[:, None] & (k_K < K)[None, :]
-        is_value_CV = is_token_C[:, None] & (v_V < V)[None, :]
-        q_CK = tl.load(q + far * q_token + token_C[:, None] * q_token + k_K[None, :], mask=is_key_CK, other=0.0).to(WIDE)
-        k_CK = tl.load(k + far * k_token + token_C[:, None] * k_token + k_K[None, :], mask=is_key_CK, other=0.0).to(WIDE)
-        v_CV = tl.load(v + far * v_token + token_C[:, None] * v_token + v_V[None, :], mask=is_value_CV, other=0.0)
+        q_CK = _load(q, batch, head, at, is_token_C, k_K, K).to(WIDE)
+        k_CK = _load(k, batch, head, at, is_token_C, k_K, K).to(WIDE)
+        v_CV = _load(v, batch, head, at, is_token_C, v_V, V)
         scores_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION) * weights_CC
         # the state keeps its float32; only the copy that is multiplied is rounded
         out_CV = tl.dot(q_CK, state_KV.to(WIDE), input_precision=PRECISION) * read_C[:, None]
@@ -307,15 +306,14 @@ def outputs_kernel(
 @triton.jit(do_not_specialize=["T"])
 def steps_kernel(
     q, k, v, out, initial, final, log_decay, mask, cu_seqlens, scale,
-    T, H, K, V,
-    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    T, H, K: tl.constexpr, V: tl.constexpr,
     initial_row, initial_head, initial_key, initial_value, mask_row, mask_token,
     BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
 ):
     """The recurrence, token by token, for one tile of a state: to decode."""
     program = tl.program_id(0)
     v_tiles = tl.cdiv(V, BV)
-    head = (program // v_tiles) % H
+    head = ((program // v_tiles) % H).to(tl.int64)
     row = (program // (v_tiles * H)).to(tl.int64)
     slope = tl.load(log_decay + head)
     k_K = tl.arange(0, BK)
@@ -335,9 +333,9 @@ def steps_kernel(
         tokens = 1
         if mask is not None:
             tokens = tl.load(mask + batch * mask_row + time * mask_token).to(tl.int32)
-        q_K = tl.load(q + batch * q_row + time * q_token + head * q_head + k_K, mask=k_K < K * tokens, other=0.0)
-        key_K = tl.load(k + batch * k_row + time * k_token + head * k_head + k_K, mask=k_K < K * tokens, other=0.0)
-        value_V = tl.load(v + batch * v_row + time * v_token + head * v_head + v_V, mask=v_V < V * tokens, other=0.0)
+        q_K = tl.load(_token(q, batch, head, time) + k_K, mask=k_K < K * tokens, other=0.0)
+        key_K = tl.load(_token(k, batch, head, time) + k_K, mask=k_K < K * tokens, other=0.0)
+        value_V = tl.load(_token(v, batch, head, time) + v_V, mask=v_V < V * tokens, other=0.0)
         added_KV = key_K.to(tl.float32)[:, None] * value_V.to(tl.float32)[None, :]
         state_KV = state_KV * tl.exp(slope * tokens) + added_KV
         out_V = tl.sum(q_K.to(tl.float32)[:, None] * state_KV, axis=0) * scale
@@ -441,8 +439,6 @@ def scan(
     out, final = _empty(q, k, v, log_decay, scale, initial, mask, cu_seqlens, reverse)
     if final.numel() == 0:
         return out.zero_(), final
-    # the kernels read the last dimension as it stands in memory
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     log_decay = log_decay.to(torch.float32).contiguous()
     if q.shape[1] <= FEW_TOKENS * final.shape[0] and not reverse:
         _steps(q, k, v, out, initial, final, log_decay, mask, cu_seqlens, scale)
@@ -471,8 +467,8 @@ def _steps(
     if mask is not None:
         mask, mask_strides = mask.view(torch.uint8), mask.stride()
     steps_kernel[(rows * H * triton.cdiv(V, tile),)](
-        *(q, k, v, out, initial, final, log_decay, mask, cu_seqlens, scale, q.shape[1], H, K, V),
-        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(initial), *mask_strides),
+        *(*map(gpu.strided, (q, k, v)), out, initial, final, log_decay, mask, cu_seqlens, scale),
+        *(q.shape[1], H, K, V, *_strides(initial), *mask_strides),
         BK=width,
         BV=tile,
         PACKED=cu_seqlens is not None,
@@ -502,7 +498,7 @@ def _chunks(
     seen_before = None
     if mask is not None:
         seen_before = torch.nn.functional.pad(mask.cumsum(1, dtype=torch.int32), (1, 0))
-    q_strides, k_strides, v_strides = (x.stride()[:3] for x in (q, k, v))
+    tokens = [gpu.strided(x) for x in (q, k, v)]
 
     segments = min(triton.cdiv(PROGRAMS, B * H), triton.cdiv(T, MIN_SEGMENT))
     segment_tokens = triton.cdiv(triton.cdiv(T, segments), CHUNK) * CHUNK
@@ -518,8 +514,7 @@ def _chunks(
         states = final.new_empty(all_segments, H, K, V)
         k_tile, v_tile = min(width, 128), min(value_width, 128)
         states_kernel[(all_segments * H * triton.cdiv(K, k_tile) * triton.cdiv(V, v_tile),)](
-            *(k, v, states, log_decay, seen_before, cu_seqlens, segment_rows, scale),
-            *(*sizes, *k_strides, *v_strides),
+            *(*tokens[1:], states, log_decay, seen_before, cu_seqlens, segment_rows, scale, *sizes),
             BK=k_tile,
             BV=v_tile,
             **products,
@@ -533,9 +528,8 @@ def _chunks(
             **flags,
         )
     outputs_kernel[lambda tile: (all_segments * H * triton.cdiv(V, tile["BV"]),)](
-        *(q, k, v, out, states, initial, final, log_decay, seen_before, cu_seqlens, segment_rows, scale),
-        *(T, segment_tokens, row_segments, H, K, V),
-        *(*q_strides, *k_strides, *v_strides, *_strides(initial)),
+        *(*tokens, out, states, initial, final, log_decay, seen_before, cu_seqlens, segment_rows, scale),
+        *(T, segment_tokens, row_segments, H, K, V, *_strides(initial)),
         BK=width,
         **products,
         **flags,
