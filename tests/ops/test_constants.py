@@ -1,5 +1,6 @@
 """Laws of the numbers that a configuration fixes."""
 
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -30,10 +31,14 @@ def test_a_tracer_leaves_nothing_behind() -> None:
     assert not isinstance(constant((1.0, 8.0), CPU), FakeTensor)
 
 
-def test_a_compiled_function_holds_the_tensor() -> None:
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_compiled_function_holds_the_tensor(broken: bool) -> None:
     def call(x: Tensor) -> Tensor:
-        return x * constant((1.0, 9.0), x.device)
+        numbers = constant((1.0, 9.0), x.device)
+        if broken:
+            torch._dynamo.graph_break()
+        return x * numbers
 
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(call, fullgraph=not broken, backend="aot_eager")
     assert compiled(torch.ones(2)).tolist() == [1, 9]
     assert not isinstance(constant((1.0, 9.0), CPU), FakeTensor)

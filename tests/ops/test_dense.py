@@ -113,6 +113,29 @@ def test_two_prefills_are_one(backend: str) -> None:
     assert_close(torch.cat(parts, 1), whole)
 
 
+def test_flash_attention_is_told_that_queries_are_the_last_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(9, 30)
+    expected = dense_attention(q, k, v, None, scale=SCALE, start=18, backend="eager")
+    # on the CPU torch makes a mask of what it would tell a GPU's kernel
+    monkeypatch.setattr(eager, "_runs_flash_attention", lambda q, k, v: True)
+    assert_close(dense_attention(q, k, v, None, scale=SCALE, start=18, backend="eager"), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backward", [False, True])
+def test_flash_attention_is_near_the_definition_on_a_device(backward: bool) -> None:
+    shapes = (1, 200, 8, 64), (1, 1003, 2, 64), (1, 1003, 2, 64)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_(backward) for shape in shapes)
+    out = dense_attention(q, k, v, None, scale=0.125, start=800)
+    expected = definition(*(x.cpu() for x in (q, k, v)), run(800, 200, 1))
+    assert_close(out.cpu(), expected)
+    if backward:
+        weight = torch.randn_like(out)
+        gradients = torch.autograd.grad(out, (q, k, v), weight)
+        for gradient, right in zip(gradients, torch.autograd.grad(expected, (q, k, v), weight.cpu()), strict=True):
+            assert_close(gradient.cpu(), right.cpu())
+
+
 @every_backend
 def test_an_empty_call_is_empty(backend: str) -> None:
     q, k, v = qkv(0, 5)

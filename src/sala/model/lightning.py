@@ -91,5 +91,12 @@ def _attend_packed(
     q_1THK: Tensor, k_1THK: Tensor, v_1THV: Tensor, log_decay_H: Tensor, scale: float, packing: Packing
 ) -> Tensor:
     return lightning_attention(
-        q_1THK, k_1THK, v_1THV, log_decay_H, scale=scale, cu_seqlens=packing.cu_seqlens, context=packing.context
+        q_1THK,
+        k_1THK,
+        v_1THV,
+        log_decay_H,
+        scale=scale,
+        cu_seqlens=packing.cu_seqlens,
+        cu_seqlens_cpu=packing.cu_seqlens_cpu,
+        context=packing.context,
     )[0]

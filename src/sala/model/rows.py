@@ -18,15 +18,18 @@ class Packing:
     A plain class: torch.compile does not look into what only functions that it leaves alone read, and so does not compile
     again for the next batch's documents.
 
-    cu_seqlens: (N + 1,) int on the CPU, the documents' ends in the whole row.
+    cu_seqlens: (N + 1,) int on the device, sent there once for all layers: the documents' ends in the whole row.
+    cu_seqlens_cpu: the same on the CPU.
     context: the ranks that hold the row together, each an equal part of it; None: this process holds all of it.
     spans: the documents that have tokens here.
     """
 
-    def __init__(self, cu_seqlens: Tensor, num_tokens: int, context: Context | None = None):
-        self.cu_seqlens = cu_seqlens
+    def __init__(self, cu_seqlens_cpu: Tensor, num_tokens: int, device: torch.device, context: Context | None = None):
+        # to a GPU without waiting for it
+        self.cu_seqlens = cu_seqlens_cpu.to(device, non_blocking=device.type == "cuda")
+        self.cu_seqlens_cpu = cu_seqlens_cpu
         self.context = context
-        self.spans = spans_of(cu_seqlens, num_tokens, context)
+        self.spans = spans_of(cu_seqlens_cpu, num_tokens, context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ def place_rows(
 
     attention_mask: (B, past + length), 0 or False on padding anywhere; a row's positions count its real tokens only.
     cu_seqlens: (N + 1,) ends of the sequences packed into one row: with a context those of the whole row, of which this
-        rank holds `length` tokens.
+        rank holds `length` tokens. Where it lies on the CPU no device is waited for.
 
     Raises:
         InputError: the mask has another shape; packed rows meet a cache, a mask or a batch; ranks share a row that is
@@ -110,8 +113,9 @@ def _place_packed(length: int, cu_seqlens: Tensor, device: torch.device, context
             f"the length {length}" if context is None else f"{ranks * length}, {length} tokens on each of {ranks} ranks"
         )
         raise InputError(f"cu_seqlens = {cu_seqlens.tolist()}; right would be increasing from 0 to {whole}")
-    packing = Packing(cu_seqlens, length, context)
-    positions = torch.cat(
-        [torch.arange(span.start - span.document_start, span.end - span.document_start) for span in packing.spans]
-    )
-    return Rows(positions[None].to(device), packing=packing)
+    packing = Packing(cu_seqlens, length, device, context)
+    first = 0 if context is None else context.rank * length
+    place_T = torch.arange(first, first + length, device=device)
+    ends_N = packing.cu_seqlens.long()
+    start_T = ends_N[torch.searchsorted(ends_N, place_T, right=True) - 1]
+    return Rows((place_T - start_T)[None], packing=packing)

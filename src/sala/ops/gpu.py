@@ -28,6 +28,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
+def device_type() -> str:
+    """Return the type of device whose tensors the kernels take."""
+    return "cpu" if interpreted() else "cuda"
+
+
 # torch.compile takes the answer as it is now: what it rests on cannot be traced
 @torch.compiler.assume_constant_result
 def unavailable() -> str | None:
@@ -58,7 +63,7 @@ def describe() -> str:
 
 def refuses(tensors: Sequence[Tensor | None]) -> str | None:
     """Return why a kernel does not take these tensors, None when it does."""
-    device = "cpu" if interpreted() else "cuda"
+    device = device_type()
     for tensor in tensors:
         if tensor is None:
             continue

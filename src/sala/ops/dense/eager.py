@@ -1,9 +1,11 @@
 """Dense attention through torch's scaled_dot_product_attention: differentiable, on every device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -63,7 +65,9 @@ def _attend_row(
 ) -> Tensor:
     if start is not None:
         return _attend_from(q_BTHK, k_BSGK, v_BSGV, scale, start)
-    return _attend_masked(q_BTHK, k_BSGK, v_BSGV, positions_T, scale)
+    parts_C = positions_T.split(_tile_of(int(positions_T.max()) + 1))
+    bounds = [(int(positions_C.min()), int(positions_C.max()) + 1) for positions_C in parts_C]
+    return _attend_masked(q_BTHK, k_BSGK, v_BSGV, positions_T, bounds, scale)
 
 
 def _attend_from(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, start: int) -> Tensor:
@@ -79,22 +83,53 @@ def _attend_from(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, s
             q_BTHK.transpose(1, 2), k_BGSK, v_BGSV, is_causal=True, scale=scale, enable_gqa=G != H
         )
         return out_BHTV.transpose(1, 2)
+    q_BHTK = q_BTHK.transpose(1, 2)
+    if _runs_flash_attention(q_BHTK, k_BGSK, v_BGSV):
+        from_the_end = causal_lower_right(T, start + T)
+        out_BHTV = scaled_dot_product_attention(
+            q_BHTK, k_BGSK, v_BGSV, attn_mask=from_the_end, scale=scale, enable_gqa=G != H
+        )
+        return out_BHTV.transpose(1, 2)
     positions_T = torch.arange(start, start + T, device=q_BTHK.device)
-    return _attend_masked(q_BTHK, k_BSGK, v_BSGV, positions_T, scale)
+    tile = _tile_of(start + T)
+    bounds = [(start + first, start + min(first + tile, T)) for first in range(0, T, tile)]
+    return _attend_masked(q_BTHK, k_BSGK, v_BSGV, positions_T, bounds, scale)
 
 
-def _attend_masked(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, positions_T: Tensor, scale: float) -> Tensor:
-    tile = max(1, min(TILE_QUERIES, MASK_ELEMENTS // (int(positions_T.max()) + 1)))
+def _runs_flash_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor) -> bool:
+    """Return whether flash attention takes these: for grouped heads torch's others on a GPU make all scores."""
+    return q_BHTK.is_cuda and can_use_flash_attention(
+        SDPAParams(q_BHTK, k_BGSK, v_BGSV, None, 0.0, False, q_BHTK.shape[1] != k_BGSK.shape[1])
+    )
+
+
+def _tile_of(S: int) -> int:
+    return max(1, min(TILE_QUERIES, MASK_ELEMENTS // S))
+
+
+def _attend_masked(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    positions_T: Tensor,
+    bounds: Sequence[tuple[int, int]],
+    scale: float,
+) -> Tensor:
+    """Return (B, T, H, V), a tile of queries at a time; `bounds` are its lowest position and the one behind its highest."""
+    tile = _tile_of(max(end for _, end in bounds))
     parts = [
-        recomputed(_attend_tile, q_BCHK, k_BSGK, v_BSGV, positions_C, scale)
-        for q_BCHK, positions_C in zip(q_BTHK.split(tile, dim=1), positions_T.split(tile), strict=True)
+        recomputed(_attend_tile, q_BCHK, k_BSGK, v_BSGV, positions_C, first, end, scale)
+        for q_BCHK, positions_C, (first, end) in zip(
+            q_BTHK.split(tile, dim=1), positions_T.split(tile), bounds, strict=True
+        )
     ]
     return torch.cat(parts, dim=1)
 
 
-def _attend_tile(q_BCHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, positions_C: Tensor, scale: float) -> Tensor:
-    S = int(positions_C.max()) + 1
-    first = int(positions_C.min()) + 1
+def _attend_tile(
+    q_BCHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, positions_C: Tensor, lowest: int, S: int, scale: float
+) -> Tensor:
+    first = lowest + 1
     bias_CS = q_BCHK.new_zeros(len(positions_C), S)
     # only keys after the tile's first query are hidden from any
     later_CS = torch.arange(first, S, device=q_BCHK.device) > positions_C[:, None]

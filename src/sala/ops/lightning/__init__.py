@@ -57,6 +57,7 @@ def lightning_attention(
     initial_state_BHKV: Tensor | None = None,
     mask_BT: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
     context: Context | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -74,32 +75,41 @@ def lightning_attention(
         initial_state_BHKV: float32 (float64 for float64 inputs), zeros when left out; not changed.
         mask_BT: bool; a False token neither adds to the state nor decays it, its output is zero, its values may be
             anything, NaN included.
-        cu_seqlens: (N+1,) int32 or int64: the one batch row is N rows end to end, each with a state of its own. Where it
-            lies on the CPU, no call waits for a device to read it.
+        cu_seqlens: (N+1,) int32 or int64: the one batch row is N rows end to end, each with a state of its own.
+        cu_seqlens_cpu: the same on the CPU, where `cu_seqlens` is on a device already: then nothing is read or sent.
         context: the ranks that hold the packed row together: q, k and v are this rank's part of it, `cu_seqlens` are
             those of the whole row; without a mask and without initial states.
         backend: a name in `sala.ops.dispatch.BACKENDS["lightning"]`, or "auto".
 
     Returns:
         out (B, T, H, V) in the dtype of `v`; final state (B, H, K, V), float32 (float64 for float64 inputs). With
-        `cu_seqlens` states are (N, H, K, V); with a context they are those behind the last token here of each of the rows
-        that have any here.
+        `cu_seqlens` states are (N, H, K, V); with a context they are those behind the last token here of the rows from the
+        first to the last that has any here.
 
     Raises:
         InputError: shapes, dtypes, devices or values that do not fit.
         BackendError: no such backend.
     """
-    _check(q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV, mask_BT, cu_seqlens, context)
+    _check(q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV, mask_BT, cu_seqlens, cu_seqlens_cpu, context)
     tensors = (q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV, mask_BT)
     attend = choose("lightning", backend, tensors).attend
-    if context is not None:
-        assert cu_seqlens is not None
-        return part.attend(
-            attend, q_BTHK, k_BTHK, v_BTHV, log_decay_H, scale=scale, cu_seqlens=cu_seqlens, context=context
-        )
     if cu_seqlens is not None:
+        cu_seqlens_cpu = cu_seqlens.cpu() if cu_seqlens_cpu is None else cu_seqlens_cpu
         # to a GPU without waiting for it
         cu_seqlens = cu_seqlens.to(q_BTHK.device, non_blocking=q_BTHK.is_cuda)
+    if context is not None:
+        assert cu_seqlens is not None and cu_seqlens_cpu is not None
+        return part.attend(
+            attend,
+            q_BTHK,
+            k_BTHK,
+            v_BTHV,
+            log_decay_H,
+            scale=scale,
+            cu_seqlens=cu_seqlens,
+            cu_seqlens_cpu=cu_seqlens_cpu,
+            context=context,
+        )
     return attend(
         q_BTHK,
         k_BTHK,
@@ -120,6 +130,7 @@ def _check(
     initial_state: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
     context: Context | None,
 ) -> None:
     """Refuse whatever a backend would turn into a wrong number or an error about something else."""
@@ -156,7 +167,12 @@ def _check(
     if cu_seqlens is not None:
         if B != 1:
             raise InputError(f"packed rows are one batch row: with cu_seqlens B must be 1, not {B}")
-        num_rows = len(row_bounds(cu_seqlens, T if context is None else T * context.ranks)) - 1
+        if cu_seqlens_cpu is not None and cu_seqlens_cpu.shape != cu_seqlens.shape:
+            raise InputError(
+                f"cu_seqlens_cpu must be cu_seqlens, of shape {tuple(cu_seqlens.shape)}, not {tuple(cu_seqlens_cpu.shape)}"
+            )
+        bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+        num_rows = len(row_bounds(bounds, T if context is None else T * context.ranks)) - 1
     if initial_state is not None:
         if initial_state.shape != (num_rows, H, K, V):
             raise InputError(f"the state must be {(num_rows, H, K, V)}, not {tuple(initial_state.shape)}")

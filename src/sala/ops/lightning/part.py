@@ -14,6 +14,7 @@ The other ranks are in the sum too, with a weight of zero: see `sala.ops.context
 it; every exponent is at most zero, so that a weight may vanish but not overflow.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 
 import torch
@@ -32,13 +33,17 @@ def attend(
     *,
     scale: float,
     cu_seqlens: Tensor,
+    cu_seqlens_cpu: Tensor,
     context: Context,
 ) -> tuple[Tensor, Tensor]:
     """See `sala.ops.lightning.lightning_attention`; `attend_rows` is a backend's."""
     T = q_1THK.shape[1]
     here = context.rank * T
-    spans = spans_of(cu_seqlens, T, context)
-    own_bounds = torch.tensor([0, *(span.end - here for span in spans)])
+    spans = spans_of(cu_seqlens_cpu, T, context)
+    # the rows from the one that the first token here belongs to, to that of the last
+    bounds = cu_seqlens_cpu.tolist()
+    first, behind = bisect_right(bounds, here) - 1, bisect_left(bounds, here + T)
+    own_bounds = (cu_seqlens[first : behind + 1] - here).clamp(0, T)
     out_1THV, states_NHKV = attend_rows(
         q_1THK,
         k_1THK,
@@ -47,7 +52,7 @@ def attend(
         scale=scale,
         initial_state_BHKV=None,
         mask_BT=None,
-        cu_seqlens=own_bounds.to(q_1THK.device, non_blocking=q_1THK.is_cuda),
+        cu_seqlens=own_bounds,
     )
     log_decay_H = log_decay_H.to(states_NHKV.dtype)
     states_RHKV = context.gather(states_NHKV[-1])
