@@ -1,5 +1,6 @@
 """Where the `triton` backends are tested: on the GPU where there is one, else on the CPU, by Triton's interpreter."""
 
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,13 @@ from torch.utils._pytree import tree_map_only
 from sala.ops import gpu
 
 GPU = torch.cuda.is_available()
+
+
+def memory_for(num_bytes: int) -> torch.Tensor:
+    """Return numbers in float16 that take memory only where they are written, to test addresses far apart."""
+    without_reserve = 0x4000  # Linux; `mmap` has its name from Python 3.12 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | without_reserve
+    return torch.frombuffer(mmap.mmap(-1, num_bytes, flags=flags), dtype=torch.float16)
 
 
 def row(backend: str, *values: object) -> ParameterSet:

@@ -1,5 +1,6 @@
 """Laws of the block-sparse kernels for GPUs, at sizes that Triton's interpreter gets through."""
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from devices import GPU
+from devices import GPU, memory_for
 from sala.errors import BackendError, InputError
 from sala.ops import gpu
-from sala.ops.infllm import SparseGeometry, compress, infllm_attention, num_windows, select_blocks
+from sala.ops.infllm import SparseGeometry, compress, infllm_attention, num_windows, reference, select_blocks
 from tolerances import assert_close
 
 if (why_not := gpu.unavailable()) is not None:
@@ -106,6 +107,55 @@ def test_the_kernels_are_the_definition(
     expected = attend(q, k, v, positions, geometry, "reference")
     assert_close(attend(q, k, v, positions, geometry), expected)
     assert_close(attend(q[:, 7:8], k, v, positions[:, 7:8], geometry), expected[:, 7:8])
+
+
+def laid_out(x: Tensor, generator: random.Random) -> Tensor:
+    """Return the same numbers with dimensions in any order in memory, and gaps between them."""
+    order = generator.sample(range(4), 4)
+    wide = torch.full([x.shape[i] + generator.randrange(2) for i in order], torch.nan, dtype=x.dtype, device=DEVICE)
+    view = wide.permute([order.index(i) for i in range(4)])[tuple(slice(size) for size in x.shape)]
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_call_is_the_definition(seed: int) -> None:
+    draw = random.Random(seed)
+    block, stride = draw.choice([(16, 4), (16, 16), (24, 8), (32, 8), (64, 16), (48, 3)])
+    size = stride * draw.choice([1, 2, 3]) + draw.randrange(2)
+    init, window = draw.randrange(3), block * draw.randrange(2)
+    geometry = SparseGeometry(
+        *(size, stride, init, block, window, init + 1 + draw.randrange(2)),
+        dense_len=draw.choice([0, 3 * block]),
+        normalizer=draw.choice(["coarse", "exact"]),
+        dense_rule=draw.choice(["position", "sequence"]),
+    )
+    B, T, G, group = draw.randint(1, 2), draw.choice([1, 2, 5]), draw.randint(1, 2), draw.choice([1, 3, 7, 16, 31, 32])
+    S = draw.choice([1, size - 1, block - 1, block, 3 * block + 1, 5 * block + 7, 6 * block]) or 1
+    width, value_width = (draw.choice([1, 24, 64, 128]) for _ in range(2))
+    dtype = draw.choice([torch.float32, torch.float16])
+    shapes = (B, T, G * group, width), (B, S, G, width), (B, S, G, value_width)
+    q, k, v = (laid_out(torch.randn(shape, dtype=dtype), draw) for shape in shapes)
+    positions = torch.tensor([[draw.choice([-1, S - 1, draw.randrange(S)]) for _ in range(T)] for _ in range(B)])
+    compressed = [laid_out(x, draw) for x in tiers(k, geometry)]
+    arguments = (q, k, v, *compressed, positions.to(DEVICE), geometry, width**-0.5, None)
+    assert_close(kernels.attend(*arguments), reference.attend(*arguments))
+
+
+@pytest.mark.skipif(GPU, reason="memory that is not there")
+def test_heads_may_lie_further_apart_than_32_bits_reach() -> None:
+    apart, H = 2**30, 4
+    far = memory_for(2 * (H + 2) * apart)
+    q, k, v = (x.half() for x in qkv(1, 120, G=H, group=1))
+    tensors = q, k, v, *tiers(k, SMALL)
+    spread = []
+    for i, x in enumerate(tensors):
+        strides = (x.shape[1] * x.shape[3], x.shape[3], apart, 1)
+        # so that an offset that wraps round stays inside
+        spread.append(far.as_strided(x.shape, strides, apart + i * apart // 8).copy_(x))
+    positions, options = run(119, 1), {"scale": SCALE, "backend": "triton"}
+    expected = infllm_attention(*tensors, positions, SMALL, **options)
+    assert torch.equal(infllm_attention(*spread, positions, SMALL, **options), expected)
+    assert torch.equal(kernels.compress(spread[1], 8, 4), tensors[3])
 
 
 @pytest.mark.parametrize(("normalizer", "G", "group"), [("coarse", 2, 2), ("exact", 1, 5)])

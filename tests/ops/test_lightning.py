@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from devices import GPU, on_device_of, row
+from devices import GPU, memory_for, on_device_of, row
 from sala.errors import BackendError, InputError
 from sala.ops import gpu, lightning
 from sala.ops.dispatch import BACKENDS, choose
@@ -649,6 +649,41 @@ def test_triton_takes_any_strides(T: int) -> None:
         expected = attend(*inputs, **options, backend="reference")
         for x, y in zip(attend(*inputs, **options, backend="triton"), expected, strict=True):
             assert_close(x, y)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_triton_takes_packed_rows_without_tokens_at_every_seam(dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(triton_module(), "MIN_SEGMENT", 64)
+    bounds = torch.tensor([0, 0, 30, 64, 64, 129, 130, 130])
+    inputs = [x.requires_grad_() for x in torch.randn(3, 1, 130, 1, 64, dtype=dtype)]
+    inputs.append(torch.randn(7, 1, 64, 64, requires_grad=True))
+    results = []
+    for backend in ("triton", "eager"):
+        *tokens, initial = inputs
+        options = {"scale": 0.125, "initial_state_BHKV": initial, "cu_seqlens": bounds}
+        out, final = lightning_attention(*tokens, torch.tensor([-0.1]), **options, backend=backend)
+        total = (out.float() * inputs[0].detach().sin()).sum() + final.cos().sum()
+        results.append((out, final, *torch.autograd.grad(total, inputs)))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, dtype)
+
+
+@needs_triton
+@pytest.mark.skipif(GPU, reason="memory that is not there")
+@pytest.mark.parametrize("T", [1, 130])
+def test_triton_heads_may_lie_further_apart_than_32_bits_reach(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_module(), "MIN_SEGMENT", 64)
+    apart, heads = 2**30, 4
+    far = memory_for(2 * (heads + 2) * apart)
+    tensors = torch.randn(3, 1, T, heads, K, dtype=torch.float16)
+    # so that an offset that wraps round stays inside
+    spread = [
+        far.as_strided((1, T, heads, K), (0, K, apart, 1), apart + i * 2**20).copy_(x) for i, x in enumerate(tensors)
+    ]
+    results = [lightning_attention(*x, log_decay(heads), scale=SCALE, backend="triton") for x in (spread, tensors)]
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
 
 
 @needs_triton
