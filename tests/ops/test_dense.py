@@ -46,6 +46,15 @@ def run(start: int, T: int, B: int = 2) -> Tensor:
 
 
 @every_backend
+@pytest.mark.parametrize("T", [1, 3])
+def test_positions_that_only_the_device_knows_need_no_look(backend: str, T: int) -> None:
+    q, k, v = qkv(T, 90)
+    positions = torch.stack([torch.arange(80, 80 + T), torch.arange(T)])
+    actual = dense_attention(q, k, v, positions, scale=SCALE, static=True, backend=backend)
+    assert_close(actual, definition(q, k, v, positions))
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize(("start", "T"), [(0, 1), (0, 63), (0, 130), (17, 1), (17, 63), (130, 1)])

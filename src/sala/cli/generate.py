@@ -69,6 +69,14 @@ def generate(
     device: Annotated[
         str, typer.Option(help="cpu, cuda, ..., or auto for a GPU where there is one.", rich_help_panel=MACHINE)
     ] = "auto",
+    graph: Annotated[
+        bool | None,
+        typer.Option(
+            "--graph/--no-graph",
+            help="Decode by a recorded CUDA graph; where a GPU can when left out.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Read text of any length and answer; the answer goes to standard output as it comes."""
@@ -103,7 +111,7 @@ def generate(
 
     with counting(console, "reading", len(ids), "tokens") as read:
         answer = engine.generate(
-            network, checkpoint.tokenizer, ids, sampling, chunk=chunk, on_prefill=read, on_text=write
+            network, checkpoint.tokenizer, ids, sampling, chunk=chunk, graph=graph, on_prefill=read, on_text=write
         )
     if not answer.text.endswith("\n"):
         write("\n")

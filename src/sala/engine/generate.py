@@ -121,8 +121,8 @@ def generate(
     prefill_s = time.perf_counter() - started
     first_token_s = 0.0
     tokens: list[int] = []
-    with closing(draws(model, cache, seen_1T, len(prompt), logits_1X, sampler, recorded)) as tokens_drawn:
-        for token in islice(tokens_drawn, sampling.max_new_tokens):
+    with closing(_draws(model, cache, seen_1T, len(prompt), logits_1X, sampler, recorded)) as draws:
+        for token in islice(draws, sampling.max_new_tokens):
             first_token_s = first_token_s or time.perf_counter() - started
             if token in ends:
                 finish = "end"
@@ -149,13 +149,13 @@ def generate(
 def _records(model: MiniCPMSALAForCausalLM, graph: bool | None) -> bool:
     why_not = obstacle(model)
     if graph and why_not is not None:
-        raise InputError(f"graph = True: {why_not}; right would be to leave it out")
+        raise InputError(f"no CUDA graph can be recorded: {why_not}; right would be not to ask for one")
     if graph is None and why_not is not None and model.device.type == "cuda":
         log.info("decoding without a CUDA graph: %s", why_not)
     return why_not is None and graph is not False
 
 
-def draws(
+def _draws(
     model: MiniCPMSALAForCausalLM,
     cache: SalaCache,
     seen_1S: Tensor,
