@@ -1,6 +1,7 @@
 """`sala plan` as a user calls it."""
 
 import json
+import re
 
 import pytest
 
@@ -12,6 +13,15 @@ def test_a_plan_shows_bf16_and_int4_side_by_side(sala):
         assert fact in outcome.out
     fits = next(line for line in outcome.out.splitlines() if line.strip().startswith("fits"))
     assert fits.split() == ["fits", "no", "yes"]
+
+
+def test_a_gpu_is_planned_whether_or_not_there_is_one(sala):
+    outcome = sala("plan", "--model", "minicpm-sala-9b", "--device", "cuda", "--memory", "80GiB", "--length", "1M")
+    assert outcome.code == 0
+    for fact in ("80.0 GiB of GPU memory", "keys and values take 8,192 bytes a token", "counted", "not measured"):
+        assert fact in outcome.out
+    rows = [re.split(r"\s{2,}", line.strip()) for line in outcome.out.splitlines()]
+    assert ["keys and values", "8.0 GiB", "8.0 GiB"] in rows and ["states", "48 MiB", "48 MiB"] in rows
 
 
 def test_json_has_the_numbers_of_a_checkpoint(sala, hybrid):
@@ -33,6 +43,7 @@ def test_a_model_of_the_package_is_planned_on_this_machine_s_memory(sala):
         (("--model", "./nowhere"), "no folder"),
         (("--model", "sala-10m", "--memory", "32G"), "32GiB, 24GB"),
         (("--model", "sala-10m", "--length", "long"), "512, 16K or 1M"),
+        (("--model", "sala-10m", "--device", "tpu"), "device 'tpu' is not on this machine"),
         (("--model", "sala-10m", "--dtype", "int8"), "right would be one of bf16"),
     ],
 )

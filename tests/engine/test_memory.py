@@ -1,15 +1,19 @@
 """What a prompt needs against what the machine has."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from model.shapes import tiny_config, tiny_model, tokens
+from model.shapes import released_config, tiny_config, tiny_model, tokens
 from sala.engine import available_bytes, check_memory, human_bytes
-from sala.engine.memory import estimate, tokens_that_fit
+from sala.engine.generate import prefill
+from sala.engine.memory import CUDA_FIXED_BYTES, PANEL_BYTES, PANEL_TOKENS, estimate, tokens_that_fit
 from sala.errors import MemoryLimitError
-from sala.model import new_cache
+from sala.model import MiniCPMSALAForCausalLM, new_cache
 from sala.model.report import num_parameters
 
 CPU = torch.device("cpu")
@@ -37,6 +41,85 @@ def test_the_number_that_fits_is_the_last_one_that_does():
 def test_weights_alone_may_be_too_much():
     with pytest.raises(MemoryLimitError, match="not even the weights fit"):
         check_memory(tiny_config(), torch.float32, CPU, 10, 512, available=1024)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory of the tensors that exist: what is asked for inside, and given back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes: dict[int, int] = {}
+        self.outside: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for storage in self.storages(args, kwargs):
+            if storage._cdata not in self.sizes:
+                self.outside.add(storage._cdata)
+        for storage in self.storages(result):
+            key = storage._cdata
+            if key not in self.sizes and key not in self.outside:
+                self.sizes[key] = storage.nbytes()
+                self.now += self.sizes[key]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.give_back, key)
+        return result
+
+    def storages(self, *trees):
+        return [x.untyped_storage() for x in tree_leaves(trees) if isinstance(x, torch.Tensor) and x.is_meta]
+
+    def give_back(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+CUDA_CASES = {
+    "the 9B at a million": ({}, 2**20, 2048),
+    "its beginning": ({}, 4096, 2048),
+    "long chunks": ({}, 2**18, 8192),
+    "many groups": ({"num_key_value_heads": 16}, 2**19, 1024),
+    "a narrow MLP": ({"intermediate_size": 512}, 2**17, 4096),
+    "linear layers alone": ({"mixer_types": ["lightning-attn"] * 2, "intermediate_size": 512}, 2**17, 4096),
+    "full attention": (
+        {"mixer_types": ["attention"] * 2, "attn_use_rope": True, "num_key_value_heads": 8},
+        2**13,
+        2048,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CUDA_CASES)
+def test_work_on_a_gpu_is_what_the_code_asks_for(case: str, on_meta: list[str]) -> None:
+    changes, length, chunk = CUDA_CASES[case]
+    fields = {"num_hidden_layers": 2, "mixer_types": ["minicpm4", "lightning-attn"], "vocab_size": 4096, **changes}
+    config = released_config()
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        model = MiniCPMSALAForCausalLM(config).to(torch.bfloat16).eval()
+    cache, ids = new_cache(config, length), torch.zeros(1, length, dtype=torch.long, device="meta")
+    prefill(model, ids[:, :chunk], cache, chunk)
+    cache.count(length - chunk)
+    with LiveBytes() as live:
+        prefill(model, ids[:, length - chunk :], cache, chunk)
+    asked = live.peak + ids.nbytes
+    planned = estimate(config, torch.bfloat16, length, chunk, 0, "cuda").working - CUDA_FIXED_BYTES
+    # those of the cache take the place of others, which were not counted when they came and went
+    states = config.mixer_types.count("lightning-attn") * 32 * 128 * 128 * 4
+    assert asked - states <= planned <= 1.1 * asked
+
+
+def test_the_plan_knows_what_the_kernels_take_for_scores() -> None:
+    select = pytest.importorskip("sala.ops.infllm.triton.select")
+    assert (PANEL_BYTES, PANEL_TOKENS) == (select.PANEL_BYTES, select.SCORE_ROWS)
+
+
+def test_what_would_not_fit_a_gpu_is_refused_with_the_plan_s_numbers() -> None:
+    config, cuda = released_config(), torch.device("cuda")
+    check_memory(config, torch.bfloat16, cuda, 2**20, 2048, 80 * GIB)
+    message = "need 27.3 GiB of GPU memory: 17.7 GiB weights, 8.4 GiB cache, 1.3 GiB to work in; 24.0 GiB are available"
+    with pytest.raises(MemoryLimitError, match=message):
+        check_memory(config, torch.bfloat16, cuda, 2**20, 2048, 24 * GIB)
 
 
 def machine(root, available_kib, limits=None, version=2):

@@ -20,30 +20,29 @@ def plan(
         str, typer.Option(help="A checkpoint folder, a hub name, a model of the package, or a named shape.")
     ],
     memory: Annotated[
-        str | None, typer.Option(help="Such as 32GiB or 24GB; what this machine has left when left out.")
+        str | None, typer.Option(help="Such as 32GiB or 24GB; what machine or GPU have left when left out.")
     ] = None,
     length: Annotated[str, typer.Option(help="Tokens, such as 16K or 1M.")] = "1M",
     chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens of one forward pass.")] = 2048,
     dtype: Annotated[
         list[str] | None, typer.Option(help="bf16, int4, fp32 or fp16; may be repeated. bf16 and int4 when left out.")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda (counted, not measured), or auto for a GPU where there is one.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Foretell weights, cache and working memory of one sequence, and the longest that fits; nothing is loaded."""
     prepare(threads=None)
-    import torch
-
     from sala.bench.length import parse_length
     from sala.bench.shapes import HYBRIDS, hybrid_config
-    from sala.engine.memory import available_bytes, process_bytes
-    from sala.engine.plan import parse_bytes, plan_memory, read_config
+    from sala.engine.plan import memory_of, parse_bytes, plan_memory, read_config
 
-    tokens, process = parse_length(length), process_bytes()
-    # what this process holds already is in the plan
-    available = available_bytes(torch.device("cpu")) + process if memory is None else parse_bytes(memory)
+    tokens = parse_length(length)
+    kind, process, available = memory_of(device, None if memory is None else parse_bytes(memory))
     config = hybrid_config(model) if model in HYBRIDS else read_config(model)
     plans = [
-        plan_memory(config, name, tokens, chunk, process=process, available=available)
+        plan_memory(config, name, tokens, chunk, process=process, available=available, device=kind)
         for name in dict.fromkeys(dtype or ("bf16", "int4"))
     ]
     if as_json:
@@ -60,19 +59,31 @@ def show(model: str, plans: "list[MemoryPlan]", console: Console) -> None:
 
     first = plans[0]
     console.print(
-        f"[bold]{model}[/bold], {first.length:,} tokens in chunks of {first.chunk:,}, {human_bytes(first.available)} of memory",
+        f"[bold]{model}[/bold], {first.length:,} tokens in chunks of {first.chunk:,}, {human_bytes(first.available)} of "
+        f"{'GPU memory' if first.device == 'cuda' else 'memory'}",
         soft_wrap=True,
     )
     table = Table(box=SIMPLE_HEAD)
     table.add_column("")
     for row in plans:
         table.add_column(row.precision, justify="right")
-    for name in ("process", "weights", "cache", "working", "total"):
+    for name in ("process", "weights", "cache"):
+        table.add_row(name, *(human_bytes(getattr(row, name)) for row in plans))
+    for part, size in first.cache_parts.items():
+        if size:
+            table.add_row(f"  {part}", *(human_bytes(row.cache_parts[part]) for row in plans))
+    for name in ("working", "total"):
         table.add_row(name, *(human_bytes(getattr(row, name)) for row in plans), end_section=name == "working")
     table.add_row("fits", *("yes" if row.fits else "no" for row in plans))
     table.add_row("longest that fits", *(f"{row.longest:,}" if row.longest else "none" for row in plans))
     console.print(table)
+    a_token = first.cache_parts["keys and values"] / first.length
+    console.print(f"keys and values take {a_token:,.0f} bytes a token in {first.precision}", soft_wrap=True)
     for row in plans:
         console.print(f"{row.precision}: {PRECISIONS[row.precision].note}", soft_wrap=True)
+    if first.device == "cuda":
+        console.print(
+            "work is counted from what the code asks for, and 1 GiB allowed beside; not measured", soft_wrap=True
+        )
     if any(PRECISIONS[row.precision].linear_bytes for row in plans):
         console.print("int4 counts stored weights; this version has no operator that runs on them", soft_wrap=True)

@@ -74,8 +74,7 @@ def load(
         CheckpointError: the weights are incomplete or of another shape.
     """
     check_memory(checkpoint.config, checkpoint.dtype, checkpoint.device, length, chunk)
-    model = load_model(checkpoint.folder, dtype=checkpoint.dtype, on_tensor=on_tensor)
-    return model.to(checkpoint.device)  # type: ignore[arg-type]
+    return load_model(checkpoint.folder, dtype=checkpoint.dtype, device=checkpoint.device, on_tensor=on_tensor)
 
 
 def _dtype(name: str, config: MiniCPMSALAConfig) -> torch.dtype:

@@ -41,6 +41,21 @@ RETAINED = 1.5
 # what a first run loads, buffers of the matrix library, tiles of scores and states
 FIXED_BYTES = 40 * 2**20
 
+# On a GPU, with the kernels there: counted, not measured. Tensors alive at the worst moment of an MLP or a mixer, C x
+# their width: hidden states and the norm of them; gate, up and product; queries and keys before and after norm and
+# rotation, and values. tests/engine/test_memory.py counts what the model asks for.
+CUDA_MLP_STREAM_WIDTHS = 4
+CUDA_STREAM_WIDTHS = 2
+CUDA_MIXER_WIDTHS = 5
+# while blocks are chosen: queries and output, beside block scores of up to so many bytes, but of so many tokens at least
+# (PANEL_BYTES and SCORE_ROWS of ops/infllm/triton/select.py, which a machine without Triton cannot import)
+CUDA_CHOICE_WIDTHS = 2
+PANEL_BYTES = 2**28
+PANEL_TOKENS = 128
+# an allowance: workspaces of libraries (cuBLAS takes 32 MiB a stream on a Hopper), the kernels themselves, what the
+# allocator rounds up, a recorded step of decoding
+CUDA_FIXED_BYTES = 2**30
+
 
 @dataclass(frozen=True, slots=True)
 class Need:
@@ -55,14 +70,20 @@ class Need:
         return self.weights + self.cache + self.working
 
 
-def estimate(config: MiniCPMSALAConfig, dtype: torch.dtype, length: int, chunk: int, parameters: int) -> Need:
-    """Return what `length` tokens need when a network of `parameters` reads them `chunk` at a time."""
+def estimate(
+    config: MiniCPMSALAConfig, dtype: torch.dtype, length: int, chunk: int, parameters: int, device: str = "cpu"
+) -> Need:
+    """Return what `length` tokens need when a network of `parameters` reads them `chunk` at a time.
+
+    device: its type. Of "cuda" it is the device's memory, whether or not this machine has one.
+    """
     itemsize = dtype.itemsize
+    working = _cuda_working_bytes if device == "cuda" else _working_bytes
     return Need(
         weights=parameters * itemsize,
         cache=cache_bytes(config, length, itemsize),
         # of one layer at a time
-        working=_working_bytes(config, itemsize, length, min(chunk, length)),
+        working=working(config, itemsize, length, min(chunk, length)),
     )
 
 
@@ -76,28 +97,38 @@ def check_memory(
 ) -> None:
     """Refuse what would not fit.
 
-    available: bytes, asked of the machine when None.
+    available: bytes, asked of the machine or the GPU when None.
 
     Raises:
         MemoryLimitError: says what is needed, what there is, and how many tokens fit.
     """
     available = available_bytes(device) if available is None else available
     parameters = num_parameters(config)
-    need = estimate(config, dtype, length, chunk, parameters)
+    need = estimate(config, dtype, length, chunk, parameters, device.type)
     if need.total <= available:
         return
-    fits = tokens_that_fit(config, dtype, chunk, parameters, available)
+    fits = tokens_that_fit(config, dtype, chunk, parameters, available, device.type)
     advice = f"{fits:,} tokens fit" if fits else "not even the weights fit"
+    kind = "GPU memory" if device.type == "cuda" else "memory"
     raise MemoryLimitError(
-        f"{length:,} tokens (prompt and answer) need {human_bytes(need.total)} of memory: {human_bytes(need.weights)} weights, "
+        f"{length:,} tokens (prompt and answer) need {human_bytes(need.total)} of {kind}: {human_bytes(need.weights)} weights, "
         f"{human_bytes(need.cache)} cache, {human_bytes(need.working)} to work in; "
         f"{human_bytes(available)} are available, {advice}"
     )
 
 
-def tokens_that_fit(config: MiniCPMSALAConfig, dtype: torch.dtype, chunk: int, parameters: int, available: int) -> int:
+def tokens_that_fit(
+    config: MiniCPMSALAConfig,
+    dtype: torch.dtype,
+    chunk: int,
+    parameters: int,
+    available: int,
+    device: str = "cpu",
+) -> int:
     """Return the longest length whose need is at most `available` bytes, 0 when there is none."""
-    return longest_that_fits(lambda length: estimate(config, dtype, length, chunk, parameters).total <= available)
+    return longest_that_fits(
+        lambda length: estimate(config, dtype, length, chunk, parameters, device).total <= available
+    )
 
 
 def longest_that_fits(fits: Callable[[int], bool]) -> int:
@@ -120,7 +151,9 @@ def available_bytes(device: torch.device, root: Path = Path("/")) -> int:
     root: where `proc` and `sys` are.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # and what torch keeps of it and has no tensors in
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     limits = [_machine_bytes(root), *_group_bytes(root)]
     return min(limits)
 
@@ -154,6 +187,41 @@ def _working_bytes(config: MiniCPMSALAConfig, itemsize: int, length: int, chunk:
     return (
         int(RETAINED * (stream + max(mixer, mlp) + logits)) + _selection_bytes(config, length) + token_ids + FIXED_BYTES
     )
+
+
+def _cuda_working_bytes(config: MiniCPMSALAConfig, itemsize: int, length: int, chunk: int) -> int:
+    """As `_working_bytes`, on a GPU: torch's allocator gives memory back to itself at once, and kernels keep no scores."""
+    stream = config.hidden_size * itemsize * chunk
+    mlp = CUDA_MLP_STREAM_WIDTHS * stream + MLP_WIDTHS * config.intermediate_size * itemsize * chunk
+    mixer = max(_cuda_mixer_bytes(config, kind, itemsize, length, chunk) for kind in set(config.mixer_types))
+    logits = config.vocab_size * (4 + itemsize)
+    # positions, and the angles, sines and cosines of a rotation
+    places = (8 + 3 * 4 * (config.head_dim or 0) // 2) * chunk
+    token_ids = 8 * length
+    return max(mlp, CUDA_STREAM_WIDTHS * stream + mixer) + logits + places + token_ids + CUDA_FIXED_BYTES
+
+
+def _cuda_mixer_bytes(config: MiniCPMSALAConfig, kind: str, itemsize: int, length: int, chunk: int) -> int:
+    assert config.lightning_head_dim is not None and config.lightning_nh is not None
+    assert config.head_dim is not None and config.num_key_value_heads is not None
+    if OPERATORS[kind] == "lightning":
+        # the states of segments of 1,024 tokens (MIN_SEGMENT of ops/lightning/triton.py), and the last one
+        states = (chunk // 1024 + 2) * config.lightning_nh * config.lightning_head_dim**2 * 4
+        return CUDA_MIXER_WIDTHS * config.lightning_nh * config.lightning_head_dim * itemsize * chunk + states
+    width = config.num_attention_heads * config.head_dim * itemsize * chunk
+    if OPERATORS[kind] == "dense" or length <= config.sparse_geometry.first_sparse_position(length - 1):
+        return CUDA_MIXER_WIDTHS * width
+    geometry = config.sparse_geometry
+    # a panel for the windows that start in a block, and one for each of those that reach into it
+    panels = 1 + (geometry.kernel_size - 1) // geometry.kernel_stride
+    token_bytes = 4 * config.num_key_value_heads * panels * -(-length // geometry.block_size)
+    scores = min(chunk * token_bytes, max(PANEL_BYTES, PANEL_TOKENS * token_bytes))
+    tokens = scores // token_bytes
+    # lists of blocks that tokens read together are no longer than all of theirs; dense ones' hold every block
+    dense_blocks = -(-geometry.first_sparse_position(length - 1) // geometry.block_size)
+    lists = 4 * config.num_key_value_heads * tokens * (geometry.num_selected + dense_blocks)
+    keys_and_values = 2 * config.num_key_value_heads * config.head_dim * itemsize * chunk
+    return max(CUDA_MIXER_WIDTHS * width, CUDA_CHOICE_WIDTHS * width + scores + lists) + keys_and_values
 
 
 def _mixer_bytes(config: MiniCPMSALAConfig, kind: str, itemsize: int, length: int, chunk: int) -> int:

@@ -8,12 +8,13 @@ from types import MappingProxyType
 
 import torch
 
-from sala.engine.memory import estimate, longest_that_fits
+from sala.engine.load import find_device
+from sala.engine.memory import available_bytes, estimate, longest_that_fits, process_bytes
 from sala.errors import CheckpointError, InputError, nearest
 from sala.model import MiniCPMSALAConfig
 from sala.model.checkpoint import BUILTIN
 from sala.model.families import config_from, load_config
-from sala.model.report import network_shapes
+from sala.model.report import cache_parts, network_shapes
 
 INT4_GROUP = 128
 UNITS = {
@@ -64,8 +65,8 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
 class MemoryPlan:
     """Bytes at the peak of reading `length` tokens in chunks of `chunk`.
 
-    process: the interpreter and its libraries. fits: whether all of it is at most `available`. longest: the most tokens of
-    which that holds, 0 for none.
+    process: the interpreter and its libraries, where they share the memory. cache_parts: what `cache` is made of.
+    fits: whether all of it is at most `available`. longest: the most tokens of which that holds, 0 for none.
     """
 
     precision: str
@@ -77,6 +78,8 @@ class MemoryPlan:
     working: int
     available: int
     longest: int
+    device: str
+    cache_parts: Mapping[str, int]
 
     @property
     def total(self) -> int:
@@ -88,9 +91,16 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: MiniCPMSALAConfig, precision: str, length: int, chunk: int, *, process: int, available: int
+    config: MiniCPMSALAConfig,
+    precision: str,
+    length: int,
+    chunk: int,
+    *,
+    process: int,
+    available: int,
+    device: str = "cpu",
 ) -> MemoryPlan:
-    """Foretell the memory of one sequence.
+    """Foretell the memory of one sequence; device: the type of the one whose memory it is.
 
     Raises:
         InputError: no such precision, or a length or chunk below one.
@@ -105,9 +115,9 @@ def plan_memory(
     weights = weight_bytes(config, row)
 
     def total(tokens: int) -> int:
-        return process + weights + estimate(config, row.dtype, tokens, chunk, 0).total
+        return process + weights + estimate(config, row.dtype, tokens, chunk, 0, device).total
 
-    need = estimate(config, row.dtype, length, chunk, 0)
+    need = estimate(config, row.dtype, length, chunk, 0, device)
     return MemoryPlan(
         precision=precision,
         length=length,
@@ -118,7 +128,25 @@ def plan_memory(
         working=need.working,
         available=available,
         longest=longest_that_fits(lambda tokens: total(tokens) <= available),
+        device=device,
+        cache_parts=cache_parts(config, length, row.dtype.itemsize),
     )
+
+
+def memory_of(device: str, available: int | None) -> tuple[str, int, int]:
+    """Return the type of a device, bytes that this process has of its memory already, and bytes of it to plan with.
+
+    device: as `open_checkpoint` takes it; with `available` bytes given "cuda" need not be on this machine.
+
+    Raises:
+        InputError: the device is unknown, or not on this machine and its memory not given.
+    """
+    kind = device if device == "cuda" and available is not None else find_device(device).type
+    if kind == "cuda":
+        return kind, 0, available_bytes(torch.device("cuda")) if available is None else available
+    process = process_bytes()
+    # what this process holds already is in the plan
+    return kind, process, available_bytes(torch.device("cpu")) + process if available is None else available
 
 
 def weight_bytes(config: MiniCPMSALAConfig, precision: Precision) -> int:

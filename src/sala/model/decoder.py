@@ -149,18 +149,20 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         past = past_key_values.columns if past_key_values is not None else 0
         rows = self.place(hidden, past, attention_mask, cu_seqlens, context)
         _check_positions(position_ids, rows)
-        seen = [hidden]
+        seen = []
         for index, layer in enumerate(self.layers):
             cache = None if past_key_values is None else past_key_values.layers[index]
+            # else every layer's would be alive at once
+            if output_hidden_states:
+                seen.append(hidden)
             hidden = layer(hidden, rows, cache)
-            seen.append(hidden)
         hidden = self.norm(hidden)
         if past_key_values is not None:
             past_key_values.columns += hidden.shape[1]
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values,
-            hidden_states=(*seen[:-1], hidden) if output_hidden_states else None,
+            hidden_states=(*seen, hidden) if output_hidden_states else None,
         )
         return output if return_dict in (None, True) else output.to_tuple()
 

@@ -160,13 +160,15 @@ def load_config(name: str | Path, **changes: Any) -> MiniCPMSALAConfig:
 def load_model(
     name: str | Path,
     dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
     on_tensor: Callable[[str], None] = lambda name: None,
     **changes: Any,
 ) -> MiniCPMSALAForCausalLM:
-    """Return a checkpoint as our network, in evaluation mode, on the CPU.
+    """Return a checkpoint as our network, in evaluation mode.
 
     name: a folder, a hub name, or a model that ships with the package ("embedded-teacher", "embedded-hybrid").
     dtype: of the parameters; None means what the checkpoint's configuration says, or float32.
+    device: where the parameters go, one after the other: of another device's the CPU's memory never holds more than one.
     on_tensor: called with each tensor's name as it is read, for a progress display.
     changes: fields of the configuration to override.
 
@@ -192,7 +194,7 @@ def load_model(
             raise CheckpointError(
                 f"tensor {key!r} in {folder} has shape {tuple(tensor.shape)}; right would be {tuple(shapes[key])}"
             )
-        state[key] = tensor.to(dtype)
+        state[key] = tensor.to(device, dtype)
         on_tensor(key)
     missing = sorted(shapes.keys() - state.keys())
     if missing:

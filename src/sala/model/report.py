@@ -185,6 +185,15 @@ def cache_bytes(config: MiniCPMSALAConfig, length: int, itemsize: int) -> int:
     return sum(CACHE_BYTES[MIXERS[name].cache](config, length, itemsize) for name in config.mixer_types)
 
 
+def cache_parts(config: MiniCPMSALAConfig, length: int, itemsize: int) -> dict[str, int]:
+    """Return `cache_bytes` by what it is for: keys and values, compressed keys, states."""
+    kinds = [MIXERS[name].cache for name in config.mixer_types]
+    states = kinds.count(LightningCache) * _state(config, length, itemsize)
+    keys_and_values = (len(kinds) - kinds.count(LightningCache)) * _keys_and_values(config, length, itemsize)
+    rest = cache_bytes(config, length, itemsize) - keys_and_values - states
+    return {"keys and values": keys_and_values, "compressed keys": rest, "states": states}
+
+
 def cache_bytes_per_token(config: MiniCPMSALAConfig, itemsize: int) -> float:
     """Return the growth of the cache by a token, in the long run: compressed keys come once a stride."""
     # a length that every stride divides counts whole windows
