@@ -7,6 +7,8 @@ import pytest
 import torch
 
 GPU = torch.cuda.is_available()
+# without it torch refuses products of matrices on a GPU where all must be deterministic
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not GPU:
     # before anything imports Triton, which decides for good whether it compiles or interprets
     os.environ["TRITON_INTERPRET"] = "1"

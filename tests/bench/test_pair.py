@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from sala.bench import LatencyPlan, pair, run_latency, shapes
+from sala.bench.ceilings import Ceilings
 from sala.bench.pair import our_config, prefill_flops, times_faster
 from sala.bench.shapes import ModelShape, hybrid_config, twin_config
 from sala.errors import InputError
 from sala.model.report import num_parameters
 
-PLAN = LatencyPlan(shape="tiny", lengths=(100, 200), dtype=torch.float32, chunk=64, new_tokens=3, repeats=2)
+PLAN = LatencyPlan(
+    shape="tiny", lengths=(100, 200), dtype=torch.float32, device="cpu", chunk=64, new_tokens=3, repeats=2
+)
 PLENTY = 2**40
 
 
@@ -21,6 +24,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"tiny": ModelShape(hidden_size=64, layers=4, heads=4, groups=1, vocab_size=96)}
     monkeypatch.setattr(shapes, "HYBRIDS", rows)
     monkeypatch.setattr(pair, "HYBRIDS", rows)
+    monkeypatch.setattr(pair, "measure_ceilings", lambda timer, dtype: Ceilings({"float32": 1e11}, 3e10, 2e10))
 
 
 def test_both_are_measured_in_turns_at_every_length() -> None:

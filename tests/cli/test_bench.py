@@ -6,13 +6,15 @@ import pytest
 
 import sala.bench.device
 import sala.bench.ops
+import sala.bench.pair
 from sala.bench.ceilings import Ceilings
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     speeds = {"float32": 1e11, "bfloat16": 2e11}
-    monkeypatch.setattr(sala.bench.ops, "measure_ceilings", lambda timer, dtype: Ceilings(speeds, 3e10, 2e10))
+    for module in (sala.bench.ops, sala.bench.pair):
+        monkeypatch.setattr(module, "measure_ceilings", lambda timer, dtype: Ceilings(speeds, 3e10, 2e10))
     monkeypatch.setattr(sala.bench.device, "FLUSH_BYTES", 1024)
 
 

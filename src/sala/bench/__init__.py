@@ -1,13 +1,15 @@
-"""Benchmarks: what operators and models cost. Time and memory against length, and where they were measured."""
+"""Benchmarks: what operators, models and training cost. Time and memory against length, and where they were measured."""
 
 from sala.bench.environment import environment
+from sala.bench.failures import MeasurementError
 from sala.bench.latency import LatencyPoint, latency
 from sala.bench.length import length_label, parse_length
 from sala.bench.memory import PeakMemory, peak_memory
-from sala.bench.ops import MeasurementError, OpsPlan, ParityError, run_ops
+from sala.bench.ops import OpsPlan, ParityError, run_ops
 from sala.bench.pair import LatencyPlan, run_latency
 from sala.bench.report import write_report
 from sala.bench.results import write_results
+from sala.bench.train import TrainPlan, run_train
 
 __all__ = [
     "LatencyPlan",
@@ -16,6 +18,7 @@ __all__ = [
     "OpsPlan",
     "ParityError",
     "PeakMemory",
+    "TrainPlan",
     "environment",
     "latency",
     "length_label",
@@ -23,6 +26,7 @@ __all__ = [
     "peak_memory",
     "run_latency",
     "run_ops",
+    "run_train",
     "write_report",
     "write_results",
 ]

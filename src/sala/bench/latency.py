@@ -1,6 +1,7 @@
 """Time to first token, time of a further token and memory against length, models taking turns in one process."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sala.bench.device import synchronize
 from sala.bench.memory import PeakMemory, peak_memory
-from sala.engine.generate import prefill
+from sala.engine.generate import draws, prefill
+from sala.engine.sampling import Sampler, Sampling
 from sala.errors import InputError
 from sala.model import new_cache
 
@@ -97,22 +100,29 @@ def timed_answer(
     steps: int,
     cache_bytes: Callable[[Any], int],
     on_tokens: Callable[[int], None] = lambda tokens: None,
+    recorded: bool = False,
 ) -> Timing:
-    """Read a prompt into an empty cache and decode `steps` tokens, one at a time.
+    """Read a prompt into an empty cache and decode `steps` tokens, one at a time, each seen before the next is asked for.
 
     model: any that takes input_ids, past_key_values, use_cache and logits_to_keep as those of transformers do.
     on_tokens: called after every chunk of the prompt with its number of tokens.
+    recorded: decode by replaying a graph, as `sala generate` does on a GPU; of models of this package. The first two of
+        the steps compile and record.
     """
+    T, device = len(tokens_T), tokens_T.device
+    seen_1S = torch.cat((tokens_T, tokens_T.new_zeros(steps + 1)))[None]
+    sampler = Sampler(Sampling(), device)
+    synchronize(device)
     started = perf_counter()
-    logits_1X = prefill(model, tokens_T[None], cache, chunk, on_tokens)
-    token = logits_1X.argmax()
-    first_token_s, size = perf_counter() - started, cache_bytes(cache)
-    decode_each_s = []
-    for _ in range(steps):
-        started = perf_counter()
-        output = model(token.view(1, 1), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token = output.logits[0, -1].argmax()
-        decode_each_s.append(perf_counter() - started)
+    logits_1X = prefill(model, seen_1S[:, :T], cache, chunk, on_tokens)
+    with closing(draws(model, cache, seen_1S, T, logits_1X, sampler, recorded)) as tokens:
+        next(tokens)
+        first_token_s, size = perf_counter() - started, cache_bytes(cache)
+        decode_each_s = []
+        for _ in range(steps):
+            started = perf_counter()
+            next(tokens)
+            decode_each_s.append(perf_counter() - started)
     return Timing(first_token_s, tuple(decode_each_s), size)
 
 

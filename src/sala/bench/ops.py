@@ -1,8 +1,6 @@
 """Operators timed side by side: every backend, torch's SDPA at the same shape, and the machine's ceilings."""
 
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from time import perf_counter
@@ -15,6 +13,7 @@ from sala.bench.ceilings import Ceilings, measure_ceilings
 from sala.bench.cost import Cost
 from sala.bench.device import CLOCKS, Timer, free_cached, timer_of
 from sala.bench.environment import environment
+from sala.bench.failures import Failures
 from sala.bench.fla import FLA
 from sala.bench.length import length_label
 from sala.bench.memory import peak_memory
@@ -36,10 +35,6 @@ Value = TypeVar("Value")
 
 class ParityError(SalaError):
     """A backend that computes something else than the definition: its time means nothing."""
-
-
-class MeasurementError(SalaError):
-    """Something could not be measured; everything else was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +101,7 @@ def run_ops(
         "ceilings": asdict(ceilings),
         "unavailable": bench.unavailable,
         "parity": bench.parity,
-        "failures": bench.failures,
+        "failures": bench.failures.rows,
         "cases": rows,
     }
     for case in cases:
@@ -189,7 +184,7 @@ class _Bench:
         self.runnable: dict[str, list[str]] = {}
         self.parity: dict[str, dict[str, list[dict[str, Any]]]] = {}
         self.unavailable: dict[str, dict[str, str]] = {}
-        self.failures: list[dict[str, Any]] = []
+        self.failures = Failures(say)
         # by the check, which two cases may share, and the backend
         self.checked: dict[tuple[Any, str], list[Parity]] = {}
 
@@ -202,7 +197,7 @@ class _Bench:
                 continue
             reason = case.unavailable(name)
             if reason is None:
-                with self._surviving(case, name):
+                with self.failures.noted(case.name, name):
                     try:
                         key = (case.parity, name)
                         if key not in self.checked:
@@ -251,11 +246,11 @@ class _Bench:
                 competitors[name] = _Competitor(None, facts=skipped)
                 continue
             competitors[name] = _Competitor(None, facts={"skipped": "failed"})
-            with self._surviving(case, name, length):
+            with self.failures.noted(case.name, name, length):
                 run = work.backend(name)
                 competitors[name] = _Competitor(run, facts=self._warmed_up(run))
         if work.sdpa is not None:
-            with self._surviving(case, SDPA, length):
+            with self.failures.noted(case.name, SDPA, length):
                 sdpa = work.sdpa(self.timer)
                 facts: dict[str, Any] = {"heads": sdpa.heads, "heads_measured": sdpa.heads_measured}
                 if sdpa.kernel is not None:
@@ -287,20 +282,6 @@ class _Bench:
                 if index or not warm_up:
                     competitor.samples_s.append(seconds)
                     competitor.host_s += [] if host_s is None else [host_s]
-
-    @contextmanager
-    def _surviving(self, case: Case, name: str, length: int | None = None) -> Iterator[None]:
-        """Note what a competitor fails with, and go on with the others: the measurement ends with an error all the same."""
-        try:
-            yield
-        except Exception as error:
-            place = case.name if length is None else f"{case.name}, {length_label(length)}"
-            text = f"{type(error).__name__}: {error}" if not isinstance(error, SalaError) else str(error)
-            self.say(f"{place}, {name}: failed: {' '.join(text.split())[:500]}")
-            self.failures.append(
-                {"case": case.name, "length": length, "who": name, "error": text, "traceback": traceback.format_exc()}
-            )
-            free_cached(self.timer.device)
 
 
 def _expected_s(name: str, cost: Cost, earlier: dict[str, Any] | None) -> float | None:

@@ -1,7 +1,10 @@
 """A hybrid against a full-attention model of its size: first token, decoding and memory by length, taking turns."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -10,13 +13,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from sala.bench.ceilings import Ceilings, measure_ceilings
 from sala.bench.cost import keys_read, windows_scored
+from sala.bench.device import free_cached, timer_of
 from sala.bench.environment import environment
 from sala.bench.latency import Timing, timed_answer
 from sala.bench.length import length_label
 from sala.bench.memory import MemoryCurve
 from sala.bench.shapes import HYBRIDS, AttentionShape, hybrid_config, twin_config, twin_name
+from sala.bench.twin import ATTENTION, Kernels, fastest_kernels
 from sala.engine.generate import DEFAULT_CHUNK
+from sala.engine.graph import obstacle
+from sala.engine.load import find_device
 from sala.engine.memory import Need, available_bytes, estimate, human_bytes
 from sala.errors import InputError, nearest
 from sala.model import MiniCPMSALAConfig, new_cache
@@ -35,17 +43,20 @@ SAY_EVERY_S = 60.0
 class LatencyPlan:
     """What to measure.
 
-    only: "hybrid" or "twin"; empty: both, in turns. limit_s: a run that would take longer, judged by the operations it has
-    more than the length before, is not made; and no run is repeated beyond it.
+    only: "hybrid" or "twin"; empty: both, in turns. device: a name of torch's, or "auto" for a GPU where there is one.
+    repeats: runs of each model at each length, one where a run takes more than `once_s`. limit_s: a run that would take
+    longer, judged by the operations it has more than the length before, is not made; and no run is repeated beyond it.
     """
 
     shape: str = "sala-100m"
     lengths: tuple[int, ...] = (1024, 4096, 16384)
     only: tuple[str, ...] = ()
     dtype: torch.dtype = torch.bfloat16
+    device: str = "auto"
     chunk: int = DEFAULT_CHUNK
     new_tokens: int = 16
     repeats: int = 3
+    once_s: float = math.inf
     limit_s: float = 600.0
     seed: int = 0
 
@@ -55,6 +66,7 @@ class Contestant:
     """A model with random weights.
 
     config: its numbers in our terms, for forecasts. chunk: tokens that it reads at a time, None: the whole prompt at once.
+    kernels: what it runs in. why_plain: why its steps are not replayed from a recorded graph, None when they are.
     """
 
     who: str
@@ -65,6 +77,14 @@ class Contestant:
     chunk: int | None
     empty_cache: Callable[[int], Any]
     cache_bytes: Callable[[Any], int]
+    why_plain: str | None = None
+    kernel: str | None = None
+    kernels: Kernels = nullcontext
+
+    @property
+    def decoded_weights(self) -> int:
+        """Parameters that a step reads: all but the embeddings, of which it looks up one."""
+        return self.parameters - self.config.vocab_size * self.config.hidden_size
 
     def need(self, length: int, dtype: torch.dtype) -> Need:
         return estimate(self.config, dtype, length, self.chunk or length, self.parameters)
@@ -80,24 +100,28 @@ def run_latency(
     plan: LatencyPlan,
     say: Callable[[str], None] = lambda line: None,
     keep: Callable[[dict[str, Any]], None] = lambda results: None,
-    available: Callable[[], int] = lambda: available_bytes(torch.device("cpu")),
+    available: Callable[[], int] | None = None,
 ) -> dict[str, Any]:
     """Measure and return what `docs/benchmarks.md` describes.
 
     say: told what starts. keep: given the results so far after every length, for long runs.
-    available: bytes that can still be taken.
+    available: bytes that can still be taken, asked of the device when None.
 
     Raises:
         InputError: no such shape or contestant, numbers below one, or weights that do not fit together.
     """
+    device = find_device(plan.device)
+    available = available or partial(_available, device)
     _check(plan, available())
     generator = torch.Generator().manual_seed(plan.seed)
     contestants, reading = [], {}
     for who in plan.only or WHO:
         say(f"random weights of {plan.shape if who == HYBRID else twin_name(plan.shape)}")
-        contestants.append(_hybrid(plan) if who == HYBRID else _twin(plan))
+        contestants.append(_hybrid(plan, device) if who == HYBRID else _twin(plan, device))
     vocabulary = min(contestant.config.vocab_size for contestant in contestants)
-    tokens_T = torch.randint(vocabulary, (max(plan.lengths),), generator=generator)
+    tokens_T = torch.randint(vocabulary, (max(plan.lengths),), generator=generator).to(device)
+    say("ceilings of this machine")
+    ceilings = measure_ceilings(timer_of(device), plan.dtype)
     for index, contestant in enumerate(contestants):
         _run_once(contestant, tokens_T[: min(plan.chunk, len(tokens_T))], plan)  # the first run of a process is slower
         if contestant.who == TWIN:
@@ -115,6 +139,8 @@ def run_latency(
                 "name": contestant.name,
                 "parameters": contestant.parameters,
                 "chunk": contestant.chunk,
+                "kernel": contestant.kernel,
+                "decoding": contestant.why_plain or "a recorded graph",
                 "config": contestant.model.config.to_diff_dict(),
             }
             for contestant in contestants
@@ -122,6 +148,7 @@ def run_latency(
         "twin_reading": reading,
         "settings": {
             "dtype": str(plan.dtype).removeprefix("torch."),
+            "device": device.type,
             "threads": torch.get_num_threads(),
             "chunk": plan.chunk,
             "new_tokens": plan.new_tokens,
@@ -129,12 +156,18 @@ def run_latency(
             "limit_s": plan.limit_s,
             "seed": plan.seed,
         },
+        "ceilings": asdict(ceilings),
         "points": points,
     }
     for length in sorted(plan.lengths):
-        points += _measure(contestants, tokens_T[:length], plan, points, say, available)
+        points += _measure(contestants, tokens_T[:length], plan, points, ceilings, say, available)
         keep(results)
     return results
+
+
+def _available(device: torch.device) -> int:
+    free_cached(device)
+    return available_bytes(device)
 
 
 def _check(plan: LatencyPlan, available: int) -> None:
@@ -161,10 +194,16 @@ def our_config(config: Any) -> MiniCPMSALAConfig:
     return config_from({k: v for k, v in config.to_diff_dict().items() if k != "attn_implementation"})
 
 
-def _hybrid(plan: LatencyPlan) -> Contestant:
-    config = hybrid_config(plan.shape)
+def _random(config: Any, plan: LatencyPlan, device: torch.device, **options: Any) -> Any:
+    """Return a model with random weights, made where it runs."""
     torch.manual_seed(plan.seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=plan.dtype).eval()
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=plan.dtype, **options).eval()
+
+
+def _hybrid(plan: LatencyPlan, device: torch.device) -> Contestant:
+    config = hybrid_config(plan.shape)
+    model = _random(config, plan, device)
     return Contestant(
         HYBRID,
         plan.shape,
@@ -174,14 +213,15 @@ def _hybrid(plan: LatencyPlan) -> Contestant:
         plan.chunk,
         lambda reserve: new_cache(config, reserve),
         lambda cache: cache.size_bytes,
+        obstacle(model),
     )
 
 
-def _twin(plan: LatencyPlan) -> Contestant:
+def _twin(plan: LatencyPlan, device: torch.device) -> Contestant:
     config = twin_config(plan.shape)
-    torch.manual_seed(plan.seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=plan.dtype, attn_implementation="sdpa").eval()
+    model = _random(config, plan, device, attn_implementation=ATTENTION[device.type])
     ours = our_config(config)
+    kernel, kernels = fastest_kernels(config, plan.dtype, device)
     return Contestant(
         TWIN,
         twin_name(plan.shape),
@@ -191,6 +231,9 @@ def _twin(plan: LatencyPlan) -> Contestant:
         plan.chunk,
         lambda reserve: DynamicCache(config=config),
         _dynamic_cache_bytes,
+        "transformers grows its cache at every token",
+        kernel,
+        kernels,
     )
 
 
@@ -217,22 +260,33 @@ def _reading(twin: Contestant, tokens_T: Tensor, plan: LatencyPlan) -> dict[str,
     }
 
 
+def _fitting(contestant: Contestant, length: int, plan: LatencyPlan, available: int) -> Contestant:
+    """Return it reading in chunks where a prompt at once would not fit."""
+    at_once = contestant.need(length, plan.dtype)
+    if contestant.chunk is None and at_once.cache + at_once.working > available:
+        return _with_chunk(contestant, plan.chunk)
+    return contestant
+
+
 def _measure(
     contestants: Sequence[Contestant],
     tokens_T: Tensor,
     plan: LatencyPlan,
     earlier: Sequence[dict[str, Any]],
+    ceilings: Ceilings,
     say: Callable[[str], None],
     available: Callable[[], int],
 ) -> list[dict[str, Any]]:
     """Return a point for each contestant at one length."""
     length = len(tokens_T)
+    contestants = [_fitting(contestant, length, plan, available()) for contestant in contestants]
     obstacles = {c.who: _obstacle(c, length, plan, earlier, available()) for c in contestants}
     runs: dict[str, list[Run]] = {contestant.who: [] for contestant in contestants}
     for _ in range(plan.repeats):
         for contestant in contestants:
             spent_s = sum(run.timing.first_token_s for run in runs[contestant.who])
-            if obstacles[contestant.who] or (spent_s and spent_s * (1 + 1 / len(runs[contestant.who])) > plan.limit_s):
+            limit_s = min(plan.limit_s, 2 * plan.once_s)
+            if obstacles[contestant.who] or (spent_s and spent_s * (1 + 1 / len(runs[contestant.who])) > limit_s):
                 continue
             say(f"{contestant.name}, {length_label(length)}")
             try:
@@ -241,11 +295,12 @@ def _measure(
                 if isinstance(error, RuntimeError) and "memory" not in str(error):
                     raise
                 obstacles[contestant.who] = {"status": "OOM", "reason": "caught: an allocation failed"}
+            free_cached(tokens_T.device)
     points = []
     for contestant in contestants:
-        point = {"who": contestant.who, "model": contestant.name, "length": length}
+        point = {"who": contestant.who, "model": contestant.name, "length": length, "chunk": contestant.chunk}
         point |= {"predicted": asdict(contestant.need(length, plan.dtype))}
-        point |= obstacles[contestant.who] or _figures(contestant, runs[contestant.who], plan)
+        point |= obstacles[contestant.who] or _figures(contestant, runs[contestant.who], length, plan, ceilings)
         if point["status"] != "measured":
             say(f"{contestant.name}, {length_label(length)}: {point['status']}, {point['reason']}")
         points.append(point)
@@ -305,7 +360,7 @@ def prefill_flops(contestant: Contestant, T: int) -> int:
 def _run_once(
     contestant: Contestant, tokens_T: Tensor, plan: LatencyPlan, say: Callable[[str], None] = lambda line: None
 ) -> Run:
-    memory, said = MemoryCurve(), perf_counter()
+    memory, said = MemoryCurve(tokens_T.device), perf_counter()
 
     def note(tokens: int) -> None:
         nonlocal said
@@ -314,20 +369,24 @@ def _run_once(
             said = perf_counter()
             say(f"  {memory.tokens:,} of {len(tokens_T):,} tokens")
 
-    timing = timed_answer(
-        contestant.model,
-        contestant.empty_cache(len(tokens_T) + plan.new_tokens),
-        tokens_T,
-        chunk=contestant.chunk or len(tokens_T),
-        steps=plan.new_tokens,
-        cache_bytes=contestant.cache_bytes,
-        on_tokens=note,
-    )
+    with contestant.kernels():
+        timing = timed_answer(
+            contestant.model,
+            contestant.empty_cache(len(tokens_T) + plan.new_tokens + 1),
+            tokens_T,
+            chunk=contestant.chunk or len(tokens_T),
+            steps=plan.new_tokens,
+            cache_bytes=contestant.cache_bytes,
+            on_tokens=note,
+            recorded=contestant.why_plain is None,
+        )
     memory.sample(plan.new_tokens)
     return Run(timing, memory)
 
 
-def _figures(contestant: Contestant, runs: Sequence[Run], plan: LatencyPlan) -> dict[str, Any]:
+def _figures(
+    contestant: Contestant, runs: Sequence[Run], length: int, plan: LatencyPlan, ceilings: Ceilings
+) -> dict[str, Any]:
     timings = [run.timing for run in runs]
     decode_each_s = [seconds for timing in timings for seconds in timing.decode_each_s]
     # the run with the highest peak, for the curve that belongs to it
@@ -335,13 +394,19 @@ def _figures(contestant: Contestant, runs: Sequence[Run], plan: LatencyPlan) -> 
     start, peak = highest.start_bytes, highest.peak_bytes
     added = None if start is None or peak is None else peak - start
     weights = contestant.parameters * plan.dtype.itemsize
+    first_token_s, decode_s = median(timing.first_token_s for timing in timings), median(decode_each_s)
+    floor_s = prefill_flops(contestant, length) / ceilings.flops_s(plan.dtype)
     return {
         "status": "measured",
-        "first_token_s": median(timing.first_token_s for timing in timings),
+        "first_token_s": first_token_s,
+        "first_token_floor_s": floor_s,
+        "first_token_times_floor": first_token_s / floor_s,
         "first_token_each_s": [timing.first_token_s for timing in timings],
-        "decode_s": median(decode_each_s),
+        "decode_s": decode_s,
         "decode_each_s": decode_each_s,
-        "decode_tokens_s": 1 / median(decode_each_s),
+        "decode_tokens_s": 1 / decode_s,
+        # of the time that reading the weights once would take
+        "decode_share_of_bandwidth": contestant.decoded_weights * plan.dtype.itemsize / ceilings.bytes_s / decode_s,
         "cache_bytes": timings[0].cache_bytes,
         "weights_bytes": weights,
         "start_bytes": start,

@@ -1,4 +1,4 @@
-"""Plots and a table from files of measurements: the paper's Figures 2 and 3, operators' ratios, memory."""
+"""Plots and a table from files of measurements: the paper's Figures 2 and 3, operators' ratios, memory, training."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from sala.bench.length import length_label
-from sala.bench.ops import EAGER, SDPA
+from sala.bench.ops import AGAINST, SDPA
 from sala.bench.pair import HYBRID, TWIN, WHO, times_faster
 from sala.bench.results import write_atomically
+from sala.bench.train import DISTILL, NEXT_TOKEN, overheads
 from sala.errors import InputError
 
 # further tokens of the paper's end-to-end figure
@@ -26,8 +27,10 @@ STYLES: Mapping[str, dict[str, Any]] = {
 }
 CASE_STYLES: Mapping[str, dict[str, Any]] = {
     "lightning prefill": {"color": "#0072B2", "marker": "s"},
+    "lightning training": {"color": "#0072B2", "marker": "s", "linestyle": "--"},
     "lightning step": {"color": "#56B4E9", "marker": "D"},
     "infllm prefill": {"color": "#D55E00", "marker": "o"},
+    "infllm training": {"color": "#D55E00", "marker": "o", "linestyle": "--"},
     "infllm selection": {"color": "#CC79A7", "marker": "v"},
     "infllm step": {"color": "#E69F00", "marker": "^"},
     "dense prefill": {"color": "#009E73", "marker": "P"},
@@ -76,19 +79,18 @@ def read_results(folder: Path) -> dict[str, Results]:
             results = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not valid JSON: {error}") from error
-        if isinstance(results, dict) and results.get("kind") in ("ops", "latency"):
+        if isinstance(results, dict) and results.get("kind") in ROWS:
             found[path.stem] = results
     if not found:
         raise InputError(
-            f"no file in {str(folder)!r} is of sala bench ops or latency; right would be one that --out wrote"
+            f"no file in {str(folder)!r} is of sala bench {', '.join(ROWS)}; right would be one that --out wrote"
         )
     return found
 
 
 def _figures(measured: Mapping[str, Results]) -> Iterator[tuple[str, Callable[[Axes], None]]]:
     for stem, results in measured.items():
-        kinds = OPS_FIGURES if results["kind"] == "ops" else LATENCY_FIGURES
-        for name, draw in kinds.items():
+        for name, draw in FIGURES[results["kind"]].items():
             if draw is not _draw_memory or any(point.get("curve", {}).get("samples") for point in results["points"]):
                 yield f"{stem}-{name}.png", partial(draw, results=results)
 
@@ -199,7 +201,7 @@ def _draw_ratios(axes: Axes, results: Results) -> None:
 
 
 def _draw_memory(axes: Axes, results: Results) -> None:
-    """Resident memory of the process while the longest measured prompt of each model is read."""
+    """Memory while the longest measured prompt of each model is read."""
     lengths = []
     for who in WHO:
         points = [p for p in results["points"] if p["who"] == who and p.get("curve", {}).get("samples")]
@@ -230,10 +232,16 @@ def _title(axes: Axes, title: str, results: Results) -> None:
     """Set the title, and below it what was measured where."""
     settings, hardware = results["settings"], results["environment"]["hardware"]
     shape = results["shape"] if isinstance(results["shape"], str) else results["shape"]["name"]
-    threads = f"{settings['threads']} thread" + "s" * (settings["threads"] > 1)
+    # files of before GPUs were measured say no device
+    if settings.get("device") == "cuda":
+        machine = hardware["gpu"]["name"]
+    else:
+        machine = f"{hardware['cpu'] or 'unknown processor'}, {settings['threads']} thread" + "s" * (
+            settings["threads"] > 1
+        )
     axes.set_title(title, fontsize=10.5, color=INK, loc="left", pad=18)
     axes.annotate(
-        f"{shape}, {settings['dtype']}, {hardware['cpu'] or 'unknown processor'}, {threads}",
+        f"{shape}, {settings['dtype']}, {machine}",
         (0, 1),
         xytext=(0, 5),
         xycoords="axes fraction",
@@ -253,6 +261,7 @@ def _length_axis(axes: Axes, lengths: Sequence[int], label: str) -> None:
 
 OPS_FIGURES = {"ratios": _draw_ratios}
 LATENCY_FIGURES = {"first-token": _draw_first_token, "end-to-end": _draw_end_to_end, "memory": _draw_memory}
+FIGURES: Mapping[str, Mapping[str, Callable[..., None]]] = {"ops": OPS_FIGURES, "latency": LATENCY_FIGURES, "train": {}}
 
 # the table
 
@@ -264,15 +273,14 @@ def markdown(measured: Mapping[str, Results]) -> str:
         "|---|---|---:|---:|---:|---:|",
     ]
     for stem, results in measured.items():
-        rows = _ops_rows(results) if results["kind"] == "ops" else _latency_rows(results)
-        lines += [f"| {stem} | {' | '.join(row)} |" for row in rows]
+        lines += [f"| {stem} | {' | '.join(row)} |" for row in ROWS[results["kind"]](results)]
     return "\n".join(lines)
 
 
 def _ops_rows(results: Results) -> Iterator[tuple[str, ...]]:
     for row in results["cases"]:
         for name, facts in row["competitors"].items():
-            for other in (SDPA, EAGER):
+            for other in AGAINST:
                 ratios = row.get(f"times_faster_than_{other}", {})
                 if name in ratios:
                     yield (
@@ -300,6 +308,29 @@ def _latency_rows(results: Results) -> Iterator[tuple[str, ...]]:
                 against = f"{twin['model']} {_outcome(twin, value)}"
                 times = f"{value(twin) / value(hybrid):.2f}" if twin["status"] == "measured" else ""
             yield f"{hybrid['model']}, {figure}", length_label(length), _seconds(value(hybrid)), against, times
+
+
+def _train_rows(results: Results) -> Iterator[tuple[str, ...]]:
+    more = overheads(results["points"])
+    for point in results["points"]:
+        if point["status"] != "measured":
+            continue
+        distilled = point["loss"] == DISTILL and point["length"] in more
+        share = f", {point['mfu']:.1%} of the peak" if point["mfu"] is not None else ""
+        yield (
+            f"{results['shape']}, a step of {point['loss']}, {point['tokens_s']:,.0f} tokens/s{share}",
+            length_label(point["length"]),
+            _seconds(point["step_s"]),
+            f"{NEXT_TOKEN} {_seconds(point['step_s'] / more[point['length']])}" if distilled else "",
+            f"{1 / more[point['length']]:.2f}" if distilled else "",
+        )
+
+
+ROWS: Mapping[str, Callable[[Results], Iterator[tuple[str, ...]]]] = {
+    "ops": _ops_rows,
+    "latency": _latency_rows,
+    "train": _train_rows,
+}
 
 
 def _outcome(point: Mapping[str, Any], value: Callable[[Mapping[str, Any]], float]) -> str:

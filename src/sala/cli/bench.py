@@ -1,5 +1,6 @@
 """`sala bench`: what the operators and whole models cost on this machine."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,8 @@ bench = typer.Typer(
 )
 
 DEFAULT_LENGTHS = ("4K", "16K")
+# of a training step
+DEFAULT_WINDOWS = ("4K", "32K", "128K")
 # of a table in a file or a pipe, which has no width of its own
 PIPE_WIDTH = 160
 
@@ -90,7 +93,9 @@ def latency(
     chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens of one forward pass.")] = 2048,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after the prompt.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each model at each length, in turns.")] = 3,
+    once: Annotated[float, typer.Option(help="Seconds from which on a run is made once.")] = math.inf,
     limit: Annotated[float, typer.Option(help="Seconds for one model at one length.")] = 600.0,
+    device: Device = "auto",
     threads: Threads = None,
     out: Out = None,
 ) -> None:
@@ -106,7 +111,9 @@ def latency(
         dtype=choice("dtype", dtype, OPS_DTYPES),
         chunk=chunk,
         new_tokens=new_tokens,
+        device=device,
         repeats=repeats,
+        once_s=once,
         limit_s=limit,
     )
     progress = error_console()
@@ -117,6 +124,50 @@ def latency(
         keep=lambda results: None if out is None else write_results(out, results),
     )
     show_latency(results, output_console())
+
+
+@bench.command()
+def train(
+    shape: Annotated[str, typer.Option(help="A named hybrid: sala-1b, sala-100m, sala-10m.")] = "sala-1b",
+    length: Lengths = None,
+    loss: Annotated[list[str] | None, typer.Option(help="Only next_token or distill; may be repeated.")] = None,
+    precision: Annotated[str, typer.Option(help="bfloat16 or float32, as in a recipe.")] = "bfloat16",
+    tokens: Annotated[str, typer.Option(metavar="N", help="Tokens of a step; at least one window.")] = "32K",
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 5,
+    warm_up: Annotated[int, typer.Option(min=1, help="Steps before them.")] = 2,
+    compile: Annotated[str, typer.Option(help="auto, on or off, as in a recipe.")] = "auto",
+    topk: Annotated[
+        list[int] | None, typer.Option(help="Chosen blocks, for memory by their number; may be repeated, 0: none.")
+    ] = None,
+    blocks_length: Annotated[str, typer.Option(metavar="N", help="Tokens of those passes.")] = "32K",
+    threads: Threads = None,
+    out: Out = None,
+) -> None:
+    """Training steps of a hybrid: tokens a second, utilisation, memory, what distillation costs, and memory by blocks chosen."""
+    prepare(threads)
+    from sala.bench import TrainPlan, parse_length, run_train, write_results
+    from sala.bench.train import LOSSES
+
+    plan = TrainPlan(
+        shape=shape,
+        lengths=tuple(parse_length(text) for text in length or DEFAULT_WINDOWS),
+        losses=tuple(loss or LOSSES),
+        precision=precision,
+        tokens=parse_length(tokens),
+        steps=steps,
+        warm_up=warm_up,
+        compile=compile,
+        topk=TrainPlan().topk if topk is None else tuple(n for n in topk if n),
+        blocks_length=parse_length(blocks_length),
+    )
+    progress = error_console()
+    results = run_train(
+        plan,
+        say=lambda line: progress.print(line, soft_wrap=True, markup=False),
+        keep=lambda results: None if out is None else write_results(out, results),
+    )
+    show_train(results, output_console())
+    require_no_failures(results["failures"])
 
 
 @bench.command()
@@ -156,14 +207,17 @@ def show_latency(results: Mapping[str, Any], console: Console) -> None:
 
     settings = results["settings"]
     console.print(
-        f"{settings['dtype']}, {settings['threads']} threads, chunks of {settings['chunk']:,}; "
+        f"{settings['dtype']}, {_machine(results)}, chunks of {settings['chunk']:,}; "
         + ", ".join(f"{model['name']} {model['parameters']:,} parameters" for model in results["models"].values()),
         soft_wrap=True,
     )
     table = Table(box=SIMPLE_HEAD)
     for name in ("length", "model"):
         table.add_column(name, no_wrap=True)
-    for name in ("first token", "decoding", "weights and work", "cache", "first token x", "decoding x"):
+    for name in (
+        *("first token", "x floor", "decoding", "of bandwidth"),
+        *("weights and work", "cache", "first token x", "decoding x"),
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     faster = {(length, figure): times for length, figure, times in times_faster(results["points"])}
     for point in results["points"]:
@@ -173,13 +227,56 @@ def show_latency(results: Mapping[str, Any], console: Console) -> None:
             table.add_row(*cells, point["status"] + expected)
             continue
         added = point["added_bytes"]
-        cells += [f"{point['first_token_s']:,.2f} s", f"{point['decode_tokens_s']:,.1f} tokens/s"]
+        cells += [f"{point['first_token_s']:,.2f} s", f"{point['first_token_times_floor']:.2f}"]
+        cells += [f"{point['decode_tokens_s']:,.1f} tokens/s", f"{point['decode_share_of_bandwidth']:.0%}"]
         cells.append("" if added is None else human_bytes(point["weights_bytes"] + added))
         cells.append(human_bytes(point["cache_bytes"]))
         if point["who"] == "hybrid":
             ratios = (faster.get((point["length"], figure)) for figure in ("first_token_s", "decode_s"))
             cells += ["" if times is None else f"{times:.2f}" for times in ratios]
         table.add_row(*cells)
+    console.print(table)
+
+
+def show_train(results: Mapping[str, Any], console: Console) -> None:
+    """Print one row a stage, and one a number of chosen blocks."""
+    from sala.bench.length import length_label
+    from sala.bench.train import overheads
+    from sala.engine import human_bytes
+
+    console.print(
+        f"{results['shape']}, {results['parameters']['student']:,} parameters, {results['settings']['precision']}, "
+        f"{_machine(results)}",
+        soft_wrap=True,
+    )
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("window", "loss"):
+        table.add_column(name, no_wrap=True)
+    for name in ("windows", "step", "tokens/s", "utilisation", "x floor", "peak", "x next token"):
+        table.add_column(name, justify="right", no_wrap=True)
+    more = overheads(results["points"])
+    for point in results["points"]:
+        cells = [length_label(point["length"]), point["loss"], str(point["windows"])]
+        if point["status"] != "measured":
+            table.add_row(*cells, point["status"])
+            continue
+        cells += [_time(point["step_s"]), f"{point['tokens_s']:,.0f}"]
+        cells.append("" if point["mfu"] is None else f"{point['mfu']:.1%}")
+        cells.append(f"{point['times_floor']:.2f}")
+        cells.append("" if point["peak_bytes"] is None else human_bytes(point["peak_bytes"]))
+        if point["loss"] == "distill" and point["length"] in more:
+            cells.append(f"{more[point['length']]:.2f}")
+        table.add_row(*cells)
+    console.print(table)
+    if not results["blocks"]:
+        return
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("block-sparse attention, forward and backward", "blocks read", "median", "added"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in results["blocks"]:
+        added = "" if row["added_bytes"] is None else human_bytes(row["added_bytes"])
+        label = f"{length_label(row['length'])}, topk {row['topk']}"
+        table.add_row(label, str(row["blocks_read"]), _time(row["median_s"]), added)
     console.print(table)
 
 

@@ -121,8 +121,8 @@ def generate(
     prefill_s = time.perf_counter() - started
     first_token_s = 0.0
     tokens: list[int] = []
-    with closing(_draws(model, cache, seen_1T, len(prompt), logits_1X, sampler, recorded)) as draws:
-        for token in islice(draws, sampling.max_new_tokens):
+    with closing(draws(model, cache, seen_1T, len(prompt), logits_1X, sampler, recorded)) as tokens_drawn:
+        for token in islice(tokens_drawn, sampling.max_new_tokens):
             first_token_s = first_token_s or time.perf_counter() - started
             if token in ends:
                 finish = "end"
@@ -155,7 +155,7 @@ def _records(model: MiniCPMSALAForCausalLM, graph: bool | None) -> bool:
     return why_not is None and graph is not False
 
 
-def _draws(
+def draws(
     model: MiniCPMSALAForCausalLM,
     cache: SalaCache,
     seen_1S: Tensor,
