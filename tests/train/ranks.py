@@ -106,7 +106,9 @@ class Feed:
         self.step = state["step"]
 
 
-def run(world: World, mesh: Mesh, stage: Stage, precision: torch.dtype = torch.float32) -> tuple[list[Progress], Any]:
+def run(
+    world: World, mesh: Mesh, stage: Stage, precision: torch.dtype = torch.float32, keeper: Any = None
+) -> tuple[list[Progress], Any]:
     """Run a stage and return its steps and the model."""
     torch.set_num_threads(1)
     model, teacher = models(stage.loss)
@@ -120,6 +122,7 @@ def run(world: World, mesh: Mesh, stage: Stage, precision: torch.dtype = torch.f
         teacher=teacher,
         compile_mode="off",
         parallel=parallel,
+        keeper=keeper,
     )
     return seen, model
 
