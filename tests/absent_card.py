@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sala.model import lightning, rope
 from sala.ops import dispatch, gpu
 
 CARD = torch.device("meta")
@@ -35,8 +34,7 @@ class Card(TorchDispatchMode):
         return result
 
 
-@contextmanager
-def absent_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+def choose_for_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the operators choose for tensors on `CARD` what they would on a GPU."""
     monkeypatch.setattr(gpu, "device_type", lambda: CARD.type)
     monkeypatch.setattr(gpu, "_unavailable", lambda interpreted: None)
@@ -47,12 +45,15 @@ def absent_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
         for op, rows in dispatch.BACKENDS.items()
     }
     monkeypatch.setattr(dispatch, "BACKENDS", MappingProxyType(rows))
+
+
+@contextmanager
+def absent_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    """Choose for tensors on `CARD` what would run on a GPU, and see what passes between it and the CPU."""
+    choose_for_card(monkeypatch)
     # made from numbers on the CPU, which torch does not say of shapes alone
     for name in ("tensor", "as_tensor"):
         monkeypatch.setattr(torch, name, _on_the_cpu_first(getattr(torch, name)))
-    # what a process has sent once is there
-    for module in (lightning, rope):
-        monkeypatch.setattr(module, "constant", lambda values, device: torch.empty(len(values), device=device))
     with Card() as card:
         yield card
 

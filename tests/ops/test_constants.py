@@ -32,13 +32,13 @@ def test_a_tracer_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_compiled_function_holds_the_tensor(broken: bool) -> None:
+def test_compiled_functions_take_them_as_steps(broken: bool) -> None:
     def call(x: Tensor) -> Tensor:
         numbers = constant((1.0, 9.0), x.device)
         if broken:
             torch._dynamo.graph_break()
-        return x * numbers
+        return x * numbers + constant((2.0, 9.0), x.device)
 
     compiled = torch.compile(call, fullgraph=not broken, backend="aot_eager")
-    assert compiled(torch.ones(2)).tolist() == [1, 9]
+    assert compiled(torch.ones(2)).tolist() == [3, 18]
     assert not isinstance(constant((1.0, 9.0), CPU), FakeTensor)

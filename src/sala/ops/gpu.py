@@ -91,7 +91,8 @@ def refuses_states(tensors: Sequence[Tensor | None]) -> str | None:
 
 def refuses_wide(tensors: Sequence[Tensor | None]) -> str | None:
     """As `refuses`, for queries, keys and values: a row of each has to fit into the registers of one program."""
-    widest = max((x.shape[-1] for x in tensors if x is not None and x.is_floating_point()), default=0)
+    # no `default`: torch.compile cannot trace it
+    widest = max([0, *(x.shape[-1] for x in tensors if x is not None and x.is_floating_point())])
     return f"heads are {widest} wide; it takes up to {MAX_WIDTH}" if widest > MAX_WIDTH else refuses(tensors)
 
 

@@ -12,9 +12,7 @@ from sala.ops.native import operator
 QUERIES = 4096
 
 
-# which blocks are read depends on data: nothing here that a compiler could trace
 @torch.no_grad()
-@torch.compiler.disable
 def attend(
     q_BTHK: Tensor,
     k_BSGK: Tensor,
@@ -28,12 +26,14 @@ def attend(
 ) -> Tensor:
     """Return (B, T, H, V) in v's dtype; see `infllm_attention`."""
     B, T = q_BTHK.shape[:2]
+    if not B * T:
+        return v_BSGV.new_empty(B, T, q_BTHK.shape[2], v_BSGV.shape[3])
     if start is not None:
         positions_BT = torch.arange(start, start + T).expand(B, T)
-    assert positions_BT is not None
-    if not positions_BT.numel():
-        return v_BSGV.new_empty(B, T, q_BTHK.shape[2], v_BSGV.shape[3])
-    first_sparse_B = torch.tensor([geometry.first_sparse_position(last) for last in positions_BT.amax(1).tolist()])
+        first_sparse_B = torch.full((B,), geometry.first_sparse_position(start + T - 1))
+    else:
+        assert positions_BT is not None
+        first_sparse_B = _first_sparse(positions_BT, geometry)
     parts = []
     for q_BCHK, positions_BC in zip(q_BTHK.split(QUERIES, 1), positions_BT.split(QUERIES, 1), strict=True):
         # what reads everything chooses nothing
@@ -43,6 +43,12 @@ def attend(
             attend_blocks(q_BCHK, k_BSGK, v_BSGV, positions_BC, table_BCGN, first_sparse_B, geometry.block_size, scale)
         )
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+# it looks at data, which no compiler could trace
+@torch.compiler.disable
+def _first_sparse(positions_BT: Tensor, geometry: SparseGeometry) -> Tensor:
+    return torch.tensor([geometry.first_sparse_position(last) for last in positions_BT.amax(1).tolist()])
 
 
 def _empty(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *_: object) -> Tensor:
