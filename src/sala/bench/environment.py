@@ -29,10 +29,12 @@ def environment() -> dict[str, Any]:
     """Return plain values; what this machine does not tell is None."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        # the program by its name, not by the folder it lies in on this machine
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
         "commit": commit(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in PACKAGES}
+        # with what it was built for
+        | {"torch": torch.__version__},
         "hardware": {
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
@@ -66,6 +68,12 @@ def _commit_of_repository() -> str | None:
         return None
     head = answer("rev-parse", "HEAD")
     return f"{head}+changes" if head and answer("status", "--porcelain", "--untracked-files=no") else head
+
+
+def _program() -> str:
+    """Return the program by its name, not by the folder it lies in on this machine."""
+    name = Path(sys.argv[0]).name
+    return "sala" if name == "__main__.py" else name
 
 
 def _version(name: str) -> str | None:

@@ -122,10 +122,12 @@ def run_latency(
     tokens_T = torch.randint(vocabulary, (max(plan.lengths),), generator=generator).to(device)
     say("ceilings of this machine")
     ceilings = measure_ceilings(timer_of(device), plan.dtype)
+    probe = min(len(tokens_T), PROBE_CHUNKS * plan.chunk)
     for index, contestant in enumerate(contestants):
-        _run_once(contestant, tokens_T[: min(plan.chunk, len(tokens_T))], plan)  # the first run of a process is slower
+        # the first run of a process is slower; on a GPU it compiles, also what only a long prompt needs
+        warm_up = probe if device.type == "cuda" else min(plan.chunk, len(tokens_T))
+        _run_once(contestant, tokens_T[:warm_up], plan)
         if contestant.who == TWIN:
-            probe = min(len(tokens_T), PROBE_CHUNKS * plan.chunk)
             say(f"{contestant.name}: {length_label(probe)} in chunks and at once")
             reading = _reading(contestant, tokens_T[:probe], plan)
             contestants[index] = _with_chunk(contestant, plan.chunk if reading["chosen"] == "chunks" else None)

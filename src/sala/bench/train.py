@@ -96,23 +96,22 @@ def run_train(
             "blocks": blocks,
             "failures": failures.rows,
         }
-        student, teacher = _models(plan, device)
-        results["parameters"] = {"student": _count(student), "teacher": 0 if teacher is None else _count(teacher)}
-        for length in plan.lengths:
-            for loss in plan.losses:
-                say(f"{plan.shape}, {loss}, {length_label(length)}")
-                with failures.noted(f"{plan.shape} {loss}", "training step", length):
-                    of_teacher = teacher if loss == DISTILL else None
-                    points.append(_measure(plan, loss, length, student, of_teacher, world, ceilings))
-                free_cached(device)
-                keep(results)
-        del student, teacher
         for topk in plan.topk:
             say(f"infllm forward and backward, {length_label(plan.blocks_length)}, {topk} blocks chosen")
             with failures.noted("infllm training", f"{topk} blocks", plan.blocks_length):
                 blocks.append(_blocks(plan, topk, device))
             free_cached(device)
             keep(results)
+        student, teacher = _models(plan, device)
+        results["parameters"] = {"student": _count(student), "teacher": 0 if teacher is None else _count(teacher)}
+        for loss in plan.losses:
+            for length in plan.lengths:
+                say(f"{plan.shape}, {loss}, {length_label(length)}")
+                with failures.noted(f"{plan.shape} {loss}", "training step", length):
+                    of_teacher = teacher if loss == DISTILL else None
+                    points.append(_measure(plan, loss, length, student, of_teacher, world, ceilings))
+                free_cached(device)
+                keep(results)
     return results
 
 
@@ -194,6 +193,10 @@ def _measure(
     plan: TrainPlan, loss: str, length: int, student: Any, teacher: Any, world: World, ceilings: Ceilings
 ) -> dict[str, Any]:
     networks = Networks(student.config, None if teacher is None else teacher.config)
+    for model in (student, teacher):
+        if model is not None:
+            model.cpu()  # where `sala train` has it; a stage before this one may have moved it
+    free_cached(world.device)
     available = USABLE * available_bytes(world.device)
     for checkpointing in (False, True):
         recipe = _recipe(plan, loss, length, checkpointing=checkpointing)
