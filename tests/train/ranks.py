@@ -1,5 +1,6 @@
 """Small stages, run by any number of gloo processes."""
 
+import dataclasses
 import multiprocessing as mp
 from collections.abc import Callable
 from datetime import timedelta
@@ -87,14 +88,23 @@ def packed(step: int) -> WindowBatch:
     return WindowBatch(ids, weights, tuple(f"window {row}" for row in range(BATCH)), ends, padding)
 
 
-class Feed:
-    """Every rank's own windows of `packed`."""
+def lopsided(step: int) -> WindowBatch:
+    """The same, but the first half of the windows, a rank's share, is padding, and the rest is padded unequally."""
+    batch = packed(step)
+    weights, padding = batch.loss_weights.clone(), torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    for row, real in enumerate((0, 0, LENGTH, 1 + step)):
+        weights[row, real:], padding[row, real:] = 0, True
+    return dataclasses.replace(batch, loss_weights=weights, padding=padding)
 
-    def __init__(self, rank: int, ranks: int):
-        self.rank, self.ranks, self.step = rank, ranks, 0
+
+class Feed:
+    """Every rank's own windows of `packed`, or of other batches."""
+
+    def __init__(self, rank: int, ranks: int, batches: Callable[[int], WindowBatch] = packed):
+        self.rank, self.ranks, self.batches, self.step = rank, ranks, batches, 0
 
     def __next__(self) -> WindowBatch:
-        batch = packed(self.step)
+        batch = self.batches(self.step)
         self.step += 1
         share = BATCH // self.ranks
         return batch.rows(self.rank * share, (self.rank + 1) * share)
@@ -107,7 +117,13 @@ class Feed:
 
 
 def run(
-    world: World, mesh: Mesh, stage: Stage, precision: torch.dtype = torch.float32, keeper: Any = None
+    world: World,
+    mesh: Mesh,
+    stage: Stage,
+    precision: torch.dtype = torch.float32,
+    *,
+    keeper: Any = None,
+    batches: Callable[[int], WindowBatch] = packed,
 ) -> tuple[list[Progress], Any]:
     """Run a stage and return its steps and the model."""
     torch.set_num_threads(1)
@@ -116,7 +132,7 @@ def run(
     run_stage(
         model,
         stage,
-        Feed(parallel.data_rank, mesh.data_parallel),
+        Feed(parallel.data_rank, mesh.data_parallel, batches),
         optimizer=stage.optimizer or Optimizer(),
         observer=seen.append,
         teacher=teacher,

@@ -15,6 +15,8 @@ STAGES = {
     "distill": ranks.stage_of("distill", steps=2, micro_batch=1, activation_checkpointing=True, trainable="mixers"),
     "align": ranks.stage_of("align", steps=2, clip_per_layer=True),
     "muon": ranks.stage_of("next_token", steps=2, optimizer={"kind": "muon"}),
+    "lopsided": ranks.stage_of("next_token", steps=2, micro_batch=1),
+    "lopsided distill": ranks.stage_of("distill", steps=2, micro_batch=1),
 }
 # of parameters; Muon rounds to bfloat16 what differs by the rounding of sums over ranks
 TOLERANCES = {"muon": {"rtol": 1e-4, "atol": 2e-4}}
@@ -24,7 +26,8 @@ def every_stage(world: World, meshes: list[Mesh]) -> dict[Any, Any]:
     results = {}
     for mesh in meshes:
         for name, stage in STAGES.items():
-            seen, model = ranks.run(world, mesh, stage)
+            batches = ranks.lopsided if name.startswith("lopsided") else ranks.packed
+            seen, model = ranks.run(world, mesh, stage, batches=batches)
             steps = [(step.loss, step.gradient_norm, *step.layer_errors) for step in seen]
             results[str(mesh), name] = steps, {k: v.detach() for k, v in model.named_parameters()}
     return results
