@@ -104,6 +104,8 @@ def test_each_stage_trains_the_model_it_asks_for_and_all_the_same_parameters(tea
     assert lengthened.config.attn_logits_scaling == hybrid.config.attn_logits_scaling == 16
     pointers = {parameter.data_ptr() for parameter in hybrid.parameters()}
     assert {parameter.data_ptr() for parameter in distilled.parameters()} == pointers
+    frozen = {parameter.data_ptr() for parameter in teacher.parameters()}
+    assert not frozen & (pointers | {parameter.data_ptr() for parameter in seen[0][3].parameters()})
     assert len(report.stages) == 3
 
 

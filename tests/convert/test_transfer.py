@@ -12,6 +12,7 @@ from sala.convert.transfer import (
     hybrid_config,
     kept_attention,
     linear_twin,
+    own,
     require_teacher,
 )
 from sala.errors import ConfigError
@@ -76,7 +77,7 @@ def test_an_open_gate_changes_nothing_and_a_random_one_does(teacher_of: Callable
     assert (random(x_BTD, rows) - y_BTD).norm() > 0.1 * y_BTD.norm()
 
 
-def test_what_is_not_a_mixer_is_copied_and_shares_nothing(teacher_of: Callable, family: str) -> None:
+def test_what_is_not_a_mixer_is_the_teachers_until_it_is_owned(teacher_of: Callable, family: str) -> None:
     teacher = teacher_of(family)
     kinds = ["lightning-attn", "attention", "lightning-attn", "lightning-attn"]
     config = hybrid_config(teacher.config, kinds, rope=False, gates=True)
@@ -88,12 +89,16 @@ def test_what_is_not_a_mixer_is_copied_and_shares_nothing(teacher_of: Callable, 
         for i, kind in enumerate(kinds)
     }
     hybrid = assemble(teacher, config, mixers)
-    own, theirs = dict(hybrid.named_parameters()), dict(teacher.named_parameters())
-    assert ("lm_head.weight" in own) == (family != "qwen2"), "heads are tied only when the teacher's are"
+    ours, theirs = dict(hybrid.named_parameters()), dict(teacher.named_parameters())
+    assert ("lm_head.weight" in ours) == (family != "qwen2"), "heads are tied only when the teacher's are"
     for name, parameter in theirs.items():
         if ".self_attn." not in name:
-            torch.testing.assert_close(own[name], parameter)
-            assert own[name].data_ptr() != parameter.data_ptr()
+            assert ours[name].data_ptr() == parameter.data_ptr()
+    own(hybrid)
+    assert not {p.data_ptr() for p in hybrid.parameters()} & {p.data_ptr() for p in teacher.parameters()}
+    for name, parameter in theirs.items():
+        if ".self_attn." not in name:
+            torch.testing.assert_close(ours[name], parameter)
     assert hybrid.config.scale_emb == teacher.config.scale_emb
     assert hybrid.config.dim_model_base == teacher.config.dim_model_base
 

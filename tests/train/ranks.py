@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sala.convert.align import Twins
-from sala.convert.transfer import hybrid_config, linear_twin
+from sala.convert.transfer import hybrid_config, linear_twin, own
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.train.batches import WindowBatch
 from sala.train.loop import Progress, run_stage
@@ -57,7 +57,7 @@ def models(loss: str) -> tuple[Any, Any]:
         config = hybrid_config(teacher.config, ["lightning-attn"] * 3, rope=True, gates=False)
         generator = torch.Generator().manual_seed(0)
         return Twins(
-            teacher, [linear_twin(layer.self_attn, config, "random", generator) for layer in teacher.model.layers]
+            teacher, [own(linear_twin(layer.self_attn, config, "random", generator)) for layer in teacher.model.layers]
         ), None
     return tiny("lightning-attn", "minicpm4", "lightning-attn"), teacher if loss == "distill" else None
 
@@ -82,8 +82,8 @@ def packed(step: int) -> WindowBatch:
     weights, padding = torch.ones(BATCH, LENGTH), torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     # documents end inside a rank's part, on its border, and span several
     ends = ((20, 48), (24, 48), (48,), (1, 30, 48))
-    for row, own in enumerate(ends):
-        weights[row, [0, *own[:-1]]] = 0
+    for row, row_ends in enumerate(ends):
+        weights[row, [0, *row_ends[:-1]]] = 0
     weights[3, 30:], padding[3, 30:] = 0, True
     return WindowBatch(ids, weights, tuple(f"window {row}" for row in range(BATCH)), ends, padding)
 

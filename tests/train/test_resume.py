@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sala.train import parse_recipe
+from sala.train.weights import PREFIX
 from train import ranks, runs
 
 
@@ -77,11 +78,13 @@ def test_two_ranks_go_on_on_two_and_on_one(kind: str, folder: Path, done: Any, t
     # while the second stage goes on; rank 0 writes, and rank 1 does almost nothing else than steps
     codes = ranks.codes_of(2, runs.work, tmp_path, given, folder, out, at=moments * 2 // 3)
     assert codes[0] == -signal.SIGKILL and codes[1] != 0
+    assert list(out.glob(f"{PREFIX}*"))
     other = shutil.copytree(out, tmp_path / "other")
     ranks.spawn(2, runs.work, tmp_path, given, folder, out)
     require_same(out, alone, 2)
     (moments,) = ranks.spawn(1, runs.work, tmp_path, runs.recipe(kind, folder), folder, other)
     assert isinstance(moments, int), moments
+    assert not list(other.glob(f"{PREFIX}*"))
     steps, wanted = runs.outcome(other).steps, runs.outcome(alone, 2).steps
     assert [step[:2] for step in steps] == [step[:2] for step in wanted]
     for one, two in zip(steps, wanted, strict=True):

@@ -36,7 +36,7 @@ def convert(
             f"recipe {recipe!r} trains a model from scratch; right would be a recipe with 'conversion', or `sala train`"
         )
     folder = find_checkpoint(teacher)
-    network, tokenizer = load_model(folder), load_tokenizer(folder)
+    network, tokenizer = load_model(folder, dtype="stored"), load_tokenizer(folder)
     scorers = layer_scorers(tokenizer)
     with Display(error_console()) as display:
         run_conversion(

@@ -145,7 +145,7 @@ def _run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, optio
 
     converts = isinstance(recipe, ConversionRecipe)
     words = load_tokenizer(find_checkpoint(tokenizer or start or BUILTIN_TEACHER))
-    network = None if start is None else load_model(find_checkpoint(start))
+    network = None if start is None else load_model(find_checkpoint(start), dtype="stored")
     with start_world(recipe.precision) as world, Display(error_console(), quiet=not world.main) as display:
         scorers = layer_scorers(words) if converts else None
         train(

@@ -18,6 +18,7 @@ from sala.convert.transfer import (
     hybrid_config,
     kept_attention,
     linear_twin,
+    own,
     require_teacher,
 )
 from sala.errors import RecipeError
@@ -29,6 +30,7 @@ LINEAR = "lightning-attn"
 # model -> the outcome of every item, the same items for every model; or their mean alone, where they are not known
 Score = Callable[[Any], float | Sequence[float]]
 Say = Callable[[str], None]
+Own = Callable[[Any], Any]
 
 
 class Stage(Protocol):
@@ -208,6 +210,7 @@ def halo(
     score_language: Score,
     sample: Sample,
     seed: int = 0,
+    own: Own = own,
     remember: Remember = FORGETFUL,
     say: Say = lambda text: None,
 ) -> tuple[Any, Report]:
@@ -219,6 +222,7 @@ def halo(
         score_recall, score_language: model -> the outcome of every item, higher is better, or their mean alone; asked
             for every swapped layer when the layers are chosen by score. Items say how sure the choice is.
         sample: tokens for the measurements before training.
+        own: gives a module parameters of its own, as `transfer.own` does in this process's memory; returns it.
         remember: what was measured and decided before, when a run is started again: the twins' output norms, the scores
             of every candidate, the kept layers, the cost of step zero. All else is a function of teacher, settings and
             seed, so with `run_stage` restoring the parameters it trained, the same modules are reached.
@@ -233,7 +237,7 @@ def halo(
     # what cannot be is refused before an hour of alignment
     select_layers(settings, num_layers, _blank(num_layers))
     generator = torch.Generator().manual_seed(seed)
-    twins = _make_twins(teacher, settings, generator)
+    twins = _make_twins(teacher, settings, generator, own)
     if settings.output_norm_init == "measured":
         say("setting the size of every head's output")
         scale_output_norms(twins, remember.once("output_norms", lambda: measure_output_norms(twins, sample)))
@@ -254,9 +258,9 @@ def halo(
     mixers: dict[int, nn.Module] = dict(enumerate(twins.twins))
     for layer in kept:
         attention = teacher.model.layers[layer].self_attn
-        mixers[layer] = kept_attention(attention, config, settings.gate_init, generator)
+        mixers[layer] = own(kept_attention(attention, config, settings.gate_init, generator))
     step_zero = remember.once("step_zero", lambda: _step_zero(teacher, settings, kinds, mixers, sample))
-    hybrid = assemble(teacher, config, mixers)
+    hybrid = own(assemble(teacher, config, mixers))
 
     def switched(sparse: bool, scaling: bool) -> Any:
         return reconfigured(
@@ -310,13 +314,11 @@ def planned_configs(teacher: MiniCPMSALAConfig, settings: Settings) -> tuple[Min
     return _config_of_hybrid(teacher, settings, kept), _config_of_twins(teacher, settings)
 
 
-def _make_twins(teacher: Any, settings: Settings, generator: torch.Generator) -> Twins:
+def _make_twins(teacher: Any, settings: Settings, generator: torch.Generator, own: Own) -> Twins:
     config = _config_of_twins(teacher.config, settings)
-    return Twins(
-        teacher,
-        [linear_twin(layer.self_attn, config, settings.gate_init, generator) for layer in teacher.model.layers],
-        config,
-    )
+    # each owned before the next one is made: with several ranks there is no more than one in this one's memory
+    twins = [own(linear_twin(layer.self_attn, config, settings.gate_init, generator)) for layer in teacher.model.layers]
+    return Twins(teacher, twins, config)
 
 
 def _blank(num_layers: int) -> LayerScores:
@@ -367,7 +369,7 @@ def _step_zero(
         for layer in kept:
             mixer = kept_attention(teacher.model.layers[layer].self_attn, config, "open", torch.Generator())
             if gates:
-                mixer.load_state_dict(mixers[layer].state_dict())
+                mixer.load_state_dict(mixers[layer].state_dict(), assign=True)
             changed[layer] = mixer
         return changed
 

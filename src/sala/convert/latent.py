@@ -27,7 +27,7 @@ def plain_projections(attention: LatentAttention) -> dict[str, Tensor]:
     expanded = _through_norm(attention.kv_b_proj, attention.kv_a_layernorm, latent).unflatten(0, (heads, -1))
     own, v = expanded.split((attention.own_width, attention.value_width), dim=1)
     k = torch.cat((own, shared.expand(heads, -1, -1)), dim=1)
-    state = {f"o_proj.{name}": tensor.clone() for name, tensor in attention.o_proj.state_dict().items()}
+    state = {f"o_proj.{name}": tensor for name, tensor in attention.o_proj.state_dict().items()}
     for name, matrix in (("q_proj", q), ("k_proj", k.flatten(0, 1)), ("v_proj", v.flatten(0, 1))):
         width = attention.o_proj.out_features
         state[f"{name}.weight"] = matrix[:, :width].to(dtype)

@@ -1,7 +1,10 @@
-"""Weights of an attention layer as those of a linear layer, and of a teacher as those of a hybrid."""
+"""Weights of an attention layer as those of a linear layer, and of a teacher as those of a hybrid.
+
+What is made here stands on the tensors it was made from wherever their numbers are the same; `own` takes it off them.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +16,18 @@ from sala.model.config import SPARSE_ROWS
 from sala.model.latent import LatentAttention
 from sala.model.mixers import config_fields
 
+Module = TypeVar("Module", bound=nn.Module)
+
 GateInit = Literal["random", "open"]
 # sigmoid(0): what a gate with zero weights multiplies with
 ZERO_GATE = 0.5
+
+
+def own(module: Module) -> Module:
+    """Give a module parameters of its own, which can be trained and leave all others as they are; return it."""
+    for parameter in module.parameters():
+        parameter.data = parameter.detach().clone()
+    return module
 
 
 def expand_heads(tensor: Tensor, num_kv_heads: int, num_heads: int) -> Tensor:
@@ -82,7 +94,7 @@ def _projections(
     weights: Mapping[str, Tensor], gate: str, shape: torch.Size, gate_init: GateInit, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The projections among a layer's weights, and a new gate."""
-    state = {name: tensor.clone() for name, tensor in weights.items() if "_proj." in name}
+    state = {name: tensor for name, tensor in weights.items() if "_proj." in name}
     state[gate] = _gate_weight(shape, gate_init, generator)
     if gate_init == "open":
         # sigmoid(0) halves what the gate lets through; the projection behind it gives it back exactly
@@ -110,8 +122,8 @@ def linear_twin(
     Args:
         config: a hybrid's configuration (see `hybrid_config`) that has the teacher's shapes.
 
-    Queries, keys, values and output are copied, key/value heads one a query head; q and k norms are copied or 1; the
-    output norm is 1; the gate is new. Biases are copied where the teacher has them. Source: HALO section 4.1.
+    Queries, keys, values and output are the teacher's, key/value heads one a query head; q and k norms its own or 1; the
+    output norm is 1; the gate is new. Biases are there where the teacher has them. Source: HALO section 4.1.
     Latent attention is multiplied out first, see `plain_projections`.
     """
     twin = _unfilled(MIXERS["lightning-attn"].module, config)
@@ -122,7 +134,7 @@ def linear_twin(
         if name in state:
             state[name] = expand_heads(state[name], attention.num_groups, attention.num_heads)
     for name in ("q_norm.weight", "k_norm.weight"):
-        state[name] = weights[name].clone() if name in weights else torch.ones(empty[name].shape)
+        state[name] = weights[name] if name in weights else torch.ones(empty[name].shape)
     state["o_norm.weight"] = torch.ones(empty["o_norm.weight"].shape)
     return _filled(twin, state, attention.o_proj.weight)
 
@@ -132,7 +144,7 @@ def kept_attention(
 ) -> nn.Module:
     """Return an attention layer with the weights of `attention`, positions and gate as `config` says."""
     kept = _unfilled(type(attention), config)
-    state = {name: tensor.clone() for name, tensor in attention.state_dict().items()}
+    state = dict(attention.state_dict())
     empty = kept.state_dict()
     if "o_gate.weight" in empty:
         shape = empty["o_gate.weight"].shape
@@ -141,12 +153,12 @@ def kept_attention(
 
 
 def assemble(teacher: MiniCPMSALAForCausalLM, config: MiniCPMSALAConfig, mixers: Mapping[int, nn.Module]) -> Any:
-    """Return a hybrid of `config`: the given mixers, the rest copied from the teacher; heads are tied only as there."""
+    """Return a hybrid of `config`: the given mixers, the rest the teacher's; heads are tied only as there."""
     hybrid = _unfilled(MiniCPMSALAForCausalLM, config)
-    state = {name: tensor.clone() for name, tensor in teacher.state_dict().items() if ".self_attn." not in name}
+    state = {name: tensor for name, tensor in teacher.state_dict().items() if ".self_attn." not in name}
     for layer, mixer in mixers.items():
         own = mixer.state_dict().items()
-        state |= {f"model.layers.{layer}.self_attn.{name}": tensor.clone() for name, tensor in own}
+        state |= {f"model.layers.{layer}.self_attn.{name}": tensor for name, tensor in own}
     _filled(hybrid, state, teacher.lm_head.weight)
     hybrid.tie_weights()
     return hybrid.eval()

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig
@@ -159,7 +159,7 @@ def load_config(name: str | Path, **changes: Any) -> MiniCPMSALAConfig:
 
 def load_model(
     name: str | Path,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["stored"] | None = None,
     device: torch.device | str = "cpu",
     on_tensor: Callable[[str], None] = lambda name: None,
     **changes: Any,
@@ -167,7 +167,8 @@ def load_model(
     """Return a checkpoint as our network, in evaluation mode.
 
     name: a folder, a hub name, or a model that ships with the package ("embedded-teacher", "embedded-hybrid").
-    dtype: of the parameters; None means what the checkpoint's configuration says, or float32.
+    dtype: of the parameters; None means what the checkpoint's configuration says, or float32; "stored" leaves each tensor
+        in its own. On the CPU what is not converted is mapped from its file, and not read before it is used.
     device: where the parameters go, one after the other: of another device's the CPU's memory never holds more than one.
     on_tensor: called with each tensor's name as it is read, for a progress display.
     changes: fields of the configuration to override.
@@ -194,14 +195,14 @@ def load_model(
             raise CheckpointError(
                 f"tensor {key!r} in {folder} has shape {tuple(tensor.shape)}; right would be {tuple(shapes[key])}"
             )
-        state[key] = tensor.to(device, dtype)
+        state[key] = tensor.to(device, None if dtype == "stored" else dtype)
         on_tensor(key)
     missing = sorted(shapes.keys() - state.keys())
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]!r}")
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
-    model.config.dtype = dtype
+    model.config.dtype = model.dtype if dtype == "stored" else dtype
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()

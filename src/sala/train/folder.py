@@ -20,6 +20,7 @@ from sala.train.loop import NonFiniteError, Observer, Progress
 from sala.train.parallel import World
 from sala.train.recipe import Recipe, load_recipe
 from sala.train.record import METRICS, Record, write_whole
+from sala.train.weights import remove_files
 
 FINAL = "final"
 RECIPE, MEASURED, CHECKPOINTS = "recipe.yaml", "measured", "checkpoints"
@@ -328,6 +329,7 @@ def _settle(path: Path, recipe: Recipe) -> None:
         left.unlink()
     for left in path.glob(f".{FINAL}.*"):
         shutil.rmtree(left)
+    remove_files(path)
     write_whole(path / RECIPE, recipe.text.encode())
 
 

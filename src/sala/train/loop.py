@@ -19,6 +19,7 @@ from sala.train.memory import peak_memory_bytes
 from sala.train.optimizer import make_optimizers
 from sala.train.parallel import ALONE, Parallel, whole
 from sala.train.recipe import Optimizer, Stage
+from sala.train.weights import PRIVATE, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +356,7 @@ def run_stage(
     teacher: Any = None,
     compile_mode: Literal["auto", "on", "off"] = "auto",
     parallel: Parallel = ALONE,
+    weights: Weights = PRIVATE,
     keeper: Keeper | None = None,
     stage_index: int = 0,
     model_flops: tuple[int, float] | None = None,
@@ -366,6 +368,7 @@ def run_stage(
         feed: batches of this rank's windows, `stage.batch` over all data-parallel ranks.
         teacher: needed by loss "distill"; never changed.
         parallel: the ranks that share the work.
+        weights: where the model's trained parameters go, when the ranks have trained shards of them.
         keeper: saves, and continues what was saved.
         model_flops: of a step over all ranks, and the peak FLOP/s of a rank, for the utilisation; None: not known.
 
@@ -410,6 +413,8 @@ def run_stage(
                 observer(progress)
                 if keeper is not None:
                     keeper.after(progress, state, feed)
-        parallel.take_back(root, original)
+        if root is not original:
+            # also what this stage did not train: a checkpoint may have brought it
+            weights.renew(dict(model.named_parameters()), dict(root.model.named_parameters()))
     assert progress is not None
     return progress

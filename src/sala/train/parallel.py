@@ -169,12 +169,12 @@ class Parallel:
     def shard(self, root: Any) -> Any:
         """Return `root` for training: itself when alone, else a copy whose parameters, in float32, are this rank's shards.
 
-        root: a module with `blocks`, the modules that are gathered one at a time. Its own parameters are only read; they
-            stay whole in this rank's memory beside the shards.
+        root: a module with `blocks`, the modules that are gathered one at a time. Its own parameters are only read, this
+            rank's pieces of them on a CPU, a block at a time on a GPU.
         """
         if self.alone:
             return root
-        sharded = _same_parameters(root)
+        sharded = shadow(root)
         sizes = {"replicate": self.mesh.dp_replicate, "shard": self.mesh.dp_shard * self.mesh.cp}
         if self.mesh.dp_replicate == 1:
             del sizes["replicate"]
@@ -188,20 +188,14 @@ class Parallel:
         fully_shard(sharded, **options)
         return sharded.float()
 
-    @torch.no_grad()
-    def take_back(self, sharded: nn.Module, root: Any) -> None:
-        """Copy the model's parameters, trained or not, whole and in float32 into `root`, on every rank."""
-        if self.alone:
-            return
-        own = dict(root.model.named_parameters())
-        for name, parameter in sharded.model.named_parameters():  # type: ignore[union-attr]
-            own[name].data = whole(parameter.detach()).to(own[name].device)
 
+def shadow(module: Module, device: torch.device = CPU) -> Module:
+    """Return a copy of a module with parameters in the same memory, or on another device than the CPU in memory there.
 
-def _same_parameters(module: Module) -> Module:
-    """Return a copy of a module on the same parameters and buffers."""
-    tensors = [tensor for part in module.modules() for tensor in (*part.parameters(), *part.buffers())]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    Where one of its parameters is moved, converted or sharded, that of `module` stays as it is.
+    """
+    parameters = {p: nn.Parameter(p.detach().to(device), requires_grad=p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, {id(own): other for own, other in parameters.items()})
 
 
 ONE_PROCESS = World()

@@ -1,7 +1,7 @@
 """Whole runs: a model from scratch, or a conversion around the function that is passed in."""
 
-import copy
 import dataclasses
+import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,11 @@ from sala.train.card import model_card, versions
 from sala.train.folder import DEFAULTS, FINAL, Measured, RunFolder, RunOptions
 from sala.train.initial import initialize
 from sala.train.loop import Keeper, Observer, Part, Progress, part_of, run_stage
-from sala.train.parallel import ALONE, ONE_PROCESS, Parallel, World
+from sala.train.parallel import ALONE, CPU, ONE_PROCESS, Parallel, World, shadow
 from sala.train.recipe import ConversionRecipe, Recipe, Stage, TrainingRecipe
 from sala.train.record import read_metrics
 from sala.train.start import START, Origin, require_same_start, start_of
+from sala.train.weights import PRIVATE, Weights
 
 # stages of one run draw different data: each has a seed of its own
 SEEDS_PER_RUN = 1000
@@ -82,6 +83,7 @@ class StageRunner:
     observer: Observer
     world: World = ONE_PROCESS
     kept: Kept | None = None
+    weights: Weights = PRIVATE
 
     def check(self) -> None:
         """Raise RecipeError for what a stage cannot have, before anything is trained."""
@@ -94,7 +96,7 @@ class StageRunner:
             # a later stage's checkpoint has every parameter that this one left behind
             return self.kept.finished[index]
         parallel = self._parallel(index)
-        return run_stage(
+        progress = run_stage(
             model,
             stage,
             self._feed(index, parallel),
@@ -103,10 +105,15 @@ class StageRunner:
             teacher=teacher,
             compile_mode=self.recipe.compile,
             parallel=parallel,
+            weights=self.weights,
             keeper=None if self.kept is None else self.kept.keeper(index),
             stage_index=index,
             model_flops=self._model_flops(model, stage, teacher),
         )
+        if not parallel.alone:
+            # what FSDP makes refers to itself: shards and optimizer states would stay until Python happens to look
+            gc.collect()
+        return progress
 
     def _model_flops(self, model: Any, stage: Stage, teacher: Any) -> tuple[int, float] | None:
         """Return the operations of a step and the peak of a rank, where that is known."""
@@ -136,7 +143,7 @@ def sample(recipe: Recipe, data: Data) -> Part:
 
 
 def _write_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    stored = copy.deepcopy(model).to(torch.bfloat16) if recipe.stored_as == "bfloat16" else model
+    stored = shadow(model).to(torch.bfloat16) if recipe.stored_as == "bfloat16" else model
     stored.save_pretrained(folder)
     # its dtype is the one to compute in, whatever the file holds
     model.config.dtype = torch.float32
@@ -171,16 +178,20 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MiniCPMSALA
     return model
 
 
+def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, world: World) -> MiniCPMSALAForCausalLM:
+    """Return a new model whose weights rank 0 alone has drawn, for `Weights.own` to give to all."""
+    with torch.device("cpu" if world.main else "meta"):
+        model = new_model(recipe, tokenizer)
+    if not world.main:
+        # memory that nothing is written to takes no room
+        model.to_empty(device=CPU)
+        model.tie_weights()
+    return model
+
+
 def _on(device: torch.device, score: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a score whose candidate, a whole model, stands on `device` meanwhile."""
-
-    def scored(candidate: Any) -> Any:
-        try:
-            return score(candidate.to(device))
-        finally:
-            candidate.cpu()
-
-    return scored
+    """Return a score whose candidate, a whole model, has a copy on `device` meanwhile."""
+    return lambda candidate: score(shadow(candidate, device))
 
 
 @dataclass(frozen=True)
@@ -213,7 +224,7 @@ def train(
 
     Args:
         model: the teacher of a conversion; for another recipe what is trained instead of a new model. It becomes float32,
-            on the CPU, on every rank.
+            on the CPU; with several ranks its parameters are mapped (`Weights`), and so are those of what is returned.
         scorers: needed for a conversion.
         origin: of `model`, for the card.
 
@@ -226,11 +237,12 @@ def train(
     StageRunner(recipe, data, observer, world).check()
     if isinstance(recipe, ConversionRecipe):
         require_same_shape(recipe, model.config)
-    network = model or new_model(recipe, tokenizer)
-    with RunFolder(out, recipe, world, options) as folder:
+    network = model or _new_model(recipe, tokenizer, world)
+    files = out if world.ranks > 1 else None
+    with RunFolder(out, recipe, world, options) as folder, Weights(world, files) as weights:
         there = folder.measured.once(START, lambda: start_of(model, origin, tokenizer, data))
         world.on_main(lambda: require_same_start(there, start_of(model, origin, tokenizer, data), out))
-        runner = StageRunner(recipe, data, folder.recording(observer), world, folder)
+        runner = StageRunner(recipe, data, folder.recording(observer), world, folder, weights)
         trained, report = make_model(recipe, network, scorers, runner, folder.measured, say)
 
         def write() -> None:
@@ -250,7 +262,7 @@ def make_model(
     say: Callable[[str], None],
 ) -> tuple[Any, Any]:
     """Run the stages on a model or a teacher; return the model and, of a conversion, the report."""
-    model = model.float()
+    runner.weights.own(model, copy=False)
     if isinstance(recipe, ConversionRecipe):
         assert scorers is not None
         return _convert(recipe, model, scorers, runner, remember, say)
@@ -278,6 +290,7 @@ def _convert(
         recipe.conversion,
         recipe.stages,
         run_stage=runner,
+        own=runner.weights.own,
         score_recall=_on(runner.world.device, scorers.recall),
         score_language=_on(runner.world.device, scorers.language),
         sample=sample(recipe, runner.data),
@@ -342,7 +355,7 @@ def run_conversion(
     if out is not None and out.exists():
         raise InputError(f"output {str(out)!r} exists already; right would be a new folder")
     require_same_shape(recipe, teacher.config)
-    teacher = teacher.float()
+    teacher = PRIVATE.own(teacher, copy=False)
     data = read_data(recipe, tokenizer) if data is None else data
     steps: list[Progress] = []
 
