@@ -25,6 +25,7 @@ from sala.train.budget import (
     stage_budgets,
     stage_flops,
 )
+from sala.train.compile import Compiled
 from sala.train.loop import Pass, _backward, _training_only, trainable_parameters
 from sala.train.parallel import ALONE
 from sala.train.recipe import Conversion, Keep, Stage
@@ -60,11 +61,13 @@ def counted(model: Any, stage: Stage, teacher: Any) -> int:
     """Return torch's count of the operations of all products of two matrices in a step; attention's are batched ones."""
     what = "all" if stage.loss == "align" else stage.trainable
     named = trainable_parameters(model, what, freeze_qk=stage.freeze_qk)
+    root = Pass(model, teacher, stage)
     with (
-        _training_only(model, named, stage.activation_checkpointing),
+        _training_only(model, named),
+        Compiled([], "off", root.checkpointed),
         FlopCounterMode(display=False) as counter,
     ):
-        _backward(Pass(model, teacher, stage), WINDOWS, stage, ALONE)
+        _backward(root, WINDOWS, stage, ALONE)
     counts = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
     return counts.get("aten.mm", 0) + counts.get("aten.addmm", 0)
 
