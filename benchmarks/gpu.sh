@@ -37,9 +37,9 @@ log=$out/gpu.log
 # one name, seconds at most, and what runs; a rehearsal runs the second command
 # (a test's result at once, for it may be stopped; what this torch and Triton warn of is no failure of a kernel)
 tests=(120 -m pytest -m gpu -p no:cacheprovider -vv --tb=short -W default tests/ops tests/engine tests/model)
-lightning=(70 bench ops --op lightning --phase prefill --phase training --length 8K --length 32K --length 128K
+lightning=(100 bench ops --op lightning --phase prefill --phase training --length 8K --length 32K --length 128K
     --backend triton --backend fla)
-infllm=(90 bench ops --op infllm --phase prefill --phase training --phase selection
+infllm=(100 bench ops --op infllm --phase prefill --phase training --phase selection
     --length 32K --length 64K --length 128K --backend triton)
 latency=(220 bench latency --shape minicpm-sala-9b --length 4K --length 64K --length 128K --length 256K --length 1M
     --chunk 8192 --new-tokens 64 --repeats 3 --once 8 --limit 100)
@@ -97,8 +97,9 @@ for part in $PARTS; do
     [ "$left" -lt "$limit" ] && limit=$left
     began=$SECONDS
     printf '\n== %s: %s\n' "$part" "${command[*]}" >>"$log"
-    timeout -k 5 "$limit" "$PYTHON" "${command[@]}" >>"$log" 2>&1
-    code=$?
+    # tables here and into the log, of the tests the end; progress into the log alone
+    timeout -k 5 "$limit" "$PYTHON" "${command[@]}" 2>>"$log" | tee -a "$log" | if [ "$part" = tests ]; then tail -n 20; else cat; fi
+    code=${PIPESTATUS[0]}
     case $code in
     0) status=ran ;;
     124 | 137) status="stopped at its limit of $limit s" failed=1 ;;

@@ -87,6 +87,13 @@ def test_a_file_of_each_kind_becomes_plots_and_a_table(tmp_path: Path) -> None:
     assert "| pair | the hybrid, first token | 1K | 2 s | the twin 3 s | 1.50 |" in table
 
 
+def test_selection_alone_has_no_curve_to_draw(tmp_path: Path) -> None:
+    results = ops_file()
+    results["cases"][0]["times_faster_than_sdpa"] = {}
+    (tmp_path / "kernels.json").write_text(json.dumps(results))
+    assert write_report(tmp_path, tmp_path)[1] == []
+
+
 def test_what_was_not_measured_is_no_point_of_a_curve_and_no_ratio() -> None:
     axes = drawn("first-token", latency_file())
     curves = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
@@ -115,6 +122,32 @@ def test_memory_is_without_what_else_the_process_held() -> None:
 def test_an_operator_is_drawn_by_its_fastest_backend() -> None:
     curve = drawn("ratios", ops_file()).get_lines()[0]
     assert (curve.get_label(), list(curve.get_ydata())) == ("infllm prefill (cpu)", [20.0])
+
+
+def test_on_a_gpu_the_card_is_named_and_other_packages_operators_are_no_backend() -> None:
+    results = ops_file()
+    results["settings"] = {"dtype": "bfloat16", "threads": 2, "device": "cuda"}
+    results["environment"] = {"hardware": {"cpu": "a processor", "gpu": {"name": "a card"}}}
+    results["cases"][0]["times_faster_than_sdpa"]["fla"] = 30.0
+    axes = drawn("ratios", results)
+    assert axes.get_lines()[0].get_label() == "infllm prefill (cpu)"
+    assert any(text.get_text() == "a shape, bfloat16, a card" for text in axes.texts)
+
+
+def test_training_steps_are_tabled_with_what_a_teacher_costs() -> None:
+    def step(loss: str, step_s: float, mfu: float | None) -> dict[str, Any]:
+        point = {"loss": loss, "length": 4096, "status": "measured", "step_s": step_s, "tokens_s": 32768 / step_s}
+        return point | {"mfu": mfu}
+
+    points = [
+        step("next_token", 2.0, 0.25),
+        step("distill", 3.0, None),
+        {"loss": "distill", "length": 8192, "status": "OOM"},
+    ]
+    assert markdown({"train": {"kind": "train", "shape": "a shape", "points": points}}).splitlines()[2:] == [
+        "| train | a shape, a step of next_token, 16,384 tokens/s, 25.0% of the peak | 4K | 2 s |  |  |",
+        "| train | a shape, a step of distill, 10,923 tokens/s | 4K | 3 s | next_token 2 s | 0.67 |",
+    ]
 
 
 def test_one_model_alone_is_drawn_too() -> None:

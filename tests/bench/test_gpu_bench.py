@@ -113,6 +113,17 @@ def test_an_absent_fla_is_one_line(told: list[str], monkeypatch: pytest.MonkeyPa
     assert not results["failures"]
 
 
+def test_what_does_not_fit_is_skipped(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(self: Any, run: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(ops, "attention_shape", lambda name: TINY)
+    monkeypatch.setattr(ops._Bench, "_warmed_up", too_large)
+    results = run_ops(OpsPlan("tiny", (100,), ("infllm",), ("selection",), ("eager",), torch.float32, repeats=1))
+    assert results["cases"][0]["competitors"] == {"eager": {"skipped": "out of memory"}}
+    assert not results["failures"]
+
+
 def test_what_competes_on_a_gpu_is_what_would_be_chosen_there() -> None:
     found = {case.name: case.competitors(CUDA) for case in CASES}
     assert found["lightning training"] == ("triton", "eager", "fla")

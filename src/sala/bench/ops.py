@@ -248,7 +248,10 @@ class _Bench:
             competitors[name] = _Competitor(None, facts={"skipped": "failed"})
             with self.failures.noted(case.name, name, length):
                 run = work.backend(name)
-                competitors[name] = _Competitor(run, facts=self._warmed_up(run))
+                try:
+                    competitors[name] = _Competitor(run, facts=self._warmed_up(run))
+                except torch.OutOfMemoryError:
+                    competitors[name] = _Competitor(None, facts={"skipped": "out of memory"})
         if work.sdpa is not None:
             with self.failures.noted(case.name, SDPA, length):
                 sdpa = work.sdpa(self.timer)

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from sala.bench.fla import FLA
 from sala.bench.length import length_label
 from sala.bench.ops import AGAINST, SDPA
 from sala.bench.pair import HYBRID, TWIN, WHO, times_faster
@@ -91,7 +92,7 @@ def read_results(folder: Path) -> dict[str, Results]:
 def _figures(measured: Mapping[str, Results]) -> Iterator[tuple[str, Callable[[Axes], None]]]:
     for stem, results in measured.items():
         for name, draw in FIGURES[results["kind"]].items():
-            if draw is not _draw_memory or any(point.get("curve", {}).get("samples") for point in results["points"]):
+            if name not in NEEDS or NEEDS[name](results):
                 yield f"{stem}-{name}.png", partial(draw, results=results)
 
 
@@ -175,7 +176,7 @@ def _draw_ratios(axes: Axes, results: Results) -> None:
     for case, style in CASE_STYLES.items():
         best = []
         for row in results["cases"]:
-            ratios = row.get(f"times_faster_than_{SDPA}", {})
+            ratios = {n: times for n, times in row.get(f"times_faster_than_{SDPA}", {}).items() if n != FLA}
             if f"{row['op']} {row['phase']}" == case and ratios:
                 name = max(ratios, key=lambda name: ratios[name])
                 best.append((row["length"], ratios[name], name))
@@ -261,6 +262,11 @@ def _length_axis(axes: Axes, lengths: Sequence[int], label: str) -> None:
 
 OPS_FIGURES = {"ratios": _draw_ratios}
 LATENCY_FIGURES = {"first-token": _draw_first_token, "end-to-end": _draw_end_to_end, "memory": _draw_memory}
+# what a figure cannot do without, by its name
+NEEDS: Mapping[str, Callable[[Results], bool]] = {
+    "memory": lambda results: any(point.get("curve", {}).get("samples") for point in results["points"]),
+    "ratios": lambda results: any(row.get(f"times_faster_than_{SDPA}") for row in results["cases"]),
+}
 FIGURES: Mapping[str, Mapping[str, Callable[..., None]]] = {"ops": OPS_FIGURES, "latency": LATENCY_FIGURES, "train": {}}
 
 # the table
