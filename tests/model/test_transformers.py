@@ -64,6 +64,14 @@ def test_a_chunked_prefill_generates_the_same():
     assert model.generate(ids, prefill_chunk_size=16, **GREEDY).tolist() == whole.tolist()
 
 
+@pytest.mark.parametrize("mode", [{}, {"prefill_chunk_size": 16}, {"num_beams": 2}])
+def test_no_logits_are_made_of_a_prompt_but_its_last(mode):
+    model, positions = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: positions.append(logits.shape[1]))
+    model.generate(tokens(2, 70), **{**GREEDY, "max_new_tokens": 3}, **mode)
+    assert set(positions) == {1}
+
+
 def test_a_cache_goes_on_where_it_ended():
     model, ids = tiny_model(), tokens(1, 90)
     cache = new_cache(model.config)
