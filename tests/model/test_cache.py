@@ -5,7 +5,7 @@ import torch
 
 from model.shapes import TINY_SPARSE, tiny_config, tiny_model, tokens
 from sala.errors import InputError
-from sala.model import new_cache
+from sala.model import Rows, new_cache
 from sala.ops.infllm import num_windows
 
 KINDS = {
@@ -31,7 +31,12 @@ def test_chunks_of_any_size_are_one_call(kind, chunks):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(kind, side):
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("unread", [False, True])
+def test_padding_changes_nothing(kind, side, use_cache, unread, monkeypatch):
+    if unread:
+        # as where positions are on a GPU
+        monkeypatch.setattr(Rows, "unread", True)
     model, ids = tiny_model(**KINDS[kind]), tokens(3, 120)
     lengths = (120, 33, 71)
     padded, mask = torch.zeros_like(ids), torch.zeros(3, 120, dtype=torch.long)
@@ -39,10 +44,31 @@ def test_padding_changes_nothing(kind, side):
         place = slice(120 - length, None) if side == "left" else slice(0, length)
         padded[row, place], mask[row, place] = ids[row, :length], 1
     with torch.no_grad():
-        together = model(padded, attention_mask=mask).logits
+        together = model(padded, attention_mask=mask, use_cache=use_cache).logits
         for row, length in enumerate(lengths):
             alone = model(ids[row : row + 1, :length]).logits[0]
             torch.testing.assert_close(together[row, mask[row].bool()], alone, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "attention"])
+def test_padding_changes_no_gradient(kind):
+    model, ids = tiny_model(**KINDS[kind]).train(), tokens(2, 90)
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[1, :70], labels[1, :71] = 0, -100
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    def loss(ids, labels, **options):
+        return torch.nn.functional.cross_entropy(
+            model(ids, **options).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
+
+    alone = loss(ids[:1], labels[:1]) + loss(ids[1:, 70:], labels[1:, 70:])
+    for actual, expected in zip(gradients(loss(ids, labels, attention_mask=mask)), gradients(alone), strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

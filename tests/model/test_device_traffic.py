@@ -53,6 +53,19 @@ def test_prefill_and_steps_send_and_ask_nothing(kind: str, chunk: int, monkeypat
 
 
 @every_kind
+def test_a_padded_batch_sends_its_mask_once_a_call(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with absent_card(monkeypatch) as card, torch.inference_mode():
+        model, ids = model_on_card(kind), ids_on_card(2, 141)
+        mask = torch.ones(2, 141, dtype=torch.bool)
+        mask[1, :80] = False
+        cache = new_cache(model.config)
+        for start, end in ((0, 70), (70, 140), (140, 141)):
+            card.sent.clear()
+            model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, logits_to_keep=1)
+            assert card.sent == [2 * end]
+
+
+@every_kind
 def test_a_packed_training_step_sends_where_documents_end(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with absent_card(monkeypatch) as card:
         model, ids = model_on_card(kind).train(), ids_on_card(1, 300)

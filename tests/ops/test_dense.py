@@ -46,10 +46,14 @@ def run(start: int, T: int, B: int = 2) -> Tensor:
 
 
 @every_backend
-@pytest.mark.parametrize("T", [1, 3])
-def test_positions_that_only_the_device_knows_need_no_look(backend: str, T: int) -> None:
+@pytest.mark.parametrize("T", [0, 1, 3, 70])
+def test_positions_that_only_the_device_knows_need_no_look(
+    backend: str, T: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eager, "MASK_ELEMENTS", 3000)
     q, k, v = qkv(T, 90)
-    positions = torch.stack([torch.arange(80, 80 + T), torch.arange(T)])
+    positions = torch.stack([torch.arange(90 - T, 90), torch.arange(T)])
+    positions[1, :2] = -1
     actual = dense_attention(q, k, v, positions, scale=SCALE, static=True, backend=backend)
     assert_close(actual, definition(q, k, v, positions))
 

@@ -78,9 +78,10 @@ class FullAttention(nn.Module):
         self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows, cache: AttentionCache | None
     ) -> Tensor:
         """Return (B, T, H, V) over everything cached and new, causal by position."""
-        k, v = (k_BTGK, v_BTGV) if cache is None else cache.append(k_BTGK, v_BTGV, rows)
-        static = rows.capacity is not None
-        return dense_attention(q_BTHK, k, v, rows.positions_BT, scale=self.width**-0.5, start=rows.start, static=static)
+        k, v = cached(k_BTGK, v_BTGV, rows, cache)
+        return dense_attention(
+            q_BTHK, k, v, rows.positions_BT, scale=self.width**-0.5, start=rows.start, static=rows.unread
+        )
 
     # the documents' lengths would be numbers of the graph, and every batch would compile it again
     @torch.compiler.disable
@@ -115,6 +116,13 @@ class FullAttention(nn.Module):
         """Return (B, T, H, V) for queries of the last T of positions 0 .. S - 1 of documents of `document_length` tokens."""
         start = k_BSGK.shape[1] - q_BTHK.shape[1]
         return dense_attention(q_BTHK, k_BSGK, v_BSGV, None, scale=self.width**-0.5, start=start)
+
+
+def cached(k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows, cache: AttentionCache | None) -> tuple[Tensor, Tensor]:
+    """Return all keys (B, S, G, K) and values (B, S, G, V) that there are by now, the one of position p at index p."""
+    if cache is None:
+        return rows.in_order(k_BTGK), rows.in_order(v_BTGV)
+    return cache.append(k_BTGK, v_BTGV, rows)
 
 
 def logits_scale(positions_BT: Tensor, base: float) -> Tensor:

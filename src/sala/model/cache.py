@@ -166,7 +166,7 @@ class AttentionCache(LayerCache):
             self.key_places.put(rows.positions_BT[0], k_BTGK)
             self.value_places.put(rows.positions_BT[0], v_BTGV)
             return self.key_places.first(rows.capacity), self.value_places.first(rows.capacity)
-        end = rows.start + k_BTGK.shape[1] if rows.start is not None else int(rows.positions_BT.max()) + 1
+        end = rows.start + k_BTGK.shape[1] if rows.start is not None else max(rows.ends)
         end = max(end, self.key_places.length)
         return _write(self.key_places, k_BTGK, rows, end), _write(self.value_places, v_BTGV, rows, end)
 
@@ -207,8 +207,7 @@ class SparseCache(AttentionCache):
         if rows.start is not None:
             self.shortest = total
         else:
-            ends_B = rows.positions_BT.max(dim=1).values + 1
-            self.shortest = max(self.shortest, int(ends_B.min()))
+            self.shortest = max(self.shortest, min(rows.ends))
         fine, coarse = (tier.filled for tier in self.tiers)
         assert fine is not None and coarse is not None
         return fine, coarse
@@ -360,6 +359,7 @@ def _write(places: GrowingTensor, new_BT: Tensor, rows: Rows, end: int) -> Tenso
     if rows.start is not None:
         everything[:, rows.start : rows.start + new_BT.shape[1]] = new_BT
     else:
-        row, column = (rows.positions_BT >= 0).nonzero(as_tuple=True)
-        everything[row, rows.positions_BT[row, column]] = new_BT[row, column]
+        assert rows.real is not None
+        row_N, column_N, position_N = rows.real
+        everything[row_N, position_N] = new_BT[row_N, column_N]
     return everything

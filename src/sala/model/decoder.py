@@ -250,8 +250,7 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
 def _check_positions(position_ids: Tensor | None, rows: Rows) -> None:
     if position_ids is None:
         return
-    real = rows.positions_BT >= 0
-    if bool((position_ids.expand_as(rows.positions_BT)[real] != rows.positions_BT[real]).any()):
+    if bool(((position_ids != rows.positions_BT) & (rows.positions_BT >= 0)).any()):
         raise InputError(
             "position_ids differ from what the attention mask and the cache say; leave them out, or pack sequences with cu_seqlens"
         )

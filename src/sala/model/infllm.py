@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sala.model.attention import FullAttention
+from sala.model.attention import FullAttention, cached
 from sala.model.cache import AttentionCache, SparseCache
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.rows import Rows
@@ -19,10 +19,10 @@ class SparseAttention(FullAttention):
     def attend(
         self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows, cache: AttentionCache | None
     ) -> Tensor:
-        k, v, fine, coarse = k_BTGK, v_BTGV, None, None
+        k, v = cached(k_BTGK, v_BTGV, rows, cache)
+        fine = coarse = None
         if cache is not None:
             assert isinstance(cache, SparseCache)
-            k, v = cache.append(k_BTGK, v_BTGV, rows)
             fine, coarse = cache.compressed(k, rows)
         return infllm_attention(
             q_BTHK,
@@ -34,7 +34,7 @@ class SparseAttention(FullAttention):
             self.geometry,
             scale=self.width**-0.5,
             start=rows.start,
-            static=rows.capacity is not None,
+            static=rows.unread,
         )
 
     @property

@@ -38,6 +38,8 @@ class Rows:
 
     positions_BT: int64, counted from the start of each sequence, cache included; -1 marks padding.
     mask_BT: bool, False on padding; None when no token is padding.
+    ends: with padding, how many tokens each row has by now, those of the cache included.
+    real: with padding, row, column and position of every token that is none, int64 (N,) on the device.
     start: position of the first new token when every row holds `start .. start + T - 1`, else None.
     packing: of documents in the one row; None when rows are not packed.
     rotation: cosine and sine of the rotary embedding, (B or 1, T, R) float32 for R pairs; None when no layer rotates.
@@ -48,11 +50,26 @@ class Rows:
 
     positions_BT: Tensor
     mask_BT: Tensor | None = None
+    ends: tuple[int, ...] = ()
+    real: tuple[Tensor, Tensor, Tensor] | None = None
     start: int | None = None
     packing: Packing | None = None
     rotation: tuple[Tensor, Tensor] | None = None
     capacity: int | None = None
     windows: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @property
+    def unread(self) -> bool:
+        """Whether the positions are on a device that a layer must not wait for."""
+        return self.capacity is not None or (self.real is not None and not self.positions_BT.is_cpu)
+
+    def in_order(self, new_BT: Tensor) -> Tensor:
+        """Return keys or values (B, S, ...) of a call without a cache, the one of position p at index p, behind a row's end zeros."""
+        if self.real is None:
+            return new_BT
+        row_N, column_N, position_N = self.real
+        ordered_BS = new_BT.new_zeros(new_BT.shape[0], max(self.ends), *new_BT.shape[2:])
+        return ordered_BS.index_put((row_N, position_N), new_BT[row_N, column_N])
 
 
 def place_rows(
@@ -93,12 +110,23 @@ def place_rows(
             f"attention_mask has shape {tuple(attention_mask.shape)}; right would be ({batch}, {past + length}): "
             f"{past} tokens in the cache and {length} new ones"
         )
-    real = attention_mask.to(device=device, dtype=torch.bool)
-    if bool(real.all()):
+    real = attention_mask.bool()
+    # all that is ever asked of a mask, where it lies
+    ends, new_tokens = torch.stack([real.sum(1), real[:, past:].sum(1)]).tolist()
+    if all(end == past + length for end in ends):
         return place_rows(batch, length, past, device)
-    positions = real.long().cumsum(dim=1) - 1
+    real = real.to(device, non_blocking=device.type == "cuda")
+    positions = (real.long().cumsum(dim=1) - 1)[:, past:]
     mask = real[:, past:]
-    return Rows(positions[:, past:].masked_fill(~mask, -1), mask_BT=mask)
+    # those that are no padding come first, in their order
+    order_N = (~mask).flatten().int().argsort(stable=True)[: sum(new_tokens)]
+    row_N, column_N = order_N // length, order_N % length
+    return Rows(
+        positions.masked_fill(~mask, -1),
+        mask_BT=mask,
+        ends=tuple(ends),
+        real=(row_N, column_N, positions[row_N, column_N]),
+    )
 
 
 def _place_packed(length: int, cu_seqlens: Tensor, device: torch.device, context: Context | None) -> Rows:

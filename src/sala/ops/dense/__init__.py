@@ -36,8 +36,8 @@ def dense_attention(
             zero. May be None when `start` is given.
         scale: factor on the scores.
         start: given when every row's queries are at start..start+T-1: then `positions_BT` is not looked at.
-        static: for few queries whose positions only the device knows: what runs depends on shapes alone, as in a CUDA
-            graph. That each has its key and none is padding is taken for granted, and keys beyond must be numbers.
+        static: for queries whose positions only the device knows: what runs depends on shapes alone, as in a CUDA
+            graph. That each has its key is taken for granted, and keys and values beyond must be numbers.
         backend: a name in `sala.ops.dispatch.BACKENDS["dense"]`, or "auto".
 
     Returns:

@@ -40,6 +40,21 @@ def attend(
 
 def attend_static(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, positions_BT: Tensor, scale: float) -> Tensor:
     """Return (B, T, H, V) over all S keys, those after a query's position hidden; see `dense_attention`."""
+    if not q_BTHK.numel():
+        return q_BTHK.new_zeros(*q_BTHK.shape[:3], v_BSGV.shape[3])
+    S, G = k_BSGK.shape[1:3]
+    tile = _tile_of(S * q_BTHK.shape[0] * (q_BTHK.shape[2] // G))
+    # padding reads the first key, so that its gradient is a number
+    parts = [
+        recomputed(_attend_unread, q_BCHK, k_BSGK, v_BSGV, positions_BC, scale)
+        for q_BCHK, positions_BC in zip(
+            q_BTHK.split(tile, dim=1), positions_BT.clamp(min=0).split(tile, dim=1), strict=True
+        )
+    ]
+    return torch.cat(parts, dim=1).masked_fill((positions_BT < 0)[..., None, None], 0)
+
+
+def _attend_unread(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, positions_BT: Tensor, scale: float) -> Tensor:
     B, T, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
     later_BTS = torch.arange(S, device=q_BTHK.device) > positions_BT[..., None]

@@ -127,7 +127,7 @@ def infllm_attention(
         scale: factor on the scores, K**-0.5 in the released model.
         start: given when every row's queries are at start..start+T-1: then `positions_BT` is not looked at, and a call
             that is dense as a whole has no step that depends on data.
-        static: for few queries whose positions only the device knows: what runs depends on shapes alone, as in a CUDA
+        static: for queries whose positions only the device knows: what runs depends on shapes alone, as in a CUDA
             graph, with `backend` "triton"; the others look at the positions. That every position has its key and every
             window up to it its mean is taken for granted, and keys beyond must be numbers.
         page_table_BP: (B, max_pages) int32: then `k` and `v` are pages, (num_pages, page_size, G, width), of whole
