@@ -78,8 +78,8 @@ def infllm() -> Iterator[tuple[str, Callable[[], object]]]:
 
     geometry = SparseGeometry()
 
-    def call(dtype: torch.dtype, T: int, width: int, group: int, gradients: bool) -> None:
-        S = 8192 + T
+    def call(dtype: torch.dtype, T: int, width: int, group: int, gradients: bool, past: int = 8192) -> None:
+        S = past + T
         q = torch.zeros(1, T, 2 * group, width, dtype=dtype, requires_grad=gradients)
         k, v = (torch.zeros(1, S, 2, width, dtype=dtype, requires_grad=gradients) for _ in range(2))
         tiers = (geometry.kernel_size, geometry.kernel_stride), (geometry.coarse_size, geometry.coarse_stride)
@@ -101,6 +101,7 @@ def infllm() -> Iterator[tuple[str, Callable[[], object]]]:
         label = f"{str(dtype).removeprefix('torch.')} {width}, {group} heads, back"
         yield label, lambda dtype=dtype, width=width, group=group: call(dtype, 512, width, group, True)
     yield "bf16 128, 16 heads, step", lambda: call(torch.bfloat16, 1, 128, 16, False)
+    yield "bf16 128, 16 heads, step 1M", lambda: call(torch.bfloat16, 1, 128, 16, False, 2**20 - 1)
 
 
 def pointwise() -> Iterator[tuple[str, Callable[[], object]]]:

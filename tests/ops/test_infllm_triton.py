@@ -208,6 +208,17 @@ def test_long_calls_are_cut_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> N
         assert_close(a, b)
 
 
+@pytest.mark.parametrize("T", [18, 2])
+def test_blocks_and_windows_are_chosen_from_in_any_number_of_parts(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, _ = qkv(T, 330, G=1)
+    at_once = select(q, k, run(330 - T, T), SMALL)
+    # 21 blocks by 16, 19 coarse windows one by one
+    for name in ("CHOICE_ELEMENTS", "FEW_CHOICE_ELEMENTS", "FEW_SPLIT_WINDOWS", "SCORE_WINDOWS"):
+        monkeypatch.setattr(select_module, name, 1)
+    assert torch.equal(select(q, k, run(330 - T, T), SMALL), at_once)
+    assert torch.equal(at_once, select(q, k, run(330 - T, T), SMALL, "reference"))
+
+
 @pytest.mark.parametrize("T", [20, 1])
 def test_rows_are_independent_and_memory_behind_them_is_not_read(T: int) -> None:
     q, k, v = (x.requires_grad_() for x in qkv(T, 190, B=3, G=1))

@@ -207,6 +207,7 @@ def score_blocks(
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """Write the bits of the blocks' scores, (1 + REACH, B * G, tokens, num_blocks).
@@ -232,12 +233,16 @@ def score_blocks(
         at_KM += (g * group + head_M)[None, :] * q.head + column_K[:, None]
         q_KM = tl.load(at_KM, mask=is_row_M[None, :] & (column_K < K)[:, None], other=0.0)
         log_M = tl.full([ROWS], -float("inf"), tl.float32)
-        for part in range(num_splits):
-            at = ((part * tl.num_programs(1) + bg).to(tl.int64) * tl.num_programs(0) + tile) * ROWS
-            part_M = tl.load(logs + at + row_M)
-            high_M = tl.maximum(log_M, part_M)
-            gap_M = tl.minimum(log_M, part_M) - tl.where(high_M == -float("inf"), 0.0, high_M)
-            log_M = high_M + tl.log2(1.0 + tl.exp2(gap_M))
+        # some parts at a time, for a load waits as long as many
+        for first in range(0, num_splits, PARTS):
+            part_P = first + tl.arange(0, PARTS)
+            at_P = ((part_P * tl.num_programs(1) + bg).to(tl.int64) * tl.num_programs(0) + tile) * ROWS
+            is_part_P1 = (part_P < num_splits)[:, None]
+            part_PM = tl.load(logs + at_P[:, None] + row_M[None, :], mask=is_part_P1, other=-float("inf"))
+            high_M = tl.maximum(log_M, tl.max(part_PM, 0))
+            shift_M = tl.where(high_M == -float("inf"), 0.0, high_M)
+            sum_M = tl.exp2(log_M - shift_M) + tl.sum(tl.exp2(part_PM - shift_M[None, :]), 0)
+            log_M = tl.where(sum_M > 0, shift_M + tl.log2(tl.where(sum_M > 0, sum_M, 1.0)), -float("inf"))
         # a weight of zero
         log_M = tl.where(visible_M > 0, log_M, float("inf"))
         STEP: tl.constexpr = BLOCK // STRIDE

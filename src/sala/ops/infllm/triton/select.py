@@ -30,6 +30,8 @@ LIST_ROWS = 64
 LIST_BITS = 8
 # blocks that a program looks at together, times its queries
 CHOICE_ELEMENTS = 4096
+# of few queries, each of whose programs has a multiprocessor for itself: a million tokens' blocks of 64 at once
+FEW_CHOICE_ELEMENTS = 16384
 
 
 def list_tile(T: int, group: int, dtype: torch.dtype, *widths: int) -> tuple[int, int]:
@@ -190,16 +192,18 @@ def choose(
     score_blocks[tiles, B * G, triton.cdiv(num_blocks, split_blocks)](
         q, k1, positions_BT, first_sparse_B, logs, panels,
         T, first, tokens, num_blocks, split_blocks, splits, scale_log2, group, G, K,
-        size, stride, block, reach, BLOCKS=SCORE_BLOCKS, **shared,
+        size, stride, block, reach, BLOCKS=SCORE_BLOCKS, PARTS=16 if few else 1, **shared,
     )  # fmt: skip
     table_width = 0 if table_BTGN is None else table_BTGN.shape[3]
     list_tiles, list_width = (0, 0) if lists_BGNL is None else lists_BGNL.shape[2:]
     together = min(LIST_BITS, triton.next_power_of_2(T)) if lists_BGNL is None else list_tokens
-    blocks = max(16, min(triton.next_power_of_2(num_blocks), CHOICE_ELEMENTS // together))
+    elements = FEW_CHOICE_ELEMENTS if few else CHOICE_ELEMENTS
+    blocks = max(16, min(triton.next_power_of_2(num_blocks), elements // together))
     _choose[triton.cdiv(tokens, together), B * G](
         panels, positions_BT, first_sparse_B, table_BTGN, lists_BGNL, counts_BGN2,
         T, first, tokens, num_blocks, first_tile, list_tiles, table_width, list_width, G,
-        block, step, reach, init, local, count, together, blocks, LIST_BITS,
+        block, step, reach, init, local, count, together, blocks, LIST_BITS, num_blocks <= blocks,
+        num_warps=max(4, blocks * together // 512) if few else 4,
     )  # fmt: skip
 
 
@@ -231,6 +235,7 @@ def _choose(
     TOKENS: tl.constexpr,
     BLOCKS: tl.constexpr,
     BITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     tile, bg = tl.program_id(0), tl.program_id(1)
     b, g = (bg // G).to(tl.int64), bg % G
@@ -258,14 +263,23 @@ def _choose(
     tl.debug_barrier()
     # the largest threshold that COUNT blocks reach, bit by bit
     threshold_C = tl.full([TOKENS], 0, tl.int32)
+    block_N = tl.arange(0, BLOCKS)
+    counts_CN = (block_N[None, :] <= own_C[:, None]) & (whole_C == 0)[:, None]
+    bits_CN = tl.full([TOKENS, BLOCKS], -1, tl.int32)
+    if AT_ONCE:
+        # read once, and not 31 times
+        bits_CN = tl.load(row_C[:, None] + block_N[None, :], mask=counts_CN, other=-1)
     for step in range(tl.where(num_scored > 0, 31, 0)):
         trial_C = threshold_C | (1 << (30 - step))
-        reaching_C = tl.full([TOKENS], 0, tl.int32)
-        for first in range(0, num_scored, BLOCKS):
-            block_N = first + tl.arange(0, BLOCKS)
-            counts_CN = (block_N[None, :] <= own_C[:, None]) & (whole_C == 0)[:, None]
-            bits_CN = tl.load(row_C[:, None] + block_N[None, :], mask=counts_CN, other=-1)
-            reaching_C += tl.sum((bits_CN >= trial_C[:, None]).to(tl.int32), 1)
+        if AT_ONCE:
+            reaching_C = tl.sum((bits_CN >= trial_C[:, None]).to(tl.int32), 1)
+        else:
+            reaching_C = tl.full([TOKENS], 0, tl.int32)
+            for first in range(0, num_scored, BLOCKS):
+                block_N = first + tl.arange(0, BLOCKS)
+                counts_CN = (block_N[None, :] <= own_C[:, None]) & (whole_C == 0)[:, None]
+                bits_CN = tl.load(row_C[:, None] + block_N[None, :], mask=counts_CN, other=-1)
+                reaching_C += tl.sum((bits_CN >= trial_C[:, None]).to(tl.int32), 1)
         threshold_C = tl.where(reaching_C >= COUNT, trial_C, threshold_C)
     above_C = tl.full([TOKENS], 0, tl.int32)
     for first in range(0, num_scored, BLOCKS):
