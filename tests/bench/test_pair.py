@@ -78,9 +78,39 @@ def test_an_allocation_that_fails_is_marked(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(pair, "_reading", lambda *_: {"chosen": "at once"})
     points = run_latency(PLAN, available=lambda: PLENTY)["points"]
     assert [point["status"] for point in points] == ["measured", "measured", "measured", "OOM"]
-    monkeypatch.setattr(pair, "timed_answer", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("ours")))
-    with pytest.raises(RuntimeError, match="ours"):
-        run_latency(PLAN, available=lambda: PLENTY)
+
+
+def test_a_model_that_fails_takes_nothing_from_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = pair.timed_answer
+
+    def broken(model: Any, cache: Any, tokens_T: torch.Tensor, **options: Any) -> Any:
+        if len(tokens_T) == 200 and "MiniCPM" in type(model).__name__:
+            raise RuntimeError("an illegal memory access was encountered")
+        return right(model, cache, tokens_T, **options)
+
+    monkeypatch.setattr(pair, "timed_answer", broken)
+    results = run_latency(PLAN, available=lambda: PLENTY)
+    assert [point["status"] for point in results["points"]] == ["measured", "measured", "failed", "measured"]
+    assert {(f["case"], f["who"], f["length"]) for f in results["failures"]} == {("tiny", "hybrid", 200)}
+
+
+def test_where_no_graph_can_be_recorded_decoding_is_plain_and_the_failure_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = pair.timed_answer
+
+    def broken(*arguments: Any, recorded: bool, **options: Any) -> Any:
+        if recorded:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(pair, "timed_answer", broken)
+    monkeypatch.setattr(pair, "obstacle", lambda model: None)
+    results = run_latency(replace(PLAN, lengths=(64,), only=("hybrid",)), available=lambda: PLENTY)
+    assert [point["status"] for point in results["points"]] == ["measured"]
+    assert results["models"]["hybrid"]["decoding"] == "a recorded graph failed"
+    (failure,) = results["failures"]
+    assert "capturing" in failure["error"] and failure["who"] == "decoding by a recorded graph"
 
 
 def test_a_length_over_the_limit_is_skipped_and_its_time_foretold_by_operations() -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
 from time import perf_counter
@@ -17,6 +17,7 @@ from sala.bench.ceilings import Ceilings, measure_ceilings
 from sala.bench.cost import keys_read, windows_scored
 from sala.bench.device import free_cached, timer_of
 from sala.bench.environment import environment
+from sala.bench.failures import Failures
 from sala.bench.latency import Timing, timed_answer
 from sala.bench.length import length_label
 from sala.bench.memory import MemoryCurve
@@ -102,7 +103,7 @@ def run_latency(
     keep: Callable[[dict[str, Any]], None] = lambda results: None,
     available: Callable[[], int] | None = None,
 ) -> dict[str, Any]:
-    """Measure and return what `docs/benchmarks.md` describes.
+    """Measure and return what `docs/benchmarks.md` describes; what fails stands under `failures`.
 
     say: told what starts. keep: given the results so far after every length, for long runs.
     available: bytes that can still be taken, asked of the device when None.
@@ -122,15 +123,16 @@ def run_latency(
     tokens_T = torch.randint(vocabulary, (max(plan.lengths),), generator=generator).to(device)
     say("ceilings of this machine")
     ceilings = measure_ceilings(timer_of(device), plan.dtype)
+    failures = Failures(say)
     probe = min(len(tokens_T), PROBE_CHUNKS * plan.chunk)
     for index, contestant in enumerate(contestants):
         # the first run of a process is slower; on a GPU it compiles, also what only a long prompt needs
         warm_up = probe if device.type == "cuda" else min(plan.chunk, len(tokens_T))
-        _run_once(contestant, tokens_T[:warm_up], plan)
+        contestants[index] = contestant = _warmed_up(contestant, tokens_T[:warm_up], plan, failures)
         if contestant.who == TWIN:
             say(f"{contestant.name}: {length_label(probe)} in chunks and at once")
             reading = _reading(contestant, tokens_T[:probe], plan)
-            contestants[index] = _with_chunk(contestant, plan.chunk if reading["chosen"] == "chunks" else None)
+            contestants[index] = replace(contestant, chunk=plan.chunk if reading["chosen"] == "chunks" else None)
     points: list[dict[str, Any]] = []
     results = {
         "kind": "latency",
@@ -159,10 +161,11 @@ def run_latency(
             "seed": plan.seed,
         },
         "ceilings": asdict(ceilings),
+        "failures": failures.rows,
         "points": points,
     }
     for length in sorted(plan.lengths):
-        points += _measure(contestants, tokens_T[:length], plan, points, ceilings, say, available)
+        points += _measure(contestants, tokens_T[:length], plan, points, ceilings, failures, say, available)
         keep(results)
     return results
 
@@ -239,19 +242,26 @@ def _twin(plan: LatencyPlan, device: torch.device) -> Contestant:
     )
 
 
+def _warmed_up(contestant: Contestant, tokens_T: Tensor, plan: LatencyPlan, failures: Failures) -> Contestant:
+    """Run it once and return it, decoding without a recorded graph where that fails."""
+    if contestant.why_plain is None:
+        with failures.noted(contestant.name, "decoding by a recorded graph"):
+            _run_once(contestant, tokens_T, plan)
+            return contestant
+        contestant = replace(contestant, why_plain="a recorded graph failed")
+    _run_once(contestant, tokens_T, plan)
+    return contestant
+
+
 def _dynamic_cache_bytes(cache: Any) -> int:
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _with_chunk(contestant: Contestant, chunk: int | None) -> Contestant:
-    return Contestant(**{name: getattr(contestant, name) for name in Contestant.__slots__} | {"chunk": chunk})
-
-
 def _reading(twin: Contestant, tokens_T: Tensor, plan: LatencyPlan) -> dict[str, Any]:
     """Return which way of reading a prompt is the faster for the twin, both measured."""
     seconds = {
-        name: _run_once(_with_chunk(twin, chunk), tokens_T, plan).timing.first_token_s
+        name: _run_once(replace(twin, chunk=chunk), tokens_T, plan).timing.first_token_s
         for name, chunk in (("chunks", plan.chunk), ("at once", None))
     }
     return {
@@ -266,7 +276,7 @@ def _fitting(contestant: Contestant, length: int, plan: LatencyPlan, available: 
     """Return it reading in chunks where a prompt at once would not fit."""
     at_once = contestant.need(length, plan.dtype)
     if contestant.chunk is None and at_once.cache + at_once.working > available:
-        return _with_chunk(contestant, plan.chunk)
+        return replace(contestant, chunk=plan.chunk)
     return contestant
 
 
@@ -276,6 +286,7 @@ def _measure(
     plan: LatencyPlan,
     earlier: Sequence[dict[str, Any]],
     ceilings: Ceilings,
+    failures: Failures,
     say: Callable[[str], None],
     available: Callable[[], int],
 ) -> list[dict[str, Any]]:
@@ -291,12 +302,14 @@ def _measure(
             if obstacles[contestant.who] or (spent_s and spent_s * (1 + 1 / len(runs[contestant.who])) > limit_s):
                 continue
             say(f"{contestant.name}, {length_label(length)}")
-            try:
-                runs[contestant.who].append(_run_once(contestant, tokens_T, plan, say))
-            except (MemoryError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and "memory" not in str(error):
-                    raise
-                obstacles[contestant.who] = {"status": "OOM", "reason": "caught: an allocation failed"}
+            with failures.noted(contestant.name, contestant.who, length):
+                try:
+                    runs[contestant.who].append(_run_once(contestant, tokens_T, plan, say))
+                except Exception as error:
+                    if not _lacks_memory(error):
+                        obstacles[contestant.who] = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+                        raise
+                    obstacles[contestant.who] = {"status": "OOM", "reason": "caught: an allocation failed"}
             free_cached(tokens_T.device)
     points = []
     for contestant in contestants:
@@ -307,6 +320,11 @@ def _measure(
             say(f"{contestant.name}, {length_label(length)}: {point['status']}, {point['reason']}")
         points.append(point)
     return points
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch says so of the CPU's memory in words alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error)
 
 
 def _obstacle(
@@ -322,7 +340,7 @@ def _obstacle(
             f"{human_bytes(available)} are available",
         }
     before = next((point for point in reversed(earlier) if point["who"] == contestant.who), None)
-    if before is None or before["status"] == "OOM":
+    if before is None or before["status"] in ("OOM", "failed"):
         return {}
     seconds = before.get("first_token_s", before.get("expected_s", 0.0))
     expected_s = seconds * prefill_flops(contestant, length) / prefill_flops(contestant, before["length"])

@@ -155,7 +155,7 @@ def _draw_seconds(axes: Axes, results: Results, value: Callable[[Mapping[str, An
 
 def _mark_missing(axes: Axes, point: Mapping[str, Any], line: int) -> None:
     """Mark in the band above the curves what ran out of memory or of time, as the paper marks OOM."""
-    label = "OOM" if point["status"] == "OOM" else f"not run\n~{_seconds(point['expected_s'])}"
+    label = f"not run\n~{_seconds(point['expected_s'])}" if point["status"] == "skipped" else point["status"]
     axes.text(
         point["length"],
         0.985 - 0.085 * line,
@@ -342,7 +342,9 @@ ROWS: Mapping[str, Callable[[Results], Iterator[tuple[str, ...]]]] = {
 def _outcome(point: Mapping[str, Any], value: Callable[[Mapping[str, Any]], float]) -> str:
     if point["status"] == "measured":
         return _seconds(value(point))
-    return "OOM" if point["status"] == "OOM" else f"not run (first token in about {_seconds(point['expected_s'])})"
+    if point["status"] == "skipped":
+        return f"not run (first token in about {_seconds(point['expected_s'])})"
+    return str(point["status"])
 
 
 def _seconds(seconds: float) -> str:

@@ -124,6 +124,7 @@ def latency(
         keep=lambda results: None if out is None else write_results(out, results),
     )
     show_latency(results, output_console())
+    require_no_failures(results["failures"])
 
 
 @bench.command()
