@@ -88,7 +88,7 @@ class Contestant:
         return self.parameters - self.config.vocab_size * self.config.hidden_size
 
     def need(self, length: int, dtype: torch.dtype) -> Need:
-        return estimate(self.config, dtype, length, self.chunk or length, self.parameters)
+        return estimate(self.config, dtype, length, self.chunk or length, self.parameters, self.model.device.type)
 
 
 @dataclass(frozen=True, slots=True)
