@@ -54,8 +54,19 @@ def test_positions_that_only_the_device_knows_need_no_look(
     q, k, v = qkv(T, 90)
     positions = torch.stack([torch.arange(90 - T, 90), torch.arange(T)])
     positions[1, :2] = -1
-    actual = dense_attention(q, k, v, positions, scale=SCALE, static=True, backend=backend)
-    assert_close(actual, definition(q, k, v, positions))
+    expected = definition(q, k, v, positions)
+    assert_close(dense_attention(q, k, v, positions, scale=SCALE, static=True, backend=backend), expected)
+    with torch.no_grad():
+        assert_close(dense_attention(q, k, v, positions, scale=SCALE, static=True, backend=backend), expected)
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_device_is_near_the_definition() -> None:
+    q, k, v = (x.cuda().repeat(1, 1, 1, 8)[..., :48] for x in qkv(1, 193, dtype=torch.bfloat16))
+    positions = torch.tensor([[130], [20]])
+    expected = definition(*(x.float().cpu() for x in (q, k, v)), positions).bfloat16()
+    with torch.no_grad():
+        assert_close(dense_attention(q, k, v, positions.cuda(), scale=48**-0.5, static=True).cpu(), expected)
 
 
 @every_backend

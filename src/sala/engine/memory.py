@@ -209,7 +209,10 @@ def _cuda_mixer_bytes(config: MiniCPMSALAConfig, kind: str, itemsize: int, lengt
         states = (chunk // 1024 + 2) * config.lightning_nh * config.lightning_head_dim**2 * 4
         return CUDA_MIXER_WIDTHS * config.lightning_nh * config.lightning_head_dim * itemsize * chunk + states
     width = config.num_attention_heads * config.head_dim * itemsize * chunk
-    if OPERATORS[kind] == "dense" or length <= config.sparse_geometry.first_sparse_position(length - 1):
+    if OPERATORS[kind] == "dense":
+        # or a step's scores, their softmax and that rounded
+        return max(CUDA_MIXER_WIDTHS * width, config.num_attention_heads * length * (8 + itemsize))
+    if length <= config.sparse_geometry.first_sparse_position(length - 1):
         return CUDA_MIXER_WIDTHS * width
     geometry = config.sparse_geometry
     # a panel for the windows that start in a block, and one for each of those that reach into it

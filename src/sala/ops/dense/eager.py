@@ -44,9 +44,10 @@ def attend_static(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, positions_BT: 
         return q_BTHK.new_zeros(*q_BTHK.shape[:3], v_BSGV.shape[3])
     S, G = k_BSGK.shape[1:3]
     tile = _tile_of(S * q_BTHK.shape[0] * (q_BTHK.shape[2] // G))
+    attend_tile = _attend_step if q_BTHK.shape[1] == 1 and not torch.is_grad_enabled() else _attend_unread
     # padding reads the first key, so that its gradient is a number
     parts = [
-        recomputed(_attend_unread, q_BCHK, k_BSGK, v_BSGV, positions_BC, scale)
+        recomputed(attend_tile, q_BCHK, k_BSGK, v_BSGV, positions_BC, scale)
         for q_BCHK, positions_BC in zip(
             q_BTHK.split(tile, dim=1), positions_BT.clamp(min=0).split(tile, dim=1), strict=True
         )
@@ -66,6 +67,32 @@ def _attend_unread(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, positions_BT:
         q_BGMK, k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2), attn_mask=bias_B1MS, scale=scale
     )
     return out_BGMV.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _attend_step(q_B1HK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, positions_B1: Tensor, scale: float) -> Tensor:
+    """Return (B, 1, H, V) by two products with all scores between them, 4 H S bytes a row.
+
+    Of torch's kernels of attention some take no mask, and the others leave all keys of a group to one program.
+    """
+    B, _, H, K = q_B1HK.shape
+    S, G = k_BSGK.shape[1:3]
+    later_BS = torch.arange(S, device=q_B1HK.device) > positions_B1
+    rows = []
+    # one product for all rows would copy their keys
+    for b in range(B):
+        # a group's heads as rows of one product: keys and values are read once a group instead of once a head
+        scores_GMS = _wide_products(q_B1HK[b].reshape(G, -1, K), k_BSGK[b].permute(1, 2, 0)).mul_(scale)
+        probs_GMS = scores_GMS.masked_fill_(later_BS[b], -torch.inf).softmax(-1)
+        rows.append(torch.bmm(probs_GMS.to(v_BSGV.dtype), v_BSGV[b].transpose(0, 1)).view(1, H, -1))
+    return torch.stack(rows)
+
+
+def _wide_products(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right in float32 or wider, for scores lose too much in bfloat16."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return torch.bmm(left.to(wide), right.to(wide))
 
 
 def recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
