@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from sala.data import Document
+from sala.data import Document, train_tokenizer
 from sala.train.record import Record
 
 TEXT = "def read(path):\n    return open(path).read()\n" * 40
@@ -85,3 +85,62 @@ def test_the_first_process_of_a_machine_speaks_first(sala, tmp_path, monkeypatch
         outcome = sala("train", "smok", "--out", tmp_path / "run")
         assert outcome.code == 2 and "did you mean 'smoke'" in outcome.err
     assert len(waited) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["stages.short.step=3"], "unknown key 'step'; did you mean 'steps'?"),
+        (["stages.short.learning_rate.peek=1"], "unknown key 'peek'; did you mean 'peak'?"),
+        (["model.hiden_size=3"], "unknown key; did you mean 'hidden_size'?"),
+        (["stages.short.data={txt: 1}"], "did you mean 'text'?"),
+        (["stages.short.steps=null", "stages.short.tokens=1000"], "right would be 896 (steps 7) or 1,024 (steps 8)"),
+        (["stages.short.learning_rate.peak=1e999"], "peak: Input should be a finite number"),
+        (["seed=-1"], "seed: Input should be greater than or equal to 0"),
+        (["model.vocab_size=10"], "the model a vocab_size of 10; right would be"),
+        (["stages.short.trainable=linear_attention"], "chooses nothing in a model with mixers attention"),
+        (["stages.short.sparse=true"], "sparse_config is None"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_one_line_and_leaves_no_folder(
+    settings, message, sala, recipe, tmp_path, little_text
+):
+    options = [word for setting in settings for word in ("--set", setting)]
+    outcome = sala("train", recipe, "--out", tmp_path / "run", *options)
+    assert outcome.code == 2 and message in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_are_counted_and_those_of_another_tokenizer_refused(sala, recipe, tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name, content in (("long.txt", TEXT.encode()), ("empty.txt", b""), ("latin.txt", b"caf\xe9")):
+        (tmp_path / "docs" / name).write_bytes(content)
+    outcome = sala("data", tmp_path / "docs", "--out", tmp_path / "web", "--tokenizer", "embedded-teacher")
+    assert outcome.code == 0
+    for line in ("1 documents, ", "skipped 1 empty: ", "skipped 1 not UTF-8: "):
+        assert line in outcome.out
+    train = ("train", recipe, "--out", tmp_path / "run", "--set", "stages.short.data={web: 1}", "--set")
+    shards = f"sources={{web: {{shards: {tmp_path / 'web'}}}}}"
+    train_tokenizer([Document("a.py", TEXT)], vocab_size=300).save_pretrained(tmp_path / "words")
+    outcome = sala(*train, shards, "--tokenizer", tmp_path / "words")
+    assert outcome.code == 2 and "was tokenised with another tokenizer" in outcome.err
+    assert not (tmp_path / "run").exists()
+    outcome = sala(*train, shards)
+    assert outcome.code == 0
+    assert "1 documents are longer than 64 and are cut" in outcome.err
+
+
+def test_a_folder_that_is_no_run_of_ours_is_one_line(sala, recipe, tmp_path, little_text):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("name: [")
+    for run, message in (
+        (tmp_path / "file", "is a file; right would be a new folder"),
+        (tmp_path / "file" / "run", "Not a directory"),
+        (tmp_path / "run", "recipe.yaml is not YAML"),
+    ):
+        outcome = sala("train", recipe, "--out", run)
+        assert outcome.code == 2 and message in outcome.err
+        assert len(outcome.err.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "mine"

@@ -11,10 +11,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sala.train.folder import RunFolder, RunOptions, StageKeeper
+from sala.errors import CheckpointError, InputError
+from sala.train.checkpoint import Checkpoints
+from sala.train.folder import Measured, RunFolder, RunOptions, StageKeeper
 from sala.train.loop import Progress
 from sala.train.parallel import ONE_PROCESS
 from sala.train.recipe import Recipe, parse_recipe
+from train.ranks import PROCESSES
 
 STEPS = 6
 
@@ -27,6 +30,35 @@ def recipe() -> Recipe:
 
 
 FEED: Any = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+
+
+def test_a_measurement_that_is_damaged_is_named(tmp_path: Path) -> None:
+    measured = Measured(tmp_path, ONE_PROCESS)
+    assert measured.once("kept", lambda: [1, 2]) == measured.once("kept", lambda: None) == [1, 2]
+    (tmp_path / "kept.json").write_text("[1, ")
+    with pytest.raises(InputError, match=rf"^{tmp_path / 'kept.json'} is damaged .*; right would be to delete it"):
+        measured.once("kept", lambda: [1, 2])
+
+
+def test_of_two_processes_the_second_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    held, enough = PROCESSES.Event(), PROCESSES.Event()
+    first = PROCESSES.Process(target=hold, args=(path, held, enough))
+    first.start()
+    assert held.wait(60)
+    with pytest.raises(CheckpointError, match="is in use by another process; right would be to end it first"):
+        RunFolder(path, recipe(), ONE_PROCESS)
+    assert not (path / "recipe.yaml").exists()
+    enough.set()
+    first.join(60)
+    assert first.exitcode == 0
+
+
+def hold(path: Path, held: Any, enough: Any) -> None:
+    # what a run does first, before it writes its recipe
+    Checkpoints(path / "checkpoints").claim()
+    held.set()
+    enough.wait(60)
 
 
 class Run:

@@ -230,6 +230,10 @@ class ShardData:
             )
         )
 
+    def summary(self, stage: Stage) -> str:
+        """Say what there is for a stage: documents, tokens, and how many are longer than its windows."""
+        return "\n".join(f"{stage.name}: {self.sources[name].describe(stage.length)}" for name in stage.data)
+
     def describe(self) -> dict[str, str]:
         return {
             name: f"{source.shards.num_documents:,} documents, {source.shards.num_tokens:,} tokens, "

@@ -102,7 +102,12 @@ class Measured:
     def _recall(self, name: str, compute: Callable[[], Any]) -> Any:
         path = self._path(name)
         if path is not None and path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            try:
+                return json.loads(path.read_bytes())
+            except ValueError as error:
+                raise InputError(
+                    f"{path} is damaged ({error}); right would be to delete it, and the same command makes it again"
+                ) from error
         # as JSON gives it back, so that the first start sees what a later one will
         text = json.dumps(compute())
         if path is not None:

@@ -1,5 +1,6 @@
 """A run as a picture: the loss of each stage, and learning rate, gradient norm and tokens/s over all of them."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from sala.errors import InputError
-from sala.train.record import Row, in_stages, read_metrics, short, smooth
+from sala.train.record import Row, in_stages, read_metrics, short, smooth, write_whole
 
 # colours that people with any colour vision tell apart (Okabe and Ito)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7a7a7a")
@@ -25,18 +26,16 @@ def plot_run(folder: Path, out: Path) -> None:
     """Draw the run in `folder`, as far as it is, into `out` as PNG.
 
     Raises:
-        InputError: `folder` is no run, or `out` is no file to write.
+        InputError: `folder` is no run, or `out` no PNG.
+        DiskError: `out` cannot be written.
     """
     if out.suffix != ".png":
         raise InputError(f"--out {str(out)!r}: the picture is a PNG; right would be {str(out.with_suffix('.png'))!r}")
     figure = draw(in_stages(read_metrics(folder)), folder.resolve().name)
-    working = out.with_name(f".{out.name}.part")
-    try:
-        # the program's version in the file would make equal runs differ
-        figure.savefig(working, format="png", metadata={"Software": None})
-        working.replace(out)
-    except OSError as error:
-        raise InputError(f"cannot write {str(out)!r}: {error.strerror}") from error
+    picture = io.BytesIO()
+    # the program's version in the file would make equal runs differ
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    write_whole(out, picture.getvalue())
 
 
 def draw(stages: Sequence[Sequence[Row]], name: str) -> Figure:

@@ -20,7 +20,7 @@ Positive = Annotated[int, Field(gt=0)]
 class Part(BaseModel):
     """A strict, immutable piece of a recipe: an unknown key is an error that names the nearest known one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # keys that a recipe may have although no field is called so: other ways to write one
     spellings: ClassVar[tuple[str, ...]] = ()
@@ -324,7 +324,7 @@ class Recipe(Part):
     """What every run has."""
 
     name: str
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     # what the stages' data names; without any, the package's own text and generated tasks
     sources: dict[str, SourceRow] = {}
     optimizer: Optimizer = Optimizer()

@@ -149,13 +149,13 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def rows_of(lines: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the objects of JSON lines, up to the first line that is not whole."""
+    """Yield the objects of JSON lines, up to the first line that is no whole one."""
     for line in lines.splitlines(keepends=True):
         try:
             row = json.loads(line)
         except ValueError:
             return
-        if not line.endswith(b"\n"):
+        if not line.endswith(b"\n") or not isinstance(row, dict):
             return
         yield row
 

@@ -17,12 +17,12 @@ from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.model.checkpoint import output_folder
 from sala.model.families import config_from
 from sala.model.mixers import sparse_mixers, with_mixers
-from sala.train.batches import Data, Feed, read_data
+from sala.train.batches import Data, Feed, ShardData, read_data
 from sala.train.budget import Networks, model_flops, peak_flops
 from sala.train.card import model_card, versions
 from sala.train.folder import DEFAULTS, FINAL, Measured, RunFolder, RunOptions
 from sala.train.initial import initialize
-from sala.train.loop import Keeper, Observer, Part, Progress, part_of, run_stage
+from sala.train.loop import Keeper, Observer, Part, Progress, part_of, run_stage, trainable_parameters
 from sala.train.parallel import ALONE, CPU, ONE_PROCESS, Parallel, World, shadow
 from sala.train.recipe import ConversionRecipe, Recipe, Stage, TrainingRecipe
 from sala.train.record import read_metrics
@@ -63,6 +63,15 @@ def require_same_shape(recipe: ConversionRecipe, teacher: MiniCPMSALAConfig) -> 
                 f"recipe {recipe.name!r} is for a teacher with {name} = {wanted}; this one has {given}. Use a recipe for "
                 "it, or --set teacher=null to take the numbers as they are"
             )
+
+
+def require_vocabulary(config: MiniCPMSALAConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError when a model has no embedding for some pieces of the tokenizer."""
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer):,} pieces, the model a vocab_size of {config.vocab_size:,}; right would be "
+            "the model's own tokenizer, or a vocab_size for all of them"
+        )
 
 
 class Kept(Protocol):
@@ -165,7 +174,9 @@ def model_config(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> 
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return MiniCPMSALAConfig(**(defaults | recipe.model))
+    config = MiniCPMSALAConfig(**(defaults | recipe.model))
+    require_vocabulary(config, tokenizer)
+    return config
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MiniCPMSALAForCausalLM:
@@ -229,7 +240,8 @@ def train(
         origin: of `model`, for the card.
 
     Raises:
-        InputError: `out` is no folder of this run, or the run is finished.
+        InputError: `out` is no folder of this run, the run is finished, or the tokenizer is not the model's.
+        DiskError: something cannot be written; it says from where the run goes on.
         RecipeError: a stage cannot run, or the recipe is not that of the interrupted run.
         Interrupted: SIGTERM or Ctrl-C came; everything is saved.
     """
@@ -238,8 +250,15 @@ def train(
     if isinstance(recipe, ConversionRecipe):
         require_same_shape(recipe, model.config)
     network = model or _new_model(recipe, tokenizer, world)
+    require_vocabulary(network.config, tokenizer)
+    if isinstance(recipe, TrainingRecipe):
+        for view, stage in zip(_views(recipe, network), recipe.stages, strict=True):
+            trainable_parameters(view, stage.trainable, freeze_qk=stage.freeze_qk)
     files = out if world.ranks > 1 else None
     with RunFolder(out, recipe, world, options) as folder, Weights(world, files) as weights:
+        if world.main and isinstance(data, ShardData):
+            for stage in recipe.stages:
+                say(data.summary(stage))
         there = folder.measured.once(START, lambda: start_of(model, origin, tokenizer, data))
         world.on_main(lambda: require_same_start(there, start_of(model, origin, tokenizer, data), out))
         runner = StageRunner(recipe, data, folder.recording(observer), world, folder, weights)
@@ -270,11 +289,15 @@ def make_model(
 
 
 def _train(recipe: Recipe, model: Any, runner: StageRunner) -> Any:
-    kinds = model.config.mixer_types
-    views = [with_mixers(model, sparse_mixers(kinds, stage.sparse)) for stage in recipe.stages]
-    for view, stage in zip(views, recipe.stages, strict=True):
+    for view, stage in zip(_views(recipe, model), recipe.stages, strict=True):
         runner(view, stage)
     return model
+
+
+def _views(recipe: Recipe, model: Any) -> list[Any]:
+    """Return the model as each stage has it: block selection on or off."""
+    kinds = model.config.mixer_types
+    return [with_mixers(model, sparse_mixers(kinds, stage.sparse)) for stage in recipe.stages]
 
 
 def _convert(
@@ -355,6 +378,7 @@ def run_conversion(
     if out is not None and out.exists():
         raise InputError(f"output {str(out)!r} exists already; right would be a new folder")
     require_same_shape(recipe, teacher.config)
+    require_vocabulary(teacher.config, tokenizer)
     teacher = PRIVATE.own(teacher, copy=False)
     data = read_data(recipe, tokenizer) if data is None else data
     steps: list[Progress] = []
