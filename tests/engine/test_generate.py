@@ -1,6 +1,7 @@
 """An answer is the same whatever the chunks; it ends where it should; its statistics are what happened."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,11 +110,13 @@ def test_weights_keep_the_checkpoint_s_precision_but_those_of_the_package(folder
     assert open_checkpoint("embedded-hybrid", dtype="bfloat16").dtype == torch.bfloat16
 
 
-def test_weights_that_do_not_fit_are_not_read(folder, monkeypatch):
+@pytest.mark.parametrize(("device", "kind"), [("cpu", "memory"), ("cuda", "GPU memory")])
+def test_weights_that_do_not_fit_are_not_read(device, kind, folder, monkeypatch):
     monkeypatch.setattr("sala.engine.memory.available_bytes", lambda device: 300 * 2**20)
     names = []
-    with pytest.raises(MemoryLimitError, match="tokens fit"):
-        load(open_checkpoint(folder), 10**7, 64, names.append)
+    checkpoint = replace(open_checkpoint(folder), device=torch.device(device))
+    with pytest.raises(MemoryLimitError, match=rf"GiB of {kind}: .* 300 MiB are available"):
+        load(checkpoint, 10**7, 64, names.append)
     assert not names
 
 
