@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from bench.pretended_gpu import CPU, CUDA, NAME, OnTheCpu, pretend
-from sala.bench import LatencyPlan, OpsPlan, cases, ceilings, device, ops, pair, peak_memory, run_latency, run_ops
+from sala.bench import LatencyPlan, OpsPlan, ceilings, device, ops, pair, parity, peak_memory, run_latency, run_ops
 from sala.bench import shapes as shapes_module
 from sala.bench import twin as twin_module
 from sala.bench.cases import CASES
@@ -76,7 +76,7 @@ def test_operators_are_timed_on_a_gpu_beside_fla_and_sdpas_fastest_kernel(
     for name, module in fla_that(spoil).items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(ops, "attention_shape", lambda name: TINY)
-    monkeypatch.setattr(cases, "PARITY_LIGHTNING_TOKENS", 70)
+    monkeypatch.setattr(parity, "PARITY_LIGHTNING_TOKENS", 70)
     plan = OpsPlan("tiny", (100,), ("lightning",), ("prefill", "training"), ("eager", "fla"), torch.float32, repeats=1)
     results = run_ops(plan)
     assert results["settings"]["device"] == "cuda"

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import tolerances
-from sala.bench import OpsPlan, ParityError, cases, device, run_ops, sdpa, write_results
+from sala.bench import OpsPlan, ParityError, device, fla, parity, run_ops, sdpa, write_results
 from sala.bench import ops as ops_module
-from sala.bench.cases import CASES, Inputs
+from sala.bench.cases import CASES
 from sala.bench.ceilings import Ceilings
 from sala.bench.cost import compressed_bytes, infllm_step, keys_read, lightning_prefill, windows_scored
+from sala.bench.inputs import Inputs
 from sala.bench.ops import check
 from sala.bench.shapes import AttentionShape
 from sala.errors import InputError
@@ -32,11 +33,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {"float32": 1e11, "bfloat16": 2e11}
     monkeypatch.setattr(ops_module, "measure_ceilings", lambda timer, dtype: Ceilings(speeds, 3e10, 2e10))
     monkeypatch.setattr(device, "FLUSH_BYTES", 1024)
-    monkeypatch.setattr(cases, "PARITY_LIGHTNING_TOKENS", 70)
+    monkeypatch.setattr(parity, "PARITY_LIGHTNING_TOKENS", 70)
 
 
 def test_tolerances_are_those_of_the_tests() -> None:
-    assert dict(cases.TOLERANCES) == tolerances.TOLERANCES
+    assert dict(parity.TOLERANCES) == tolerances.TOLERANCES
 
 
 def test_every_case_is_checked_and_timed_with_all_its_competitors() -> None:
@@ -85,13 +86,14 @@ def test_every_backend_passes_its_check(case: Any, dtype: torch.dtype) -> None:
     ],
 )
 def test_a_wrong_operator_is_not_timed(name: str, operator: str, spoil: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = getattr(cases, operator)
+    where = fla if operator == "lightning_attention" else parity
+    right = getattr(where, operator)
 
     def wrong(*arguments: Any, backend: str, **options: Any) -> Any:
         result = right(*arguments, backend=backend, **options)
         return result if backend == "reference" else spoil(result)
 
-    monkeypatch.setattr(cases, operator, wrong)
+    monkeypatch.setattr(where, operator, wrong)
     op, phase = name.split()
     (case,) = (case for case in CASES if case.name == name)
     message = f"{name}, backend eager, float32: differs from .* not timed"

@@ -1,8 +1,12 @@
 """flash-linear-attention's operator for one fixed decay a head, in our terms: a competitor where the package is installed."""
 
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 from torch import Tensor
+
+from sala.ops.lightning import lightning_attention
 
 FLA = "fla"
 
@@ -42,3 +46,8 @@ def attend(
         initial_state=initial_state_BHKV,
         output_final_state=True,
     )
+
+
+def lightning_by(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return lightning attention by a backend of this package, or by the other one."""
+    return attend if name == FLA else partial(lightning_attention, backend=name)

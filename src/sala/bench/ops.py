@@ -8,15 +8,17 @@ from typing import Any, TypeVar
 
 import torch
 
-from sala.bench.cases import CASES, CORRELATION, Case, Inputs, Parity, Work
+from sala.bench.cases import CASES, Case, Work
 from sala.bench.ceilings import Ceilings, measure_ceilings
 from sala.bench.cost import Cost
 from sala.bench.device import CLOCKS, Timer, free_cached, timer_of
 from sala.bench.environment import environment
 from sala.bench.failures import Failures
 from sala.bench.fla import FLA
+from sala.bench.inputs import CORRELATION, Inputs
 from sala.bench.length import length_label
 from sala.bench.memory import peak_memory
+from sala.bench.parity import Parity
 from sala.bench.sdpa import Run
 from sala.bench.shapes import attention_shape
 from sala.engine.load import find_device

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from sala.bench.cases import CASES, Inputs
+from sala.bench.cases import CASES
 from sala.bench.ceilings import Ceilings, measure_ceilings
 from sala.bench.device import free_cached, timer_of
 from sala.bench.environment import environment
 from sala.bench.failures import Failures
+from sala.bench.inputs import Inputs
 from sala.bench.length import length_label
 from sala.bench.memory import peak_memory
 from sala.bench.pair import our_config
