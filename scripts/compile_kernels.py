@@ -3,8 +3,9 @@
     python scripts/compile_kernels.py [sm_90] [name]
 
 The operators run as they are on tensors of the CPU, but a launch compiles instead. Of each kernel and tuning: registers a
-thread, bytes spilled a thread inside and outside loops together, shared memory a program, tensor core instructions
-(HGMMA: Hopper's; HMMA: those before it). Ends with an error where a launch has no tuning that fits.
+thread, bytes spilled a thread inside and outside loops together and the instructions that move them, shared memory a program,
+tensor core instructions (HGMMA: Hopper's; HMMA: those before it), and waits for Hopper's: as many as those mean that each
+waits for the one before. Ends with an error where a launch has no tuning that fits.
 """
 
 import re
@@ -169,11 +170,12 @@ def report(label: str, kernel: Any) -> None:
             for flag in ("--dump-resource-usage", "--dump-sass")
         )
     registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    hopper, older = (len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "HMMA"))
+    names = ("HGMMA", "WARPGROUP.DEPBAR", "HMMA", "(?:LDL|STL)")
+    hopper, waits, older, moves = (len(re.findall(rf"\b{name}\b", sass)) for name in names)
     options = kernel.metadata
     print(
         f"{label:28} {kernel.name:18} warps {options.num_warps} stages {options.num_stages}  registers {registers:3}  "
-        f"spilled {spilled:4}  shared {options.shared:6}  HGMMA {hopper:3}  HMMA {older:3}",
+        f"spilled {spilled:4} ({moves:3})  shared {options.shared:6}  HGMMA {hopper:3}  waits {waits:3}  HMMA {older:3}",
         flush=True,
     )
 

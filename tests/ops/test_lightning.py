@@ -652,6 +652,17 @@ def test_triton_takes_any_strides(T: int) -> None:
 
 
 @needs_triton
+def test_triton_makes_the_states_between_segments_once_a_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_module(), "MIN_SEGMENT", 64)
+    made, make = [], triton_module().states_between
+    monkeypatch.setattr(triton_module(), "states_between", lambda *inputs: made.append(inputs[-1]) or make(*inputs))
+    inputs = [x.requires_grad_() for x in torch.randn(3, 1, 130, 1, 16)]
+    out, _ = lightning_attention(*inputs, log_decay(1), scale=SCALE, backend="triton")
+    torch.autograd.grad(out.sum(), inputs)
+    assert made == [False, True]
+
+
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_triton_takes_packed_rows_without_tokens_at_every_seam(dtype: torch.dtype, monkeypatch) -> None:
     monkeypatch.setattr(triton_module(), "MIN_SEGMENT", 64)
@@ -734,6 +745,9 @@ def test_triton_is_an_operator_that_torch_can_reason_about() -> None:
             x.requires_grad_()
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(torch.ops.sala.lightning_scan.default, inputs, test_utils=checks)
+        _, k, v, *others = inputs
+        states = (k.detach(), v.detach(), *others)
+        torch.library.opcheck(torch.ops.sala.lightning_states.default, states, test_utils=checks)
 
 
 @needs_triton

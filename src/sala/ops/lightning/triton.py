@@ -8,7 +8,8 @@ kept for the backward pass, and it may be differentiated as often as one likes.
     outputs  from the state before its segment, chunk after chunk         (all segments at once)
 
 A sequence that fills the device with its heads and batch rows alone is one segment, and needs the last kernel only.
-States never reach memory a chunk at a time: a segment holds its own in registers.
+States never reach memory a chunk at a time: a segment holds its own in registers. Those before the segments are made once
+for the scans that exchange keys and values, whose states are each other's transposes.
 """
 
 from typing import Any
@@ -229,7 +230,7 @@ def carry_kernel(
 @triton.jit(do_not_specialize=["T", "segment_tokens", "num_segments"])
 def outputs_kernel(
     q, k, v, out, states, initial, final, log_decay, seen_before, cu_seqlens, segment_rows, scale,
-    T, segment_tokens, num_segments, H, K: tl.constexpr, V: tl.constexpr,
+    T, segment_tokens, num_segments, H, K: tl.constexpr, V: tl.constexpr, states_key, states_value,
     initial_row, initial_head, initial_key, initial_value,
     C: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     REVERSE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
@@ -256,7 +257,8 @@ def outputs_kernel(
     state_KV = tl.zeros([BK, BV], dtype=tl.float32)
     if states is not None:
         states += (index.to(tl.int64) * H + head) * K * V
-        state_KV = tl.load(states + k_K[:, None] * V + v_V[None, :], mask=in_state_KV, other=0.0)
+        at_KV = states + k_K[:, None] * states_key + v_V[None, :] * states_value
+        state_KV = tl.load(at_KV, mask=in_state_KV, other=0.0)
     elif initial is not None:
         initial += row.to(tl.int64) * initial_row + head * initial_head
         state_KV = tl.load(
@@ -364,7 +366,61 @@ def attend(
     is read is rounded too; float16 in tf32, which has its precision and the range that sums need; float32 in three
     products of tf32.
     """
-    return scan(q_BTHK, k_BTHK, v_BTHV, log_decay_H, float(scale), initial_state_BHKV, mask_BT, cu_seqlens, False)
+    return _scan(q_BTHK, k_BTHK, v_BTHV, log_decay_H, float(scale), initial_state_BHKV, mask_BT, cu_seqlens, False)
+
+
+def _scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    states = _states_between(k, v, log_decay, scale, initial, mask, cu_seqlens, reverse)
+    return scan(q, k, v, log_decay, scale, initial, mask, cu_seqlens, reverse, states)
+
+
+def _num_rows(k: Tensor, cu_seqlens: Tensor | None) -> int:
+    return k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _is_steps(k: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> bool:
+    return k.shape[1] <= FEW_TOKENS * _num_rows(k, cu_seqlens) and not reverse
+
+
+def _segment_tokens(k: Tensor) -> int:
+    """Return the tokens of a segment, whole chunks."""
+    B, T, H, _ = k.shape
+    segments = min(triton.cdiv(PROGRAMS, max(1, B * H)), triton.cdiv(T, MIN_SEGMENT))
+    return triton.cdiv(triton.cdiv(T, segments), CHUNK) * CHUNK
+
+
+def _num_segments(k: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Return how many segments all rows have; of packed rows, the most they can have."""
+    B, T = k.shape[:2]
+    segment_tokens = _segment_tokens(k)
+    return B * triton.cdiv(T, segment_tokens) if cu_seqlens is None else T // segment_tokens + _num_rows(k, cu_seqlens)
+
+
+@torch.no_grad()
+def _states_between(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+) -> Tensor | None:
+    """Return the states before all segments of a scan, None where each row is one. The scan of (v, k) has their transposes."""
+    if _is_steps(k, cu_seqlens, reverse) or _segment_tokens(k) >= k.shape[1]:
+        return None
+    return states_between(k, v, log_decay, scale, initial, mask, cu_seqlens, reverse)
 
 
 def _empty(
@@ -377,15 +433,15 @@ def _empty(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: bool,
+    states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     H, K = q.shape[2:]
-    return v.new_empty(v.shape), q.new_empty(rows, H, K, v.shape[-1], dtype=torch.float32)
+    return v.new_empty(v.shape), q.new_empty(_num_rows(q, cu_seqlens), H, K, v.shape[-1], dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, log_decay, ctx.scale, initial, mask, cu_seqlens, ctx.reverse = inputs
-    ctx.save_for_backward(q, k, v, log_decay, initial, mask, cu_seqlens)
+    q, k, v, log_decay, ctx.scale, initial, mask, cu_seqlens, ctx.reverse, states = inputs
+    ctx.save_for_backward(q, k, v, log_decay, initial, mask, cu_seqlens, states)
     ctx.set_materialize_grads(False)
 
 
@@ -399,27 +455,31 @@ def _gradients(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[
 
     and the derivatives of either are sums of these forms: those of q in its own direction, the others in the opposite.
     """
-    q, k, v, log_decay, initial, mask, cu_seqlens = ctx.saved_tensors
+    q, k, v, log_decay, initial, mask, cu_seqlens, states = ctx.saved_tensors
     wants_q, wants_k, wants_v, _, _, wants_initial, *_ = ctx.needs_input_grad
     if d_out is None:
         d_out = torch.zeros_like(v)
     d_q = d_k = d_v = d_initial = None
 
-    def gradient(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
-        return scan(q, k, v, log_decay, ctx.scale, state, mask, cu_seqlens, reverse)
-
+    shared, back = (log_decay, ctx.scale), not ctx.reverse
     if wants_q:
-        d_q, _ = gradient(d_out, v, k, None if initial is None else initial.mT, ctx.reverse)
+        before = None if states is None else states.mT
+        start = None if initial is None else initial.mT
+        d_q, _ = scan(d_out, v, k, *shared, start, mask, cu_seqlens, ctx.reverse, before)
+    if wants_k or wants_v or wants_initial:
+        after = _states_between(q, d_out, *shared, d_final, mask, cu_seqlens, back)
     if wants_k:
-        d_k, _ = gradient(v, d_out, q, None if d_final is None else d_final.mT, not ctx.reverse)
+        after_k = None if after is None else after.mT
+        end = None if d_final is None else d_final.mT
+        d_k, _ = scan(v, d_out, q, *shared, end, mask, cu_seqlens, back, after_k)
     if wants_v or wants_initial:
-        d_v, d_initial = gradient(k, q, d_out, d_final, not ctx.reverse)
-    return d_q, d_k, d_v, None, None, d_initial if wants_initial else None, None, None, None
+        d_v, d_initial = scan(k, q, d_out, *shared, d_final, mask, cu_seqlens, back, after)
+    return d_q, d_k, d_v, None, None, d_initial if wants_initial else None, None, None, None, None
 
 
 @gpu.operator(
     "lightning_scan(Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? initial, Tensor? mask, "
-    "Tensor? cu_seqlens, bool reverse) -> (Tensor, Tensor)",
+    "Tensor? cu_seqlens, bool reverse, Tensor? states=None) -> (Tensor, Tensor)",
     fake=_empty,
     setup_context=_keep,
     backward=_gradients,
@@ -434,16 +494,20 @@ def scan(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: bool,
+    states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return each token's output, (B, T, H, V), and the last state: see `_gradients` for both directions."""
+    """Return each token's output, (B, T, H, V), and the last state: see `_gradients` for both directions.
+
+    states: what `_states_between` returns for the same call: not an input, but work done already.
+    """
     out, final = _empty(q, k, v, log_decay, scale, initial, mask, cu_seqlens, reverse)
     if final.numel() == 0:
         return out.zero_(), final
     log_decay = log_decay.to(torch.float32).contiguous()
-    if q.shape[1] <= FEW_TOKENS * final.shape[0] and not reverse:
+    if _is_steps(k, cu_seqlens, reverse):
         _steps(q, k, v, out, initial, final, log_decay, mask, cu_seqlens, scale)
     else:
-        _chunks(q, k, v, out, initial, final, log_decay, mask, cu_seqlens, scale, reverse)
+        _chunks(q, k, v, out, states, initial, final, log_decay, mask, cu_seqlens, scale, reverse)
     return out, final
 
 
@@ -481,6 +545,7 @@ def _chunks(
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    states: Tensor | None,
     initial: Tensor | None,
     final: Tensor,
     log_decay: Tensor,
@@ -489,51 +554,84 @@ def _chunks(
     scale: float,
     reverse: bool,
 ) -> None:
-    B, T = q.shape[:2]
+    T = q.shape[1]
     rows, H, K, V = final.shape
-    width, value_width = _padded(K), _padded(V)
-    flags = {"REVERSE": reverse, "MASKED": mask is not None, "PACKED": cu_seqlens is not None}
-    wide, precision = _products(q.dtype)
-    products = {"C": CHUNK if wide == tl.bfloat16 or width <= 128 else CHUNK // 2, "WIDE": wide, "PRECISION": precision}
-    seen_before = None
-    if mask is not None:
-        seen_before = torch.nn.functional.pad(mask.cumsum(1, dtype=torch.int32), (1, 0))
-    tokens = [gpu.strided(x) for x in (q, k, v)]
+    segment_tokens, row_segments, segments, segment_rows = T, 1, rows, None
+    state_strides: tuple[int, ...] = (0, 0)
+    if states is not None:
+        segment_tokens, row_segments, segments, segment_rows = _segments(k, cu_seqlens)
+        state_strides = states.stride()[2:]
+    outputs_kernel[lambda tile: (segments * H * triton.cdiv(V, tile["BV"]),)](
+        *(*map(gpu.strided, (q, k, v)), out, states, initial, final, log_decay, _seen_before(mask), cu_seqlens),
+        *(segment_rows, scale, T, segment_tokens, row_segments, H, K, V, *state_strides, *_strides(initial)),
+        BK=_padded(K),
+        **_products(q.dtype, _padded(K)),
+        **_flags(mask, cu_seqlens, reverse),
+    )
 
-    segments = min(triton.cdiv(PROGRAMS, B * H), triton.cdiv(T, MIN_SEGMENT))
-    segment_tokens = triton.cdiv(triton.cdiv(T, segments), CHUNK) * CHUNK
-    states = segment_rows = None
-    row_segments, all_segments = 1, rows
-    if segment_tokens < T:
-        row_segments = triton.cdiv(T, segment_tokens)
-        all_segments = B * row_segments
-        if cu_seqlens is not None:
-            segment_rows = _segment_rows(cu_seqlens, T, segment_tokens)
-            all_segments = segment_rows.shape[0]
-        sizes = (T, segment_tokens, row_segments, H, K, V)
-        states = final.new_empty(all_segments, H, K, V)
-        k_tile, v_tile = min(width, 128), min(value_width, 128)
-        states_kernel[(all_segments * H * triton.cdiv(K, k_tile) * triton.cdiv(V, v_tile),)](
-            *(*tokens[1:], states, log_decay, seen_before, cu_seqlens, segment_rows, scale, *sizes),
-            BK=k_tile,
-            BV=v_tile,
-            **products,
-            **flags,
-            num_warps=8 if k_tile * v_tile == 128 * 128 else 4,
-            num_stages=3 if wide == tl.bfloat16 else 2,
-        )
-        carry_kernel[(rows * H * triton.cdiv(K * V, CARRY_BLOCK),)](
-            *(states, initial, log_decay, seen_before, cu_seqlens, *sizes, *_strides(initial)),
-            BLOCK=CARRY_BLOCK,
-            **flags,
-        )
-    outputs_kernel[lambda tile: (all_segments * H * triton.cdiv(V, tile["BV"]),)](
-        *(*tokens, out, states, initial, final, log_decay, seen_before, cu_seqlens, segment_rows, scale),
-        *(T, segment_tokens, row_segments, H, K, V, *_strides(initial)),
-        BK=width,
+
+def _empty_states(k: Tensor, v: Tensor, *others: object) -> Tensor:
+    cu_seqlens = others[4]
+    assert cu_seqlens is None or isinstance(cu_seqlens, Tensor)
+    return k.new_empty(_num_segments(k, cu_seqlens), *k.shape[2:], v.shape[-1], dtype=torch.float32)
+
+
+@gpu.operator(
+    "lightning_states(Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? initial, Tensor? mask, "
+    "Tensor? cu_seqlens, bool reverse) -> Tensor",
+    fake=_empty_states,
+)
+def states_between(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+) -> Tensor:
+    """Return the state before each segment (reversed: after it), (segments, H, K, V) float32."""
+    states = _empty_states(k, v, log_decay, scale, initial, mask, cu_seqlens, reverse)
+    segments, H, K, V = states.shape
+    if not states.numel():
+        return states
+    segment_tokens, row_segments, segments, segment_rows = _segments(k, cu_seqlens)
+    log_decay, seen_before = log_decay.to(torch.float32).contiguous(), _seen_before(mask)
+    sizes = (k.shape[1], segment_tokens, row_segments, H, K, V)
+    k_tile, v_tile = min(_padded(K), 128), min(_padded(V), 128)
+    flags, products = _flags(mask, cu_seqlens, reverse), _products(k.dtype, _padded(K))
+    states_kernel[(segments * H * triton.cdiv(K, k_tile) * triton.cdiv(V, v_tile),)](
+        *(*map(gpu.strided, (k, v)), states, log_decay, seen_before, cu_seqlens, segment_rows, scale, *sizes),
+        BK=k_tile,
+        BV=v_tile,
         **products,
         **flags,
+        num_warps=8 if k_tile * v_tile == 128 * 128 else 4,
+        num_stages=3 if k.dtype == torch.bfloat16 else 2,
     )
+    carry_kernel[(_num_rows(k, cu_seqlens) * H * triton.cdiv(K * V, CARRY_BLOCK),)](
+        *(states, initial, log_decay, seen_before, cu_seqlens, *sizes, *_strides(initial)),
+        BLOCK=CARRY_BLOCK,
+        **flags,
+    )
+    return states
+
+
+def _segments(k: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, Tensor | None]:
+    """Return the tokens of a segment, the segments of a row and of all, and of packed rows the row of each."""
+    segment_tokens = _segment_tokens(k)
+    rows = None if cu_seqlens is None else _segment_rows(cu_seqlens, k.shape[1], segment_tokens)
+    return segment_tokens, triton.cdiv(k.shape[1], segment_tokens), _num_segments(k, cu_seqlens), rows
+
+
+def _seen_before(mask: Tensor | None) -> Tensor | None:
+    """Return how many tokens lie before each column and at the end, (B, T + 1)."""
+    return None if mask is None else torch.nn.functional.pad(mask.cumsum(1, dtype=torch.int32), (1, 0))
+
+
+def _flags(mask: Tensor | None, cu_seqlens: Tensor | None, reverse: bool) -> dict[str, bool]:
+    return {"REVERSE": reverse, "MASKED": mask is not None, "PACKED": cu_seqlens is not None}
 
 
 def _segment_rows(cu_seqlens: Tensor, T: int, segment_tokens: int) -> Tensor:
@@ -549,14 +647,14 @@ def _segment_rows(cu_seqlens: Tensor, T: int, segment_tokens: int) -> Tensor:
     return (torch.searchsorted(first_N, index_S, right=True) - 1).to(torch.int32)
 
 
-def _products(dtype: torch.dtype) -> tuple[tl.dtype, str]:
-    """Return what products are made of, and how those of float32 are made."""
+def _products(dtype: torch.dtype, width: int) -> dict[str, Any]:
+    """Return the tokens of a chunk, what products are made of, and how those of float32 are made."""
     if dtype == torch.bfloat16:
-        return tl.bfloat16, "tf32"
-    if dtype == torch.float16:
-        # sums pass the range of float16; tf32 has its precision
-        return tl.float32, "tf32"
-    return tl.float32, "tf32x3" if torch.version.hip is None else "ieee"
+        return {"C": CHUNK, "WIDE": tl.bfloat16, "PRECISION": "tf32"}
+    # sums pass the range of float16; tf32 has its precision
+    exact = "tf32x3" if torch.version.hip is None else "ieee"
+    precision = "tf32" if dtype == torch.float16 else exact
+    return {"C": CHUNK if width <= 128 else CHUNK // 2, "WIDE": tl.float32, "PRECISION": precision}
 
 
 def _padded(width: int) -> int:

@@ -282,20 +282,22 @@ def _walk(
     EDGE: tl.constexpr,
 ):
     """Add entries begin..end-1 of a list to the running softmax; EDGE where a row may not see some of their keys."""
-    for i in range(begin, end):
-        score_MN, _, chose_M, part, place_N, is_key_N = score_entry(
-            tl.load(entries + i), b, g, q_MK, k, pages, place_M, position_M, K, scale_log2,
-            BLOCK, KEYS, WIDTH, BITS, PAGE, EDGE,
-        )  # fmt: skip
-        higher_M = tl.where(chose_M, tl.maximum(peak_M, tl.max(score_MN, 1)), peak_M)
-        # a row that did not choose the block, or sees none of it, gets no weight from it
-        nothing_M = higher_M == -float("inf")
-        weight_MN = tl.exp2(score_MN - tl.where(chose_M & (nothing_M == 0), higher_M, float("inf"))[:, None])
-        shrink_M = tl.exp2(peak_M - tl.where(nothing_M, 0.0, higher_M))
-        sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
-        v_NV = load_block(v, part, g, place_N, is_key_N, V, VALUE_WIDTH)
-        out_MV = tl.dot(weight_MN.to(v_NV.dtype), v_NV, out_MV * shrink_M[:, None], input_precision=PRECISION)
-        peak_M = higher_M
+    # a loop that may be left out has its sums started elsewhere, and then each product waits for the one before
+    if begin < end:
+        for i in range(begin, end):
+            score_MN, _, chose_M, part, place_N, is_key_N = score_entry(
+                tl.load(entries + i), b, g, q_MK, k, pages, place_M, position_M, K, scale_log2,
+                BLOCK, KEYS, WIDTH, BITS, PAGE, EDGE,
+            )  # fmt: skip
+            higher_M = tl.where(chose_M, tl.maximum(peak_M, tl.max(score_MN, 1)), peak_M)
+            # a row that did not choose the block, or sees none of it, gets no weight from it
+            nothing_M = higher_M == -float("inf")
+            weight_MN = tl.exp2(score_MN - tl.where(chose_M & (nothing_M == 0), higher_M, float("inf"))[:, None])
+            shrink_M = tl.exp2(peak_M - tl.where(nothing_M, 0.0, higher_M))
+            sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
+            v_NV = load_block(v, part, g, place_N, is_key_N, V, VALUE_WIDTH)
+            out_MV = tl.dot(weight_MN.to(v_NV.dtype), v_NV, out_MV * shrink_M[:, None], input_precision=PRECISION)
+            peak_M = higher_M
     return peak_M, sum_M, out_MV
 
 

@@ -60,6 +60,8 @@ def gradients(
     widths = [max(16, triton.next_power_of_2(width)) for width in (K, V)]
     num_stages = stages(2, v_BSGV.dtype, *widths)
     warps = 8 if tokens * heads > 64 or max(widths) > 128 else 4
+    # eight share the products of a tile badly, and are needed where its sums do not fit into the registers of four
+    key_warps = 8 if max(widths) * v_BSGV.dtype.itemsize > 256 else 4
     tensors = [gpu.strided(x) for x in (grad_BTHV, q_BTHK, k_BSGK, v_BSGV)]
     _queries[triton.cdiv(T, tokens), B * G](
         *tensors, out_BTHV, positions_BT, log_BTH, delta_BTH, lists_BGNL, counts_BGN2, dq_BTHK,
@@ -73,7 +75,7 @@ def gradients(
         _keys[num_blocks, B * G](
             *tensors, positions_BT, log_BTH, delta_BTH, order, bounds, dk_BSGK, dv_BSGV,
             T, S, first, chunk, G * table_BTGN.shape[3], num_blocks, scale_log2, scale, group, G, K, V,
-            block_size, keys, tokens, heads, *widths, num_warps=8, num_stages=num_stages,
+            block_size, keys, tokens, heads, *widths, num_warps=key_warps, num_stages=num_stages,
         )  # fmt: skip
     return dq_BTHK, dk_BSGK.to(k_BSGK.dtype), dv_BSGV.to(v_BSGV.dtype)
 
