@@ -91,6 +91,13 @@ def test_two_ranks_go_on_on_two_and_on_one(kind: str, folder: Path, done: Any, t
         assert one[2:] == pytest.approx(two[2:], rel=1e-4, abs=1e-5)
 
 
+def test_a_conversion_on_two_ranks_is_that_of_one_process(done: Any) -> None:
+    two, one = (runs.outcome(done("conversion", num_ranks)[0], num_ranks).steps for num_ranks in (2, 1))
+    assert [step[:2] for step in two] == [step[:2] for step in one]
+    for ours, wanted in zip(two, one, strict=True):
+        assert ours[2:] == pytest.approx(wanted[2:], rel=1e-5, abs=1e-6)
+
+
 def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_one(folder: Path, tmp_path: Path) -> None:
     given = runs.recipe("shards", folder, mesh={"dp_shard": 2})
     stops = ranks.spawn(2, runs.work, tmp_path, given, folder, tmp_path / "run", spoil=3, on_rank=1)

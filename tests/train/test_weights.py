@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,6 +26,8 @@ from sala.train.parallel import Parallel, World, shadow
 from sala.train.recipe import Mesh, Optimizer
 from sala.train.weights import PREFIX, Weights
 from train import ranks, runs
+
+on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory as Linux tells it")
 
 
 def large(kind: str, words: int, width: int, layers: int) -> MiniCPMSALAForCausalLM:
@@ -104,6 +107,7 @@ def stage_of_a_checkpoint(world: World, folder: Path, files: Path | None) -> dic
     return {name: num_bytes / size_of(model) for name, num_bytes in taken.items()}
 
 
+@on_linux
 def test_a_stage_on_two_ranks_takes_half_a_model_of_each(tmp_path: Path) -> None:
     large("lightning-attn", ranks.X, 320, 12).bfloat16().save_pretrained(tmp_path)
     for taken in ranks.spawn(2, stage_of_a_checkpoint, tmp_path, tmp_path, tmp_path):
@@ -137,6 +141,7 @@ def conversion(world: World, given: Any, folder: Path, out: Path) -> list[float]
     return [*taken, private.now() / size_of(hybrid)]
 
 
+@on_linux
 def test_a_conversion_on_two_ranks_holds_no_model_between_its_stages(tmp_path: Path) -> None:
     runs.prepare(tmp_path)
     tokenizer, out = load_tokenizer(tmp_path), tmp_path / "run"
