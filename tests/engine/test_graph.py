@@ -10,18 +10,21 @@ from devices import GPU
 from model.shapes import TINY_SPARSE, tiny_model, tokens
 from sala.engine import Sampling, generate, graph
 from sala.engine.generate import prefill
-from sala.engine.graph import Steps, obstacle
+from sala.engine.graph import Steps, looks, obstacle
 from sala.engine.sampling import Sampler
 from sala.errors import InputError
-from sala.model import MiniCPMSALAForCausalLM, new_cache
+from sala.model import MiniCPMSALAForCausalLM, SalaCache, new_cache
+from sala.model.cache import LightningCache
 from sala.ops import constants
 
+# four blocks of 16 are read, one of them freely chosen
+CHOOSING = {**TINY_SPARSE, "window_size": 16, "topk": 3}
 KINDS = {
-    "hybrid": {},
+    "hybrid": {"sparse_config": CHOOSING},
     "attention": {"mixer_types": ["attention"] * 4, "attn_use_rope": True, "attention_qk_norm": True},
-    "exact": {"mixer_types": ["minicpm4"] * 4, "sparse_config": {**TINY_SPARSE, "normalizer": "exact"}},
-    "whole-rows": {"sparse_config": {**TINY_SPARSE, "dense_rule": "sequence", "dense_len": 80}},
-    "scaled-logits": {"attn_logits_scaling": 20, "lightning_nkv": 2},
+    "exact": {"mixer_types": ["minicpm4"] * 4, "sparse_config": {**CHOOSING, "normalizer": "exact"}},
+    "whole-rows": {"sparse_config": {**CHOOSING, "dense_rule": "sequence", "dense_len": 80}},
+    "scaled-logits": {"attn_logits_scaling": 20, "lightning_nkv": 2, "sparse_config": CHOOSING},
 }
 
 
@@ -72,14 +75,14 @@ def test_steps_are_the_model_s_own(kind: str, prompt: int, new: int) -> None:
 
 @pytest.mark.skipif(GPU, reason="interprets the kernels")
 def test_steps_through_the_kernels_for_gpus_are_the_model_s_own(chosen_on: Callable[..., None]) -> None:
-    # 24 tokens are read whole
-    sparse = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8, "window_size": 8, "topk": 2, "dense_len": 1}
+    # 24 tokens are read whole, then three blocks of 8, one of them freely chosen
+    sparse = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8, "window_size": 0, "topk": 3, "dense_len": 1}
     model = tiny_model(num_hidden_layers=2, mixer_types=["minicpm4", "lightning-attn"], sparse_config=sparse)
-    check_against_the_model(model, 22, 4, 32, lambda: chosen_on("cpu", "lightning", "infllm"))
+    check_against_the_model(model, 22, 5, 32, lambda: chosen_on("cpu", "lightning", "infllm"))
 
 
 def test_the_cache_goes_on_where_steps_ended() -> None:
-    model = tiny_model()
+    model = tiny_model(**KINDS["hybrid"])
     steps, seen = steps_after(model, 50, 120)
     for _ in range(60):
         steps.next()
@@ -147,6 +150,13 @@ def sent_constants(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"sala.model.{user}.constant", constants._sent)
 
 
+def addresses(cache: SalaCache) -> list[int]:
+    """Return where everything is that a cache holds."""
+    held = [tensor.buffer for layer in cache.layers for tensor in layer.tensors()]
+    held += [layer.state_BHKV for layer in cache.layers if isinstance(layer, LightningCache)]
+    return [tensor.data_ptr() for tensor in held]
+
+
 def launches_of(steps: Steps) -> list[str]:
     with Launches() as launches:
         steps.next()
@@ -160,12 +170,14 @@ def test_every_step_is_the_same_launches(kind: str) -> None:
     steps, _ = steps_after(tiny_model(**KINDS[kind]), 30, 128, sampling)
     steps.capacity = 128
     steps.cache.hold(128)
+    places = addresses(steps.cache)
     first = launches_of(steps)
     assert len(first) > 50
     for length in (32, 64, 65, 120):
         while steps.length < length:
             steps.next()
         assert launches_of(steps) == first
+        assert addresses(steps.cache) == places
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,6 +223,15 @@ def test_recorded_draws_differ_from_step_to_step_and_not_by_seed() -> None:
             steps.next()
         drawn.append(seen[0, 40:].tolist())
     assert drawn[0] == drawn[1] and len(set(drawn[0])) > 10
+
+
+def test_an_operator_that_looks_at_positions_is_named() -> None:
+    assert looks(tiny_model(mixer_types=["lightning-attn", "attention"] * 2)) is None
+    assert "block-sparse attention runs through" in str(looks(tiny_model()))
+
+
+def test_the_kernels_for_gpus_look_at_nothing(on_meta: list[str]) -> None:
+    assert looks(tiny_model().to("meta")) is None
 
 
 def test_a_model_elsewhere_is_not_recorded_and_says_why() -> None:

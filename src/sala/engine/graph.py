@@ -8,7 +8,7 @@ from torch import Tensor
 from sala.engine.sampling import Sampler
 from sala.model import MiniCPMSALAForCausalLM, SalaCache
 from sala.model.config import FULL_ROWS
-from sala.ops.dispatch import explain
+from sala.ops.dispatch import choose, explain
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +20,20 @@ def obstacle(model: MiniCPMSALAForCausalLM) -> str | None:
     """Return why the model's steps cannot be recorded on its device, None when they can."""
     if model.device.type != "cuda":
         return f"the model is on {model.device}; graphs are CUDA's"
-    if not FULL_ROWS.keys().isdisjoint(model.config.mixer_types):
-        backend, reason = explain("infllm", model.device.type)
-        if backend != "triton":
-            return f"block-sparse attention runs through {backend}, which looks at positions ({reason})"
-    return None
+    return looks(model)
+
+
+def looks(model: MiniCPMSALAForCausalLM) -> str | None:
+    """Return which operator of the model's steps would look at numbers on its device, None when none does."""
+    assert model.config.head_dim is not None
+    if FULL_ROWS.keys().isdisjoint(model.config.mixer_types):
+        return None
+    query_111K = torch.empty(1, 1, 1, model.config.head_dim, dtype=model.dtype, device=model.device)
+    backend = choose("infllm", tensors=(query_111K,)).__name__.rpartition(".")[2]
+    if backend == "triton":
+        return None
+    reason = explain("infllm", model.device.type)[1]
+    return f"block-sparse attention runs through {backend}, which looks at positions ({reason})"
 
 
 class Steps:
