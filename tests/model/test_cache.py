@@ -8,10 +8,12 @@ from sala.errors import InputError
 from sala.model import Rows, new_cache
 from sala.ops.infllm import num_windows
 
+# four blocks of 16 are read, one of them freely chosen: compressed keys matter
+CHOOSING = {**TINY_SPARSE, "window_size": 16, "topk": 3}
 KINDS = {
-    "hybrid": {},
+    "hybrid": {"sparse_config": CHOOSING},
     "attention": {"mixer_types": ["attention"] * 4, "attn_use_rope": True, "attention_qk_norm": True},
-    "sparse": {"mixer_types": ["minicpm4"] * 4, "sparse_config": {**TINY_SPARSE, "normalizer": "exact"}},
+    "sparse": {"mixer_types": ["minicpm4"] * 4, "sparse_config": {**CHOOSING, "normalizer": "exact"}},
     "lightning": {"mixer_types": ["lightning-attn"] * 4, "lightning_nkv": 2},
     "scaled-logits": {"attn_logits_scaling": 20},
 }
