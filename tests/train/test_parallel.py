@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from sala.train.parallel import ONE_PROCESS, World
+from sala.train.parallel import ONE_PROCESS, World, shadow
 from sala.train.recipe import Mesh
 from train import ranks
 
@@ -31,6 +31,19 @@ def every_stage(world: World, meshes: list[Mesh]) -> dict[Any, Any]:
             steps = [(step.loss, step.gradient_norm, *step.layer_errors) for step in seen]
             results[str(mesh), name] = steps, {k: v.detach() for k, v in model.named_parameters()}
     return results
+
+
+def test_a_shadow_shares_memory_until_it_is_converted() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    model[1].bias.requires_grad_(False)
+    copy, numbers = shadow(model), model[0].weight.clone()
+    assert copy[1].weight is copy[0].weight is not model[0].weight
+    assert copy[0].weight.data_ptr() == model[0].weight.data_ptr()
+    assert [p.requires_grad for p in copy.parameters()] == [p.requires_grad for p in model.parameters()]
+    copy.bfloat16()
+    copy[0].weight.data.zero_()
+    assert model[0].weight.dtype == torch.float32 and torch.equal(model[0].weight, numbers)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MiniCPMSALA
     return model
 
 
-def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, world: World) -> MiniCPMSALAForCausalLM:
+def _new_model_for_all(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, world: World) -> MiniCPMSALAForCausalLM:
     """Return a new model whose weights rank 0 alone has drawn, for `Weights.own` to give to all."""
     with torch.device("cpu" if world.main else "meta"):
         model = new_model(recipe, tokenizer)
@@ -249,7 +249,7 @@ def train(
     StageRunner(recipe, data, observer, world).check()
     if isinstance(recipe, ConversionRecipe):
         require_same_shape(recipe, model.config)
-    network = model or _new_model(recipe, tokenizer, world)
+    network = model or _new_model_for_all(recipe, tokenizer, world)
     require_vocabulary(network.config, tokenizer)
     if isinstance(recipe, TrainingRecipe):
         for view, stage in zip(_views(recipe, network), recipe.stages, strict=True):

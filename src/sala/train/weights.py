@@ -48,7 +48,9 @@ class Weights:
             remove_files(self.folder)
 
     def own(self, module: Module, *, copy: bool = True) -> Module:
-        """Give `module` parameters that training it changes and no other module has; return it. Rank 0's numbers are everyone's.
+        """Give `module` parameters to train, which leaves those of all other modules as they are; return it.
+
+        The numbers are rank 0's.
 
         copy: False for a module that shares its parameters with none, which may keep them in private memory.
 
