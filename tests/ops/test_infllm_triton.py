@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from devices import GPU, memory_for
 from sala.errors import BackendError, InputError
@@ -158,13 +158,14 @@ def test_heads_may_lie_further_apart_than_32_bits_reach() -> None:
     assert torch.equal(kernels.compress(spread[1], 8, 4), tensors[3])
 
 
-@pytest.mark.parametrize(("normalizer", "G", "group"), [("coarse", 2, 2), ("exact", 1, 5)])
-def test_gradients_are_those_of_the_definition(normalizer: str, G: int, group: int) -> None:
-    geometry = replace(SMALL, normalizer=normalizer)
+# below position 109 all blocks are read, one more than are chosen
+@pytest.mark.parametrize(("normalizer", "G", "group", "dense_len"), [("coarse", 2, 2, 0), ("exact", 1, 5, 110)])
+def test_gradients_are_those_of_the_definition(normalizer: str, G: int, group: int, dense_len: int) -> None:
+    geometry = replace(SMALL, normalizer=normalizer, dense_len=dense_len)
     inputs = [x.requires_grad_() for x in qkv(21, 150, G, group)]
     wide = [x.detach().double().requires_grad_() for x in inputs]
     positions = run(130, 21).clone() - 1
-    positions[0, 3], positions[0, 10] = -1, 60
+    positions[0, 3], positions[0, 10], positions[0, 14], positions[0, 15] = -1, 60, 108, 103
     weight = torch.randn(1, 21, G * group, V, device=DEVICE)
     actual, expected = attend(*inputs, positions, geometry), attend(*wide, positions, geometry, "reference")
     assert_close(actual, expected.float())
@@ -300,13 +301,29 @@ class _Nothing:
         return lambda *arguments, **options: None
 
 
-def test_a_compiler_sees_the_shapes() -> None:
-    q, k, v = qkv(18, 150)
-    k1, k2 = tiers(k, SMALL)
-    with FakeTensorMode() as mode:
-        q, k, v, k1, k2, positions = (mode.from_tensor(x) for x in (q, k, v, k1, k2, run(132, 18)))
-        assert kernels.compress(k, 8, 4).shape == k1.shape
-        assert kernels.attend(q, k, v, k1, k2, positions, SMALL, SCALE, None).shape == (1, 18, 4, V)
+def test_torch_can_reason_about_every_operator() -> None:
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in qkv(3, 110, G=1))
+    k1, k2 = tiers(k.detach(), SMALL)
+    numbers, positions, first_sparse = select_module.numbers(SMALL), run(107, 3).int().contiguous(), torch.zeros(1)
+    table = torch.arange(7, dtype=torch.int32, device=DEVICE)[None]
+    pages = [x.detach().view(1, 7, 16, *x.shape[2:])[0] for x in (F.pad(x, (0, 0, 0, 0, 0, 2)) for x in (k, v))]
+    lists = positions, first_sparse.int().to(DEVICE)
+    operators = torch.ops.sala
+    attended = (q, k, v, k1, k2, *lists, None, numbers, 0, SCALE, True)
+    out, *kept = operators.infllm_triton_attend(*attended)
+    calls = [
+        (operators.infllm_triton_compress, (k.detach(), 8, 4)),
+        (operators.infllm_triton_select, (q.detach(), k1, k2, positions, numbers, SCALE)),
+        (operators.infllm_triton_attend, attended),
+        (operators.infllm_triton_attend, (q.detach(), *pages, k1, k2, *lists, table, numbers, 0, SCALE, False)),
+        (
+            operators.infllm_triton_gradients,
+            tuple(x.detach() if isinstance(x, Tensor) else x for x in (out, q, k, v, positions, out, *kept, 16, SCALE)),
+        ),
+    ]
+    for operator, inputs in calls:
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(operator.default, inputs, test_utils=checks)
 
 
 def test_what_the_kernels_do_not_take_is_refused() -> None:

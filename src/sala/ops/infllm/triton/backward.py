@@ -21,14 +21,15 @@ from sala.ops.infllm.triton.select import LIST_BITS, list_tile, stages
 QUERIES = 8192
 
 
-def _empty_like(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _empty(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    # in the order of their dimensions, however the tensors lie in memory
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 @gpu.operator(
     "infllm_triton_gradients(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor positions, Tensor out, Tensor log, "
     "Tensor lists, Tensor counts, Tensor table, int block_size, float scale) -> (Tensor, Tensor, Tensor)",
-    _empty_like,
+    _empty,
 )
 def gradients(
     grad_BTHV: Tensor,
