@@ -14,6 +14,11 @@ def test_every_recipe_of_the_package_can_be_planned(sala, name) -> None:
     assert "GPU-hours" in outcome.out and "In all" in outcome.out
 
 
+def test_the_paper_is_planned_on_a_cluster_of_another_size(sala) -> None:
+    plan = json.loads(sala("train", "minicpm-sala", "--dry-run", "--json", "--gpus", "256").out)
+    assert {stage["gpus"] for stage in plan["stages"]} == {256}
+
+
 def test_json_has_what_the_table_shows(sala) -> None:
     plan = json.loads(sala("train", "halo-qwen3-1.7b", "--dry-run", "--json", "--gpu", "a800").out)
     assert [stage["steps"] for stage in plan["stages"]] == [20_000, 20_000, 500]

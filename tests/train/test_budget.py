@@ -229,6 +229,18 @@ def test_hours_are_operations_over_what_the_cluster_does() -> None:
     assert not stage_budgets(recipe(), networks, cluster("100", precision="float32", memory_gib=1e-6, mfu=1))[0].fits
 
 
+def test_gpus_beyond_the_windows_share_them() -> None:
+    networks = Networks(config("attention", "lightning-attn"))
+
+    def mesh(gpus: int) -> tuple[int, int, int]:
+        machine = cluster("h100", precision="float32", mfu=0.4, gpus=gpus)
+        (row,) = stage_budgets(recipe(mesh={"dp_shard": 8, "cp": 2}), networks, machine)
+        assert row.hours == pytest.approx(row.gpu_hours / gpus)
+        return row.mesh.dp_replicate, row.mesh.dp_shard, row.mesh.cp
+
+    assert [mesh(16), mesh(32), mesh(64)] == [(1, 8, 2), (2, 8, 2), (1, 8, 8)]
+
+
 def test_a_cluster_that_does_not_fit_is_refused_with_what_would() -> None:
     networks = Networks(config("attention", "lightning-attn"))
 

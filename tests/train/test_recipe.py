@@ -63,7 +63,10 @@ def test_the_kind_follows_from_the_content() -> None:
         (changed(CONVERSION, "conversion.keep.count=2"), r"give one of fraction, count, layers"),
         (changed(CONVERSION, "conversion.keep.method=none"), r"fraction has no effect with method 'none'"),
         ([], r"list, not a mapping"),
-        (changed(TRAINING, "stages.0.tokens=48"), r"give one of steps, tokens; given: steps, tokens"),
+        (
+            TRAINING | {"stages": [TRAINING["stages"][0] | {"tokens": 48}]},
+            r"give one of steps, tokens; given: steps, tokens",
+        ),
         (changed(TRAINING, "stages.0.batch=null"), r"give one of batch, batch_tokens; given: none"),
         (changed(TRAINING, "stages.0.tokns=48"), r"unknown key 'tokns'; did you mean 'tokens'"),
         (
@@ -132,6 +135,19 @@ def test_halo_has_its_published_steps() -> None:
     assert stages == PUBLISHED_STEPS["halo-qwen3-1.7b"]
     # 8 GPUs x windows of a GPU x windows accumulated
     assert [stage.batch for stage in load_recipe("halo-qwen3-1.7b").stages] == [8 * 4, 8 * 12, 8 * 16]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_in_the_package_runs_on_one_number_of_ranks(name: str) -> None:
+    recipe = load_recipe(name)
+    assert len({recipe.mesh_of(stage).ranks for stage in recipe.stages}) == 1
+
+
+def test_an_override_takes_the_place_of_a_row_in_tokens() -> None:
+    settings = ("stages.align.steps=100", "stages.0.batch=64", "stages.long.tokens=209_715_200")
+    align, _, long = load_recipe("halo-qwen3-1.7b", settings).stages
+    assert (align.steps, align.batch, long.steps) == (100, 64, 100)
+    assert load_recipe("smoke", ["stages.align.tokens=640"]).stages[0].steps == 5
 
 
 def test_minicpm_sala_prints_as_its_table() -> None:

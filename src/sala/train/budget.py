@@ -444,9 +444,12 @@ def stage_memory(stage: Stage, networks: Networks, mesh: Mesh, recipe: Recipe) -
 
 
 def _on(recipe: Recipe, index: int, gpus: int | None) -> Mesh:
-    """Return the mesh of a stage with as many replicas as `gpus` have room for, or raise RecipeError."""
+    """Return the mesh of a stage with as many replicas as `gpus` have room for, or raise RecipeError.
+
+    Where its windows do not divide over them, more ranks share a window instead.
+    """
     stage = recipe.stages[index]
-    mesh = recipe.mesh_of(stage)
+    mesh = planned = recipe.mesh_of(stage)
     place = f"stages.{index} ({stage.name!r}): "
     if gpus is not None:
         copy = mesh.dp_shard * mesh.cp
@@ -457,6 +460,9 @@ def _on(recipe: Recipe, index: int, gpus: int | None) -> Mesh:
                 f"right would be {near}"
             )
         mesh = mesh.model_copy(update={"dp_replicate": gpus // copy})
+        if stage.batch % mesh.data_parallel and gpus % planned.ranks == 0:
+            longer = planned.model_copy(update={"cp": planned.cp * gpus // planned.ranks})
+            mesh = mesh if stage.length % longer.cp else longer
     try:
         require_mesh_fits(stage, mesh, place)
     except ValueError as error:

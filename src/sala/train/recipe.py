@@ -470,6 +470,10 @@ def _key(group: Any, key: str, path: str) -> str | int:
     raise RecipeError(f"--set {path}: no entry {key!r}; there are: {known}{nearest(key, names)}")
 
 
+# two ways to write a number of a stage, of which it has one
+OTHER_SPELLING = {"batch": "batch_tokens", "batch_tokens": "batch", "steps": "tokens", "tokens": "steps"}
+
+
 def _set(values: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     group: Any = values
@@ -479,6 +483,8 @@ def _set(values: dict[str, Any], path: str, value: Any) -> None:
             group[part] = {}
         group = group[key]
     group[_key(group, last, path)] = value
+    if parents[:1] == ["stages"] and len(parents) == 2 and last in OTHER_SPELLING and value is not None:
+        group.pop(OTHER_SPELLING[last], None)
 
 
 def override(values: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
