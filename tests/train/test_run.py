@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from sala.data import Document, train_tokenizer
-from sala.errors import InputError, RecipeError
+from sala.errors import InputError, RecipeError, SalaError
 from sala.model.families import load_model
 from sala.train.batches import Corpus, StepFeed, WindowBatch, read_corpus
 from sala.train.recipe import ConversionRecipe, TrainingRecipe, load_recipe, parse_recipe
@@ -165,6 +165,24 @@ def convert(tokenizer: Any, corpus: Corpus, out: Path, halo: Callable) -> tuple[
         tokenizer=tokenizer,
         data=corpus,
     )
+
+
+def test_latent_keys_that_cannot_be_frozen_are_refused_before_alignment(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> None:
+    latents = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    changes = {"mixer_types": ["latent-attention"] * 2, "attn_use_output_gate": False, "head_dim": None}
+    model = MODEL | latents | changes
+    teacher = new_model(training_recipe().model_copy(update={"model": model}), tokenizer)
+    recipe = smoke()
+    *first, last = recipe.stages
+    frozen = recipe.model_copy(update={"stages": (*first, last.model_copy(update={"freeze_qk": True}))})
+    scorers = Scorers(lambda *_, **__: pytest.fail("a conversion began"), lambda model: 0.0, lambda model: 0.0)
+    for run in (train, run_conversion):
+        start = {"model": teacher} if run is train else {"teacher": teacher}
+        with pytest.raises(SalaError, match="freeze_qk: latent attention makes keys and values in one projection"):
+            run(frozen, out=tmp_path / "run", scorers=scorers, tokenizer=tokenizer, data=corpus, **start)
+        assert not (tmp_path / "run").exists()
 
 
 def test_what_is_measured_on_is_packed_as_what_is_trained_on(corpus: Corpus) -> None:

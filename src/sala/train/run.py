@@ -74,6 +74,14 @@ def require_vocabulary(config: MiniCPMSALAConfig, tokenizer: PreTrainedTokenizer
         )
 
 
+def require_freezable(recipe: ConversionRecipe, teacher: Any) -> None:
+    """Raise SalaError when a stage freezes queries and keys that the teacher's kept layers do not have apart."""
+    if recipe.conversion.keep.method == "none" or recipe.conversion.keep.layers == ():
+        return
+    for stage in recipe.stages:
+        trainable_parameters(teacher, "all", freeze_qk=stage.freeze_qk)
+
+
 class Kept(Protocol):
     """The stages of a run that are done, by their last steps, and who puts back the one after them."""
 
@@ -249,6 +257,7 @@ def train(
     StageRunner(recipe, data, observer, world).check()
     if isinstance(recipe, ConversionRecipe):
         require_same_shape(recipe, model.config)
+        require_freezable(recipe, model)
     network = model or _new_model_for_all(recipe, tokenizer, world)
     require_vocabulary(network.config, tokenizer)
     if isinstance(recipe, TrainingRecipe):
@@ -378,6 +387,7 @@ def run_conversion(
     if out is not None and out.exists():
         raise InputError(f"output {str(out)!r} exists already; right would be a new folder")
     require_same_shape(recipe, teacher.config)
+    require_freezable(recipe, teacher)
     require_vocabulary(teacher.config, tokenizer)
     teacher = PRIVATE.own(teacher, copy=False)
     data = read_data(recipe, tokenizer) if data is None else data
