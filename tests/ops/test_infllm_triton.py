@@ -184,6 +184,31 @@ def test_a_whole_sequence_has_the_gradient_of_its_dense_beginning_and_its_sparse
         assert_close(a, b)
 
 
+@pytest.mark.parametrize("T", [1, 17])
+def test_the_first_window_counts_for_the_second_block(T: int) -> None:
+    geometry = replace(SMALL, kernel_size=32, kernel_stride=16, topk=3)  # one free block
+    q, k = torch.zeros(1, T, 1, K, device=DEVICE), torch.zeros(1, 336, 1, K, device=DEVICE)
+    q[..., 0], k[0, :16, 0, 0], k[0, 80:96, 0, 0] = 4, 4, 2
+    table = select(q, k, torch.full((1, T), 319, device=DEVICE), geometry)
+    assert table.tolist() == [[[[0, 1, 17, 18, 19]]] * T]
+
+
+def test_a_single_coarse_window_is_a_normaliser() -> None:
+    geometry = SparseGeometry(16, 8, 1, 8, 0, 4, 0)
+    q, k, _ = qkv(17, 96, G=1, group=4)
+    # of 64 tokens, 32 apart
+    assert torch.equal(select(q, k, run(63, 17), geometry), select(q, k, run(63, 17), geometry, "reference"))
+
+
+def test_the_sequence_rule_looks_at_the_rows_last_position() -> None:
+    geometry = replace(SMALL, dense_rule="sequence", dense_len=140)
+    q, k, v = qkv(3, 140, B=2, G=1)
+    # the first row's context is long enough, by its last query, the second's is not
+    positions = torch.tensor([[130, 120, 139], [130, 120, 138]], device=DEVICE)
+    expected = attend(q, k, v, positions, geometry, "reference")
+    assert_close(attend(q, k, v, positions, geometry), expected)
+
+
 def test_two_prefills_and_decoding_are_one_call() -> None:
     geometry = replace(SMALL, dense_len=108)
     q, k, v = qkv(132, 132, G=1)
@@ -237,7 +262,9 @@ def test_rows_are_independent_and_memory_behind_them_is_not_read(T: int) -> None
     actual = infllm_attention(q, k, v, k1, k2, positions, SMALL, scale=SCALE, backend="triton")
     assert_close(actual.detach(), expected)
     assert not actual[positions < 0].any()
-    for x in torch.autograd.grad(actual.sum(), (q, k, v)):
+    weight = torch.ones_like(actual)
+    weight[positions < 0] = torch.nan
+    for x in torch.autograd.grad(actual, (q, k, v), weight):
         assert x.isfinite().all()
 
 
