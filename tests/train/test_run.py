@@ -1,5 +1,6 @@
 """Whole runs write whole folders, or nothing."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from sala.data import Document, train_tokenizer
 from sala.errors import InputError, RecipeError, SalaError
 from sala.model.families import load_model
 from sala.train.batches import Corpus, StepFeed, WindowBatch, read_corpus
-from sala.train.recipe import ConversionRecipe, TrainingRecipe, load_recipe, parse_recipe
+from sala.train.recipe import ConversionRecipe, TrainingRecipe, load_recipe, override, parse_recipe
 from sala.train.run import Scorers, new_model, require_same_shape, run_conversion, sample, train
 
 TEXT = "def read(path):\n    return open(path).read()\n" * 40
@@ -108,6 +109,19 @@ def test_a_mesh_of_another_number_of_processes_is_refused(
     ):
         train(recipe, tmp_path / "run", tokenizer=tokenizer, data=corpus)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changes", [{"mesh": {"cp": 2}}, {"stages": [{"mesh": {"dp_replicate": 2}}]}])
+def test_the_mesh_that_is_told_to_be_right_is(
+    changes: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> None:
+    values = training_recipe().resolved
+    values["stages"] = [values["stages"][0] | changes.get("stages", [{}])[0]]
+    values |= {"mesh": changes.get("mesh", {})}
+    with pytest.raises(RecipeError, match="1 process runs") as refused:
+        train(parse_recipe(copy.deepcopy(values)), tmp_path / "run", tokenizer=tokenizer, data=corpus)
+    told = str(refused.value).partition("--set '")[2].rstrip("'")
+    train(parse_recipe(override(values, [told])), tmp_path / "run", tokenizer=tokenizer, data=corpus)
 
 
 def test_a_stage_switches_block_selection_on_and_off(

@@ -78,8 +78,8 @@ class World:
             raise failure
         return result
 
-    def parallel(self, mesh: Mesh, precision: str, place: str = "") -> "Parallel":
-        """Return how the processes share a stage.
+    def parallel(self, mesh: Mesh, precision: str, place: str = "", field: str = "mesh") -> "Parallel":
+        """Return how the processes share a stage; `field` is where its recipe has the mesh.
 
         Raises:
             RecipeError: the mesh is of another number of processes.
@@ -89,7 +89,7 @@ class World:
             raise RecipeError(
                 f"{place}the mesh is of {mesh.ranks} ranks ({sizes}), and {self.ranks} "
                 f"{'process runs' if self.ranks == 1 else 'processes run'}; right would be `torchrun --nproc-per-node "
-                f"{mesh.ranks} -m sala.cli ...`, or --set mesh.dp_shard={self.ranks}"
+                f"{mesh.ranks} -m sala.cli ...`, or --set '{field}={{dp_shard: {self.ranks}}}'"
             )
         if precision != "float32" and not dist.is_initialized():
             raise RecipeError(

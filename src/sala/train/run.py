@@ -144,8 +144,9 @@ class StageRunner:
 
     def _parallel(self, index: int) -> Parallel:
         stage = self.recipe.stages[index]
+        field = "mesh" if stage.mesh is None else f"stages.{stage.name}.mesh"
         return self.world.parallel(
-            self.recipe.mesh_of(stage), self.recipe.precision, f"stages.{index} ({stage.name!r}): "
+            self.recipe.mesh_of(stage), self.recipe.precision, f"stages.{index} ({stage.name!r}): ", field
         )
 
     def _feed(self, index: int, parallel: Parallel) -> Feed:
