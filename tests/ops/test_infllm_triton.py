@@ -193,6 +193,20 @@ def test_the_first_window_counts_for_the_second_block(T: int) -> None:
     assert table.tolist() == [[[[0, 1, 17, 18, 19]]] * T]
 
 
+def test_a_window_that_ends_in_the_future_counts_for_no_block() -> None:
+    geometry = replace(SMALL, init_blocks=0, window_size=0, topk=2)
+    q, k = torch.zeros(1, 2, 1, K, device=DEVICE), torch.zeros(1, 112, 1, K, device=DEVICE)
+    # the window of tokens 92..99 starts in block 5; a neighbour in the tile sees it
+    q[..., 0], k[0, 98:100, 0, 0], k[0, 32:40, 0, 0] = 4, 40, 1
+    assert select(q, k, torch.tensor([[97, 111]], device=DEVICE), geometry).tolist() == [[[[2, 6]], [[5, 6]]]]
+
+
+def test_blocks_are_scored_some_at_a_time_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select_module, "SCORE_BLOCKS", 16)
+    q, k, _ = qkv(17, 336, G=1, group=1)
+    assert torch.equal(select(q, k, run(319, 17), SMALL), select(q, k, run(319, 17), SMALL, "reference"))
+
+
 def test_a_single_coarse_window_is_a_normaliser() -> None:
     geometry = SparseGeometry(16, 8, 1, 8, 0, 4, 0)
     q, k, _ = qkv(17, 96, G=1, group=4)
