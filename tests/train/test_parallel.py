@@ -1,12 +1,16 @@
 """However many processes share a stage, it is the same stage."""
 
+import time
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from sala.train.parallel import ONE_PROCESS, World, shadow
+from sala.train.parallel import ONE_PROCESS, World, shadow, start_world
 from sala.train.recipe import Mesh
 from train import ranks
 
@@ -61,3 +65,23 @@ def test_losses_and_parameters_are_those_of_one_process(processes: int, meshes: 
             wanted_steps, wanted = alone[str(Mesh()), name]
             torch.testing.assert_close(torch.tensor(steps), torch.tensor(wanted_steps), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(parameters, wanted, **TOLERANCES.get(name, {"rtol": 1e-4, "atol": 1e-5}))
+
+
+def slow_main(world: World, folder: Path) -> str:
+    """Return what rank 0 found after longer than torch lets a sum over ranks take."""
+    dist.destroy_process_group()
+    store = dist.FileStore(str(folder / "second"), world.ranks)
+    short = {"store": store, "rank": world.rank, "world_size": world.ranks, "timeout": timedelta(seconds=0.5)}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dist, "init_process_group", partial(dist.init_process_group, **short))
+        patched.setenv("RANK", str(world.rank))
+        patched.setenv("WORLD_SIZE", str(world.ranks))
+        with start_world() as started:
+            found = started.on_main(lambda: time.sleep(1.5) or "found")
+            started.gather(None)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return found
+
+
+def test_ranks_wait_for_what_one_measures(tmp_path: Path) -> None:
+    assert ranks.spawn(2, slow_main, tmp_path, tmp_path) == ["found", "found"]

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,8 @@ from sala.train.recipe import Mesh
 Module = TypeVar("Module", bound=nn.Module)
 
 CPU = torch.device("cpu")
+# ranks wait for one that scores a candidate, measures, or writes the model; a sum over ranks has a limit of its own, torch's
+PATIENCE = timedelta(hours=12)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -35,11 +38,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: this one's rank, how many there are, and the device it computes on."""
+    """The processes of a run: this one's rank, how many there are, and the device it computes on.
+
+    objects: the group by which they tell each other what they found; None: the default one.
+    """
 
     rank: int = 0
     ranks: int = 1
     device: torch.device = CPU
+    objects: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -51,7 +58,7 @@ class World:
         if self.ranks == 1:
             return [value]
         values: list[Any] = [None] * self.ranks
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.objects)
         return values
 
     def agree(self, value: Any) -> Any:
@@ -121,7 +128,7 @@ def start_world(precision: str = "float32") -> Iterator[World]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield World(dist.get_rank(), ranks, device)
+        yield World(dist.get_rank(), ranks, device, dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
         dist.destroy_process_group()
 
