@@ -111,6 +111,17 @@ def test_a_mesh_of_another_number_of_processes_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_recipe_without_sources_says_what_it_reads(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> None:
+    said: list[str] = []
+    train(training_recipe(), tmp_path / "run", tokenizer=tokenizer, data=corpus, say=said.append)
+    assert said[0] == (
+        "the recipe names no sources: its 256 tokens are the package's own text and generated tasks "
+        f"(Python's standard library, {len(corpus.text):,} tokens)"
+    )
+
+
 @pytest.mark.parametrize("changes", [{"mesh": {"cp": 2}}, {"stages": [{"mesh": {"dp_replicate": 2}}]}])
 def test_the_mesh_that_is_told_to_be_right_is(
     changes: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus

@@ -154,6 +154,12 @@ class Corpus:
     def feed(self, stage: Stage, seed: int, rank: int = 0, ranks: int = 1) -> StepFeed:
         return StepFeed(self.batches(stage, seed), rank, ranks)
 
+    def summary(self, stages: Sequence[Stage]) -> str:
+        """Say what all stages draw from, for want of sources."""
+        ((what, text),) = self.describe().items()
+        tokens = sum(stage.tokens for stage in stages)
+        return f"the recipe names no sources: its {tokens:,} tokens are the package's own {what} ({text.rpartition(', ')[0]})"
+
     def describe(self) -> dict[str, str]:
         generated = " and generated tasks" if self.words is not None else ""
         return {f"text{generated}": f"Python's standard library, {len(self.text):,} tokens, {self._hash}"}

@@ -17,7 +17,7 @@ from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.model.checkpoint import output_folder
 from sala.model.families import config_from
 from sala.model.mixers import sparse_mixers, with_mixers
-from sala.train.batches import Data, Feed, ShardData, read_data
+from sala.train.batches import Corpus, Data, Feed, ShardData, read_data
 from sala.train.budget import Networks, model_flops, peak_flops
 from sala.train.card import model_card, versions
 from sala.train.folder import DEFAULTS, FINAL, Measured, RunFolder, RunOptions
@@ -266,9 +266,8 @@ def train(
             trainable_parameters(view, stage.trainable, freeze_qk=stage.freeze_qk)
     files = out if world.ranks > 1 else None
     with RunFolder(out, recipe, world, options) as folder, Weights(world, files) as weights:
-        if world.main and isinstance(data, ShardData):
-            for stage in recipe.stages:
-                say(data.summary(stage))
+        if world.main:
+            _say_what_is_read(data, recipe, say)
         there = folder.measured.once(START, lambda: start_of(model, origin, tokenizer, data))
         world.on_main(lambda: require_same_start(there, start_of(model, origin, tokenizer, data), out))
         runner = StageRunner(recipe, data, folder.recording(observer), world, folder, weights)
@@ -280,6 +279,14 @@ def train(
 
         world.on_main(write)
     return trained
+
+
+def _say_what_is_read(data: Data, recipe: Recipe, say: Callable[[str], None]) -> None:
+    if isinstance(data, ShardData):
+        for stage in recipe.stages:
+            say(data.summary(stage))
+    elif isinstance(data, Corpus):
+        say(data.summary(recipe.stages))
 
 
 def make_model(
@@ -400,6 +407,7 @@ def run_conversion(
 
     runner = StageRunner(recipe, data, note)
     runner.check()
+    _say_what_is_read(data, recipe, say)
     hybrid, report = _convert(recipe, teacher, scorers, runner, Measured(None, ONE_PROCESS), say)
     if out is not None:
         with output_folder(out) as folder:
