@@ -48,6 +48,18 @@ def test_adamw_moves_everything() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_weights_decay_and_norms_and_biases_do_not(kind: str) -> None:
+    parameters = named()
+    optimizers = make_optimizers(parameters, Optimizer(kind=kind, weight_decay=0.5))
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers.step(0.25)
+    for name, shape in NAMES.items():
+        wanted = torch.full(shape, 1 - 0.25 * 0.5 if len(shape) == 2 else 1.0)
+        torch.testing.assert_close(parameters[name].detach(), wanted, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_step_has_the_rate_it_is_given(kind: str) -> None:
     parameters = named()
     optimizers = make_optimizers(parameters, Optimizer(kind=kind))

@@ -59,7 +59,11 @@ class Optimizers:
 
 
 def _adamw(parameters: Parameters, settings: Optimizer) -> AdamW:
-    return AdamW(parameters, betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay, fused=True)
+    # a norm or a bias is a size of its own, not a weight that could be smaller
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return AdamW([group for group in groups if group["params"]], betas=settings.betas, eps=settings.epsilon, fused=True)
 
 
 def _muon(parameters: Parameters, settings: Optimizer) -> Muon:
