@@ -49,16 +49,17 @@ eager=(60 bench ops --op lightning --op infllm --phase prefill --length 16K --re
 million=(60 bench ops --op infllm --phase prefill --phase selection --length 1M --backend triton --repeats 2)
 latency_512k=(260 bench latency --shape minicpm-sala-9b --length 512K --chunk 8192 --new-tokens 16 --repeats 1)
 if [ -n "$DRY" ]; then
+    # the first to need the C++ operators builds them
     small=(--shape small-64x4 --length 2K --dtype float32 --repeats 1)
-    lightning=(60 bench ops --op lightning --phase prefill --phase training "${small[@]}")
-    infllm=(60 bench ops --op infllm --phase prefill --phase training --phase selection "${small[@]}")
-    latency=(60 bench latency --shape sala-10m --length 64 --length 256 --dtype float32 --chunk 128 --new-tokens 2 --repeats 1)
-    train=(60 bench train --shape sala-10m --length 128 --tokens 256 --steps 1 --warm-up 1 --topk 4 --blocks-length 256
+    lightning=(120 bench ops --op lightning --phase prefill --phase training "${small[@]}")
+    infllm=(120 bench ops --op infllm --phase prefill --phase training --phase selection "${small[@]}")
+    latency=(120 bench latency --shape sala-10m --length 64 --length 256 --dtype float32 --chunk 128 --new-tokens 2 --repeats 1)
+    train=(120 bench train --shape sala-10m --length 128 --tokens 256 --steps 1 --warm-up 1 --topk 4 --blocks-length 256
         --compile off)
-    steps=(60 bench ops --phase step "${small[@]}")
-    eager=(60 bench ops --op lightning --phase prefill "${small[@]}" --limit 5)
-    million=(60 bench ops --op infllm --phase selection "${small[@]}")
-    latency_512k=(60 bench latency --shape sala-10m --length 64 --dtype float32 --repeats 1 --new-tokens 1 --only twin)
+    steps=(120 bench ops --phase step "${small[@]}")
+    eager=(120 bench ops --op lightning --phase prefill "${small[@]}" --limit 5)
+    million=(120 bench ops --op infllm --phase selection "${small[@]}")
+    latency_512k=(120 bench latency --shape sala-10m --length 64 --dtype float32 --repeats 1 --new-tokens 1 --only twin)
 fi
 # the last ones only where time is left
 PARTS=${PARTS:-tests latency lightning infllm train steps eager million latency_512k}
