@@ -15,6 +15,7 @@ import pytest
 import torch
 import typer
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from bench.pretended_gpu import CPU, CUDA, NAME, OnTheCpu, pretend
@@ -188,6 +189,21 @@ def test_a_prompt_in_chunks_is_the_same_through_the_twins_attention(monkeypatch:
         cache = DynamicCache(config=config)
         parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split((33, 36, 1), dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-5)
+
+
+def test_cudnn_takes_the_twins_prompts_and_not_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    took: list[bool] = []
+
+    def noted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        took.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return q
+
+    monkeypatch.setattr(twin_module, "scaled_dot_product_attention", noted)
+    k = torch.zeros(1, 2, 9, 8)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        for tokens in (9, 1, 9):
+            twin_module.attend(None, torch.zeros(1, 4, tokens, 8), k, k, None, 1.0)
+    assert took == [True, False, True]
 
 
 # the script

@@ -1,12 +1,13 @@
 """The full-attention model as transformers runs it, on a GPU with the fastest kernels that torch has for its shape."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import cudnn_sdp_enabled, enable_cudnn_sdp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -34,7 +35,8 @@ def attend(
     if T == 1:
         # a group's heads as rows of one product: keys and values are read once a group
         q_BGHK = q_BHTK.reshape(B, G, H // G, K)
-        return scaled_dot_product_attention(q_BGHK, k_BGSK, v_BGSK, scale=scaling).reshape(B, 1, H, K), None
+        with _without_cudnn():
+            return scaled_dot_product_attention(q_BGHK, k_BGSK, v_BGSK, scale=scaling).reshape(B, 1, H, K), None
     out_BHTK = scaled_dot_product_attention(
         q_BHTK,
         k_BGSK,
@@ -45,6 +47,17 @@ def attend(
         enable_gqa=G != H,
     )
     return out_BHTK.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Keep cuDNN from steps: it builds a plan for every number of keys, and each token has one more than the last."""
+    enabled = cudnn_sdp_enabled()
+    enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        enable_cudnn_sdp(enabled)
 
 
 # without a mask function of that name transformers makes no mask
