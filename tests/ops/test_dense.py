@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sala.errors import BackendError, InputError
@@ -143,6 +145,19 @@ def test_flash_attention_is_told_that_queries_are_the_last_positions(monkeypatch
     # on the CPU torch makes a mask of what it would tell a GPU's kernel
     monkeypatch.setattr(eager, "_runs_flash_attention", lambda q, k, v: True)
     assert_close(dense_attention(q, k, v, None, scale=SCALE, start=18, backend="eager"), expected)
+
+
+def test_cudnn_comes_behind_kernels_that_need_no_plan_for_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders: list[list[int]] = []
+    order_now = torch._C._get_sdp_priority_order
+    monkeypatch.setattr(eager, "scaled_dot_product_attention", lambda *_, **__: orders.append(order_now()))
+    before = order_now()
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 3, 8, device="cuda:0")
+    eager._attention(x, x, x, is_causal=True)
+    cudnn = orders[0].index(SDPBackend.CUDNN_ATTENTION.value)
+    assert orders[0].index(SDPBackend.FLASH_ATTENTION.value) < cudnn < orders[0].index(SDPBackend.MATH.value)
+    assert order_now() == before
 
 
 @pytest.mark.gpu

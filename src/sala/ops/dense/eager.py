@@ -1,10 +1,12 @@
 """Dense attention through torch's scaled_dot_product_attention: differentiable, on every device."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +17,13 @@ from sala.ops.dense.positions import common_start, row_by_row
 MASK_ELEMENTS = 2**23
 # more queries a tile than this gain no speed
 TILE_QUERIES = 512
+# torch would take cuDNN's first, which builds a plan for every new shape: prompts, documents and steps all have their own
+KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def attend(
@@ -63,9 +72,7 @@ def _attend_unread(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, positions_BT:
     # a group's heads as rows of one product: keys and values are read once a group instead of once a head
     q_BGMK = q_BTHK.reshape(B, T, G, H // G, K).permute(0, 2, 3, 1, 4).reshape(B, G, -1, K)
     bias_B1MS = bias_BTS.repeat(1, H // G, 1)[:, None]
-    out_BGMV = scaled_dot_product_attention(
-        q_BGMK, k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2), attn_mask=bias_B1MS, scale=scale
-    )
+    out_BGMV = _attention(q_BGMK, k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2), attn_mask=bias_B1MS, scale=scale)
     return out_BGMV.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
@@ -95,6 +102,14 @@ def _wide_products(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left.to(wide), right.to(wide))
 
 
+def _attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, **options: Any) -> Tensor:
+    """Return torch's scaled_dot_product_attention, on a GPU by the first of `KERNELS` that takes them."""
+    if not q_BHTK.is_cuda:
+        return scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSV, **options)
+    with sdpa_kernel(KERNELS, set_priority=True):
+        return scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSV, **options)
+
+
 def recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
     """Return `function(*arguments)`, keeping only the arguments for the backward pass and not what lies between."""
     if not torch.is_grad_enabled():
@@ -119,18 +134,14 @@ def _attend_from(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, s
     if T == 1:
         # a group's heads as rows of one product: keys and values are read once a group instead of once a head
         q_BGHK = q_BTHK.reshape(B, G, H // G, K)
-        return scaled_dot_product_attention(q_BGHK, k_BGSK, v_BGSV, scale=scale).reshape(B, 1, H, -1)
+        return _attention(q_BGHK, k_BGSK, v_BGSV, scale=scale).reshape(B, 1, H, -1)
     if start == 0:
-        out_BHTV = scaled_dot_product_attention(
-            q_BTHK.transpose(1, 2), k_BGSK, v_BGSV, is_causal=True, scale=scale, enable_gqa=G != H
-        )
+        out_BHTV = _attention(q_BTHK.transpose(1, 2), k_BGSK, v_BGSV, is_causal=True, scale=scale, enable_gqa=G != H)
         return out_BHTV.transpose(1, 2)
     q_BHTK = q_BTHK.transpose(1, 2)
     if _runs_flash_attention(q_BHTK, k_BGSK, v_BGSV):
         from_the_end = causal_lower_right(T, start + T)
-        out_BHTV = scaled_dot_product_attention(
-            q_BHTK, k_BGSK, v_BGSV, attn_mask=from_the_end, scale=scale, enable_gqa=G != H
-        )
+        out_BHTV = _attention(q_BHTK, k_BGSK, v_BGSV, attn_mask=from_the_end, scale=scale, enable_gqa=G != H)
         return out_BHTV.transpose(1, 2)
     positions_T = torch.arange(start, start + T, device=q_BTHK.device)
     tile = _tile_of(start + T)
@@ -176,7 +187,7 @@ def _attend_tile(
     # only keys after the tile's first query are hidden from any
     later_CS = torch.arange(first, S, device=q_BCHK.device) > positions_C[:, None]
     bias_CS[:, first:].masked_fill_(later_CS, -torch.inf)
-    out_BHCV = scaled_dot_product_attention(
+    out_BHCV = _attention(
         q_BCHK.transpose(1, 2),
         k_BSGK[:, :S].transpose(1, 2),
         v_BSGV[:, :S].transpose(1, 2),
