@@ -12,7 +12,7 @@ from sala.engine import Sampling, generate, graph
 from sala.engine.generate import prefill
 from sala.engine.graph import Steps, looks, obstacle
 from sala.engine.sampling import Sampler
-from sala.errors import InputError
+from sala.errors import BackendError, InputError
 from sala.model import MiniCPMSALAForCausalLM, SalaCache, new_cache
 from sala.model.cache import LightningCache
 from sala.ops import constants
@@ -246,3 +246,10 @@ def test_a_model_elsewhere_is_not_recorded_and_says_why() -> None:
     assert obstacle(tiny_model()) == "the model is on cpu; graphs are CUDA's"
     with pytest.raises(InputError, match="no CUDA graph can be recorded: the model is on cpu"):
         generate(tiny_model(), None, [1, 2], Sampling(), graph=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it can be recorded")
+def test_a_step_that_cannot_be_recorded_is_one_error_that_says_what_to_do() -> None:
+    steps, _ = steps_after(tiny_model(), 40, 43)
+    with pytest.raises(BackendError, match=r"could not be recorded as a CUDA graph: .*--no-graph"):
+        steps._record(torch.Stream())

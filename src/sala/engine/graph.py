@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sala.engine.sampling import Sampler
+from sala.errors import BackendError
 from sala.model import MiniCPMSALAForCausalLM, SalaCache
 from sala.model.config import FULL_ROWS
 from sala.ops.dispatch import choose, explain
@@ -60,7 +61,11 @@ class Steps:
 
     @torch.inference_mode()
     def next(self) -> Tensor:
-        """Return the next token, int64 (1,), on the device; the step after may overwrite it."""
+        """Return the next token, int64 (1,), on the device; the step after may overwrite it.
+
+        Raises:
+            BackendError: the step cannot be recorded.
+        """
         if self.length > self.capacity:
             self._grow()
             self._run_aside()
@@ -103,9 +108,16 @@ class Steps:
         stream.wait_stream(self.recorder)
 
     def _record(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        if not self.sampler.greedy:
-            graph.register_generator_state(self.sampler.generator)
-        with torch.cuda.device(self.seen_1S.device), torch.cuda.graph(graph, stream=stream):
-            self._run()
+        try:
+            graph = torch.cuda.CUDAGraph()
+            if not self.sampler.greedy:
+                graph.register_generator_state(self.sampler.generator)
+            with torch.cuda.device(self.seen_1S.device), torch.cuda.graph(graph, stream=stream):
+                self._run()
+        except RuntimeError as error:
+            # nothing of it has run: what the step would have changed is as it was
+            raise BackendError(
+                f"a decoding step could not be recorded as a CUDA graph: {str(error).splitlines()[0]}; right would be to "
+                "decode without one (sala generate --no-graph, graph=False)"
+            ) from error
         return graph
