@@ -43,3 +43,10 @@ def test_learning_rates_of_different_size_share_a_logarithmic_axis_and_a_warm_up
     warm_up[0]["learning_rate"] = 1e-9
     assert draw([warm_up], "a run").get_axes()[1].get_yscale() == "linear"
     assert draw([warm_up, stage(1, "two", 3, learning_rate=1e-5)], "a run").get_axes()[2].get_yscale() == "log"
+
+
+def test_a_stage_of_one_step_is_seen() -> None:
+    for axes in draw([stage(0, "one", 1)], "a run").get_axes():
+        assert axes.lines[-1].get_marker() == "o"
+    for axes in draw([stage(0, "two", 2)], "a run").get_axes():
+        assert axes.lines[-1].get_marker() == ""

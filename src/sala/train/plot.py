@@ -89,7 +89,7 @@ def _over_all(
         if smoothed:
             values = _curve(axes, tokens, values, color)
         else:
-            axes.plot(tokens, values, color=color, linewidth=1.8)
+            _line(axes, tokens, values, color)
         curves.append(values)
         if index:
             axes.axvline(start, color="#9aa3ae", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
@@ -102,8 +102,13 @@ def _curve(axes: Axes, tokens: Sequence[int], values: Sequence[float], color: st
     """Draw every step faintly and their smoothed course over it; return the latter."""
     smoothed = smooth(values)
     axes.plot(tokens, values, color=color, linewidth=0.8, alpha=0.3)
-    axes.plot(tokens, smoothed, color=color, linewidth=1.8)
+    _line(axes, tokens, smoothed, color)
     return smoothed
+
+
+def _line(axes: Axes, tokens: Sequence[int], values: Sequence[float], color: str) -> None:
+    # a line through one point is not seen
+    axes.plot(tokens, values, color=color, linewidth=1.8, marker="o" if len(tokens) == 1 else "")
 
 
 def _axes(axes: Axes, label: str, values: Sequence[float]) -> None:
