@@ -71,13 +71,13 @@ def slow_main(world: World, folder: Path) -> str:
     """Return what rank 0 found after longer than torch lets a sum over ranks take."""
     dist.destroy_process_group()
     store = dist.FileStore(str(folder / "second"), world.ranks)
-    short = {"store": store, "rank": world.rank, "world_size": world.ranks, "timeout": timedelta(seconds=0.5)}
+    short = {"store": store, "rank": world.rank, "world_size": world.ranks, "timeout": timedelta(seconds=2)}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(dist, "init_process_group", partial(dist.init_process_group, **short))
         patched.setenv("RANK", str(world.rank))
         patched.setenv("WORLD_SIZE", str(world.ranks))
         with start_world() as started:
-            found = started.on_main(lambda: time.sleep(1.5) or "found")
+            found = started.on_main(lambda: time.sleep(3) or "found")
             started.gather(None)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return found
