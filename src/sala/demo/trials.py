@@ -94,8 +94,8 @@ def long_stage_dense(values: Values) -> None:
 
 
 def without_long_stage(values: Values) -> None:
-    shortest = min(stage["length"] for stage in values["stages"])
-    values["stages"] = [stage for stage in values["stages"] if stage["length"] == shortest]
+    longest = max(stage["length"] for stage in values["stages"])
+    values["stages"] = [stage for stage in values["stages"] if stage["length"] < longest]
 
 
 def without_alignment(values: Values) -> None:
@@ -142,7 +142,7 @@ TRIALS: dict[str, Trial] = {f"seed-{seed}": Trial("the recipe as it is", seed=se
     "rope-kept": Trial("rotary positions stay on the kept layers", keep_rope),
     "uniform": Trial("kept layers spread evenly instead of chosen", uniform),
     "all-linear": Trial("no layer stays attention", all_linear),
-    "without-long-stage": Trial("trained on the shortest windows only", without_long_stage),
+    "without-long-stage": Trial("trained without its longest windows", without_long_stage),
     "long-stage-dense": Trial("the long stage trained with full attention", long_stage_dense),
     "without-scaling": Trial("no logit scale on the kept layers", without_scaling),
     "without-alignment": Trial("layers scored and distilled with copied weights", without_alignment),
