@@ -1,10 +1,16 @@
-"""What holds for every test: one thread, a fixed seed, fresh memory that reads NaN, and where Triton runs."""
+"""What holds for every test: one thread, fixed seeds, fresh memory that reads NaN, and where Triton runs."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# the same examples every time, however busy the machine; `--hypothesis-profile=random` draws new ones
+for name, same in (("same", True), ("random", False)):
+    settings.register_profile(name, derandomize=same, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("same")
 
 GPU = torch.cuda.is_available()
 # without it torch refuses products of matrices on a GPU where all must be deterministic

@@ -32,7 +32,7 @@ def decoded(shards: Shards, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [tokenizer.decode(shards.read(i)[0].tolist()) for i in range(shards.num_documents)]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(values=st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=8), size=st.integers(1, 20))
 def test_documents_come_back_between_begin_and_end(
     tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory, values: list[str], size: int

@@ -158,7 +158,7 @@ def test_seeds_epochs_and_sources_have_different_orders(make: Make) -> None:
     assert first[:again] != first[again : 2 * again]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     steps=st.lists(st.integers(0, 5), min_size=1, max_size=4),
     ranks=st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=4, max_size=4),
@@ -279,7 +279,7 @@ def test_what_a_stage_reads_is_described(make: Make, code: Shards, web: Shards) 
     assert f"web: 33.3% of the windows, {epochs:.2f} epochs of" in text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=st.integers(1, 700), key=st.integers(0, 2**32))
 def test_a_shuffle_is_an_order_of_all_numbers(size: int, key: int) -> None:
     shuffle = Shuffle(size, (key,))

@@ -33,7 +33,7 @@ def test_no_piece_splits_a_character(tokenizer, encode):
     assert len([piece for piece in pieces if piece]) > 5
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=st.text(max_size=30))
 def test_pieces_are_the_whole_text(tokenizer, encode, text):
     assert stream(tokenizer, encode(text))[0].text == text
@@ -44,7 +44,7 @@ def test_an_answer_that_ends_inside_a_character_shows_that(tokenizer, encode):
     assert stream(tokenizer, ids)[0].text == tokenizer.decode(ids)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     text=st.text("abAB🌍é ", max_size=20),
     stop=st.lists(st.text("abA🌍é ", min_size=1, max_size=5), min_size=1, max_size=2),

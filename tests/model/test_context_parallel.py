@@ -40,7 +40,7 @@ def test_parts_of_every_kind_of_model_are_the_row(kind: str) -> None:
     assert_parts_are_the_row(kind, 1, [0, 1, 71, 156, 240])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_parts_of_any_packing_are_the_row(data: st.DataObject) -> None:
     ranks, part = data.draw(st.integers(1, 4), "ranks"), data.draw(st.integers(1, 60), "tokens a rank")

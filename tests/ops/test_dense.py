@@ -247,7 +247,7 @@ def test_the_number_of_threads_changes_no_bit(T: int, start: int, B: int) -> Non
 
 
 @needs_library
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_it_is_the_definition_for_all_sizes(data: st.DataObject) -> None:
     T, S = (data.draw(st.integers(1, most), name) for name, most in (("T", 90), ("S", 400)))

@@ -197,7 +197,7 @@ def test_two_prefills_are_one(backend: str, cut: int) -> None:
     assert_close(last, final)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths=st.lists(st.integers(1, 150), min_size=1, max_size=4), seed=st.integers(0, 2**31))
 def test_any_splits_are_one_call(lengths: list[int], seed: int) -> None:
     torch.manual_seed(seed)
@@ -405,7 +405,7 @@ def test_every_level_of_cpu_and_width_agrees_with_the_definition(
         assert_close(final, expected_final, dtype)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rows=st.integers(1, 3),
     T=st.integers(1, 200),
@@ -563,7 +563,7 @@ needs_triton = pytest.mark.skipif(gpu.unavailable() is not None, reason=str(gpu.
 
 
 @needs_triton
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     rows=st.integers(1, 2),
     T=st.integers(1, 160),

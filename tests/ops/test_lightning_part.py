@@ -31,7 +31,7 @@ def in_parts(ranks: int, inputs: list[Tensor], log_decay_H: Tensor, **options) -
     return torch.cat([out for out, _ in results], dim=1), [states for _, states in results]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_parts_of_a_row_are_the_row(data: st.DataObject) -> None:
     ranks, part = data.draw(st.integers(1, 4), "ranks"), data.draw(st.integers(1, 12), "tokens a rank")

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sala.errors import InputError
@@ -42,7 +42,6 @@ def test_spans_are_the_documents_of_a_part() -> None:
         spans_of(cu_seqlens, 5, ThreadContext(0, [None] * 3, None))
 
 
-@settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 5000), min_size=1, max_size=60))
 def test_padding_less_than_doubles_work_that_grows_with_the_square_of_a_length(lengths: list[int]) -> None:
     groups = similar_lengths(lengths)

@@ -131,7 +131,7 @@ def test_triton_rounds_where_plain_torch_does(backend: str, dtype: torch.dtype) 
 
 
 @with_cpu
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_shape_and_stride(data: st.DataObject) -> None:
     B, T, H = (data.draw(st.integers(1, 3)) for _ in range(3))

@@ -78,7 +78,7 @@ def test_every_head_width_and_group_selects_as_defined(
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_geometry_and_positions_select_as_defined(cpp: ModuleType, data: st.DataObject) -> None:
     def integer(low: int, high: int) -> int:
         return data.draw(st.integers(low, high))
