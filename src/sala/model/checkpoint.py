@@ -3,9 +3,9 @@
 import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -95,6 +95,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def output_folder(path: str | Path) -> Iterator[Path]:
     """Give a temporary folder beside `path` that takes its name once the block ends without an error.
 
+    What is in it may then be read by whoever may read any new file of this user's: safetensors writes for the user alone.
+
     Raises:
         InputError: `path` exists already.
         DiskError: it cannot be written, at the start or in the block.
@@ -104,11 +106,15 @@ def output_folder(path: str | Path) -> Iterator[Path]:
         raise InputError(f"output {str(target)!r} exists already; right would be a new folder")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        working = target.parent / f".{target.name}.{uuid4().hex}"
+        working.mkdir()
     try:
         with writing(target):
             yield working
-            working.chmod(0o755)  # mkdtemp's is private to the user
+            allowed = working.stat().st_mode & 0o666
+            for file in working.rglob("*"):
+                if file.is_file():
+                    file.chmod(file.stat().st_mode | allowed)
             working.rename(target)
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
