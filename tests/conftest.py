@@ -18,6 +18,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not GPU:
     # before anything imports Triton, which decides for good whether it compiles or interprets
     os.environ["TRITON_INTERPRET"] = "1"
+# what a verb prints is the same in a terminal, in a pipe and in CI: rich reads these, typer when it is imported
+for variable in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
+    os.environ.pop(variable, None)
+os.environ["COLUMNS"] = "80"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -56,7 +56,7 @@ def test_a_recipe_for_any_teacher_is_planned_with_the_one_given(sala, teacher) -
     ("arguments", "message"),
     [
         (("demo", "--dry-run", "--gpu", "h1000"), "'h1000' is not known"),
-        (("demo", "--dry-run", "--gpus", "3"), "8 windows a batch do not divide over 3 data-parallel ranks"),
+        (("demo", "--dry-run", "--gpus", "3"), "windows a batch do not divide over 3 data-parallel ranks"),
         (("demo", "--dry-run", "--out", "x"), "--out has no effect with --dry-run"),
         (("teacher", "--dry-run", "--teacher", "embedded-teacher"), "trains a model from scratch"),
         (("halo-llama", "--dry-run", "--teacher", "embedded-teacher"), "for a teacher with hidden_size = 2048"),
