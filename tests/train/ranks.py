@@ -2,7 +2,8 @@
 
 import dataclasses
 import multiprocessing as mp
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from multiprocessing import connection
@@ -184,3 +185,26 @@ def _rank(rank: int, ranks: int, work: Callable[..., Any], folder: Path, argumen
     torch.save(work(World(rank, ranks), *arguments), folder / f"{rank}.pt")
     if ranks > 1:
         dist.destroy_process_group()
+
+
+@contextmanager
+def another_process(work: Callable[..., Any], *arguments: Any) -> Iterator[None]:
+    """A process that has done `work(*arguments)` and lasts until the end of `with`."""
+    here, there = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=_last, args=(there, work, arguments))
+    process.start()
+    there.close()
+    # raises EOFError where the process has died
+    here.recv()
+    try:
+        yield
+    finally:
+        here.close()
+        process.join()
+    assert process.exitcode == 0
+
+
+def _last(there: connection.Connection, work: Callable[..., Any], arguments: Any) -> None:
+    work(*arguments)
+    there.send(None)
+    there.poll(None)

@@ -10,8 +10,8 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from multiprocessing import get_context
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from sala.errors import CheckpointError, DiskError
 from sala.train import checkpoint
 from sala.train.checkpoint import Checkpoints, Saved
-
-# torch is imported once for all processes that tests start
-PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["sala.train.checkpoint"])
+from sala.train.parallel import World
+from train import ranks
 
 EARLIER, LATER = "step-0000000010", "step-0000000020"
 
@@ -515,10 +513,9 @@ def step_twice(folder: Path, mesh: Any) -> list[Tensor]:
     return [*weights, module.weight.full_tensor().detach()]
 
 
-def two_ranks(rank: int, folder: Path) -> None:
-    """What one of two ranks does and finds; the tests below read what it found."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
+def two_ranks(world: World, folder: Path) -> dict[str, Any]:
+    """Return what one of two ranks finds, for the tests below."""
+    rank = world.rank
     mesh = init_device_mesh("cpu", (2,))
     checkpoints = Checkpoints(folder / "two")
     for step in (10, 20):
@@ -572,27 +569,15 @@ def two_ranks(rank: int, folder: Path) -> None:
         truncate(folder / "damaged" / LATER)
     dist.barrier()
     found["damaged"] = error_of(Checkpoints(folder / "damaged").newest)
-    torch.save(found, folder / f"rank-{rank}.pt")
-    dist.destroy_process_group()
-
-
-def start(target: Callable[..., None], *args: Any) -> Any:
-    process = PROCESSES.Process(target=target, args=args)
-    process.start()
-    return process
+    return found
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder that two ranks have worked in, and what each found."""
     folder = tmp_path_factory.mktemp("pair")
     Checkpoints(folder / "one", asynchronous=False).save(5, values(5), {})
-    processes = [start(two_ranks, rank, folder) for rank in range(2)]
-    for process in processes:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
-    yield folder, [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+    return folder, ranks.spawn(2, two_ranks, folder, folder)
 
 
 Pair = tuple[Path, list[dict[str, Any]]]
@@ -660,38 +645,39 @@ def filled(step: int) -> dict[str, Tensor]:
     return {name: torch.full((10_000,), step) for name in ("weight", "moment")}
 
 
-def save_forever(folder: Path, ready: Any) -> None:
-    """Resume and save step after step, as a run does, until killed."""
+def save_forever(folder: Path, started: Connection) -> None:
+    """Resume and save step after step, as a run does, until killed; say when each save has started."""
     torch.set_num_threads(1)
-    checkpoints, step = Checkpoints(folder), 0
+    checkpoints, last = Checkpoints(folder), 0
     if saved := checkpoints.newest():
         state = filled(-1)
         checkpoints.load(saved, state)
-        step = saved.step
-        assert all(torch.equal(state[name], tensor) for name, tensor in filled(step).items())
-    ready.set()
-    while True:
-        step += 1
+        last = saved.step
+        assert all(torch.equal(state[name], tensor) for name, tensor in filled(last).items())
+    for step in itertools.count(last + 1):
         checkpoints.save(step, filled(step), {"step": step})
+        started.send(step)
 
 
 def test_a_killed_run_leaves_complete_checkpoints(tmp_path: Path) -> None:
-    moments, steps = random.Random(0), []
+    moments, steps = random.Random(0), [0]
     for _ in range(8):
-        ready = PROCESSES.Event()
-        process = start(save_forever, tmp_path, ready)
-        assert ready.wait(60)
+        here, there = ranks.PROCESSES.Pipe()
+        process = ranks.PROCESSES.Process(target=save_forever, args=(tmp_path, there))
+        process.start()
+        there.close()
+        # once the second has started, the first is complete
+        assert [here.recv(), here.recv()] == [steps[-1] + 1, steps[-1] + 2]
         process.join(moments.uniform(0.01, 0.3))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
         checkpoints, state = Checkpoints(tmp_path), filled(-1)
-        if saved := checkpoints.newest():
-            checkpoints.load(saved, state)
-            assert saved.facts == {"step": saved.step}
-            assert all(torch.equal(state[name], tensor) for name, tensor in filled(saved.step).items())
-            steps.append(saved.step)
-    assert steps == sorted(steps) and len(set(steps)) > 2
+        saved = checkpoints.newest()
+        assert saved is not None and saved.step > steps[-1] and saved.facts == {"step": saved.step}
+        checkpoints.load(saved, state)
+        assert all(torch.equal(state[name], tensor) for name, tensor in filled(saved.step).items())
+        steps.append(saved.step)
     checkpoints.save(steps[-1] + 1, filled(0), {})
     checkpoints.wait()
     assert not [name for name in names(tmp_path) if name.startswith(".")]
@@ -736,31 +722,23 @@ def die_everywhere(folder: Path) -> None:
 
 
 def test_killed_before_any_operation_a_run_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
-    process = start(die_everywhere, tmp_path)
-    process.join(120)
-    assert process.exitcode == 0
+    with ranks.another_process(die_everywhere, tmp_path):
+        pass
     left = json.loads((tmp_path / "left.json").read_text())
     assert left == sorted(left) and all(left.count(step) > 5 for step in (1, 2, 3))
 
 
-def hold(folder: Path, held: Any, enough: Any) -> None:
+def save_once(folder: Path) -> None:
     Checkpoints(folder, asynchronous=False).save(1, {}, {})
-    held.set()
-    enough.wait(60)
 
 
 def test_a_folder_in_use_is_read_but_not_written(tmp_path: Path) -> None:
-    held, enough = PROCESSES.Event(), PROCESSES.Event()
-    process = start(hold, tmp_path, held, enough)
-    assert held.wait(60)
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.newest() is not None
-    said = f"{tmp_path} is in use by another process; right would be to end it first"
-    with pytest.raises(CheckpointError, match=f"^a checkpoint of step 2 cannot be started: {said}$"):
-        checkpoints.save(2, {}, {})
-    enough.set()
-    process.join(60)
-    assert process.exitcode == 0
+    with ranks.another_process(save_once, tmp_path):
+        assert checkpoints.newest() is not None
+        said = f"{tmp_path} is in use by another process; right would be to end it first"
+        with pytest.raises(CheckpointError, match=f"^a checkpoint of step 2 cannot be started: {said}$"):
+            checkpoints.save(2, {}, {})
     checkpoints.save(2, {}, {})
     checkpoints.wait()
     assert names(tmp_path) == ["step-0000000001", "step-0000000002"]

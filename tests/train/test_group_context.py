@@ -1,17 +1,16 @@
 """Processes that hold a packed row together compute what one process does: gloo, float64."""
 
-import multiprocessing
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from model.packed_rows import gradients_of, row_of, wide_model
 from sala.train.context import GroupContext
+from sala.train.parallel import World
 from tolerances import assert_close
+from train.ranks import spawn
 
 # ends inside a rank's part, at its border, a document over all ranks, documents of one token
 PACKINGS = {
@@ -22,24 +21,16 @@ PACKINGS = {
 
 @pytest.mark.parametrize("ranks", PACKINGS)
 def test_ranks_compute_what_one_process_does(ranks: int, tmp_path: Path) -> None:
-    # imports take seconds: one server does them, and the ranks are its forks
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["sala.model", "sala.train.context"])
-    mp.start_processes(run_rank, (ranks, str(tmp_path / "store")), nprocs=ranks, start_method="forkserver")
+    spawn(ranks, every_check, tmp_path)
 
 
-def run_rank(rank: int, ranks: int, store: str) -> None:
-    torch.set_num_threads(1)
+def every_check(world: World) -> None:
     torch.use_deterministic_algorithms(True)
-    # a rank that leaves out a collective shows as an error, not as a test that never ends
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(minutes=3)
-    )
     context = GroupContext(dist.group.WORLD)
     check_gather(context)
-    for bounds in PACKINGS[ranks]:
+    for bounds in PACKINGS[world.ranks]:
         check_model("hybrid", context, bounds)
-    check_model("latent", context, PACKINGS[ranks][0])
-    dist.destroy_process_group()
+    check_model("latent", context, PACKINGS[world.ranks][0])
 
 
 def check_gather(context: GroupContext) -> None:

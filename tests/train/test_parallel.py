@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from sala.train.parallel import ONE_PROCESS, World, shadow, start_world
 from sala.train.recipe import Mesh
@@ -71,13 +72,14 @@ def slow_main(world: World, folder: Path) -> str:
     """Return what rank 0 found after longer than torch lets a sum over ranks take."""
     dist.destroy_process_group()
     store = dist.FileStore(str(folder / "second"), world.ranks)
-    short = {"store": store, "rank": world.rank, "world_size": world.ranks, "timeout": timedelta(seconds=2)}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(dist, "init_process_group", partial(dist.init_process_group, **short))
+        start = partial(dist.init_process_group, store=store, rank=world.rank, world_size=world.ranks)
+        patched.setattr(dist, "init_process_group", start)
         patched.setenv("RANK", str(world.rank))
         patched.setenv("WORLD_SIZE", str(world.ranks))
         with start_world() as started:
-            found = started.on_main(lambda: time.sleep(3) or "found")
+            distributed_c10d._set_pg_timeout(timedelta(milliseconds=1))
+            found = started.on_main(lambda: time.sleep(0.1) or "found")
             started.gather(None)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return found

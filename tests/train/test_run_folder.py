@@ -17,7 +17,7 @@ from sala.train.folder import Measured, RunFolder, RunOptions, StageKeeper
 from sala.train.loop import Progress
 from sala.train.parallel import ONE_PROCESS
 from sala.train.recipe import Recipe, parse_recipe
-from train.ranks import PROCESSES
+from train.ranks import another_process
 
 STEPS = 6
 
@@ -40,25 +40,17 @@ def test_a_measurement_that_is_damaged_is_named(tmp_path: Path) -> None:
         measured.once("kept", lambda: [1, 2])
 
 
-def test_of_two_processes_the_second_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    held, enough = PROCESSES.Event(), PROCESSES.Event()
-    first = PROCESSES.Process(target=hold, args=(path, held, enough))
-    first.start()
-    assert held.wait(60)
-    with pytest.raises(CheckpointError, match="is in use by another process; right would be to end it first"):
-        RunFolder(path, recipe(), ONE_PROCESS)
-    assert not (path / "recipe.yaml").exists()
-    enough.set()
-    first.join(60)
-    assert first.exitcode == 0
-
-
-def hold(path: Path, held: Any, enough: Any) -> None:
+def claim(path: Path) -> None:
     # what a run does first, before it writes its recipe
     Checkpoints(path / "checkpoints").claim()
-    held.set()
-    enough.wait(60)
+
+
+def test_of_two_processes_the_second_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with another_process(claim, path):
+        with pytest.raises(CheckpointError, match="is in use by another process; right would be to end it first"):
+            RunFolder(path, recipe(), ONE_PROCESS)
+        assert not (path / "recipe.yaml").exists()
 
 
 class Run:
