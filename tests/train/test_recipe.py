@@ -53,6 +53,12 @@ def test_the_kind_follows_from_the_content() -> None:
         ),
         (changed(CONVERSION, "conversion.gate_init=opne"), r"conversion\.gate_init: .*'random' or 'open', got 'opne'"),
         (changed(TRAINING, "stages.0.steps=0"), r"stages\.0 \('first'\)\.steps: .*greater than 0, got 0"),
+        (changed(TRAINING, "stages.0.steps=yes"), r"stages\.0 \('first'\)\.steps: true and false are no value"),
+        (changed(TRAINING, "stages.0.micro_batch=on"), r"micro_batch: true and false are no value"),
+        (changed(TRAINING, "stages.0.learning_rate.peak=true"), r"peak: true and false are no value"),
+        (changed(TRAINING, "stages.0.optimizer.betas=[1.5, 0.9]"), r"betas\.0: .*less than 1, got 1\.5"),
+        (changed(TRAINING, "optimizer.betas=[0.9, -0.5]"), r"betas\.1: .*greater than or equal to 0, got -0\.5"),
+        (changed(TRAINING, f"seed={2**64}"), r"seed: .*less than 18446744073709551616"),
         (changed(TRAINING, "stages.0.loss=distill"), r"needs a teacher"),
         (changed(TRAINING, "stages.0.micro_batch=3"), r"batch 2 is not a multiple of micro_batch 3"),
         (changed(TRAINING, "stages.0.clip_per_layer=true"), r"clip_per_layer is for loss 'align'"),
@@ -205,6 +211,9 @@ def test_overrides_reach_stages_by_name_and_by_number() -> None:
         ("stages.frist.steps=1", "no entry 'frist'; there are: 0 .'first'.; did you mean 'first'"),
         ("stages.4.steps=1", "no entry '4'"),
         ("name.first=1", "below a plain value"),
+        ("stages.0.steps=[", "the value is not YAML: while parsing"),
+        ("stages.0.data={{text}: 1}", "the value is not YAML: .*unhashable key"),
+        ("stages.0.data={text: 1, text: 2}", "the value is not YAML: key 'text' stands twice"),
     ],
 )
 def test_an_override_that_reaches_nothing_is_an_error(setting: str, message: str) -> None:
@@ -226,3 +235,21 @@ def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("name: tiny\nseed: 1\nseed: 2\n")
     with pytest.raises(RecipeError, match=r"key 'seed' stands twice .*line 3"):
         load_recipe(tmp_path / "twice.yaml")
+
+
+def test_a_row_may_start_from_another_one(tmp_path: Path) -> None:
+    row = yaml.safe_dump(STAGE, default_flow_style=True).strip()
+    (tmp_path / "rows.yaml").write_text(
+        f"name: two\nstages:\n  - &row {row}\n  - {{<<: *row, name: second, seed: 1}}\n"
+    )
+    with pytest.raises(RecipeError, match=r"stages\.1 \('second'\): unknown key 'seed'"):
+        load_recipe(tmp_path / "rows.yaml")
+    (tmp_path / "rows.yaml").write_text(f"name: two\nstages:\n  - &row {row}\n  - {{<<: *row, name: second}}\n")
+    first, second = load_recipe(tmp_path / "rows.yaml").stages
+    assert second == first.model_copy(update={"name": "second"})
+
+
+def test_a_file_without_an_ending_is_found_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").write_text(yaml.safe_dump(TRAINING))
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("./mine") == parse_recipe(TRAINING)

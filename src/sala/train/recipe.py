@@ -8,13 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from sala.errors import ConfigError, RecipeError, nearest
 from sala.ops.infllm import SparseGeometry
 from sala.train.schedule import learning_rate
 
 Positive = Annotated[int, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Part(BaseModel):
@@ -44,6 +45,14 @@ class Part(BaseModel):
     def _respelled(cls, values: Any) -> Any:
         """Return the values with every key of `spellings` turned into the field that it is another way to write."""
         return values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads a bare yes and on as true, and pydantic takes that for 1
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false are no value of this field")
+        return value
 
 
 class LearningRate(Part):
@@ -75,10 +84,10 @@ class Optimizer(Part):
     """`muon` orthogonalises the updates of the layers' matrices, the rest is AdamW's; `adamw` takes everything."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    momentum: Decay = 0.95
     # AdamW's learning rate as a part of Muon's; without meaning for kind "adamw"
     adamw_ratio: Annotated[float, Field(gt=0)] = 1.0
     # the learning rate of query and key biases as a part of the stage's; as AdamW's others when left out
@@ -324,7 +333,8 @@ class Recipe(Part):
     """What every run has."""
 
     name: str
-    seed: Annotated[int, Field(ge=0)] = 0
+    # torch's generators take 64 bits
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     # what the stages' data names; without any, the package's own text and generated tasks
     sources: dict[str, SourceRow] = {}
     optimizer: Optimizer = Optimizer()
@@ -493,7 +503,10 @@ def override(values: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
         path, separator, text = setting.partition("=")
         if not separator or not path:
             raise RecipeError(f"--set {setting!r} has no '='; write it as stages.0.steps=100")
-        _set(values, path, yaml.safe_load(text))
+        try:
+            _set(values, path, yaml.load(text, _Loader))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {setting!r}: the value is not YAML: {_told(error)}") from None
     return values
 
 
@@ -505,7 +518,7 @@ def recipe_names() -> tuple[str, ...]:
 
 def _text(name_or_path: str | Path) -> str:
     path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
+    if path.suffix in (".yaml", ".yml") or "/" in str(name_or_path):
         try:
             return path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -524,14 +537,22 @@ def _text(name_or_path: str | Path) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML as it is, but of two equal keys the second is an error and not the winner."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # before `<<` brings in keys that may stand again
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} stands twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+
+def _told(error: yaml.YAMLError) -> str:
+    return " ".join(str(error).split())
 
 
 def parse_recipe(values: Any, origin: str = "recipe") -> TrainingRecipe | ConversionRecipe:
@@ -562,7 +583,7 @@ def load_recipe(name_or_path: str | Path, settings: Iterable[str] = ()) -> Train
     try:
         values = yaml.load(_text(name_or_path), _Loader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{name_or_path} is not YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{name_or_path} is not YAML: {_told(error)}") from None
     if isinstance(values, dict):
         values = override(values, settings)
     return parse_recipe(values, str(name_or_path))
