@@ -537,7 +537,7 @@ def _text(name_or_path: str | Path) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML as it is, but of two equal keys the second is an error and not the winner."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # before `<<` brings in keys that may stand again
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
