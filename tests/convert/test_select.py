@@ -1,6 +1,7 @@
 """Layer selection gives the published sets, and its tables and options are checked."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def test_no_layer_is_kept_by_none() -> None:
         ({"keep": 2, "method": "hallo"}, "did you mean 'halo'"),
         ({"keep": 2, "scores": None}, "needs scores of every layer"),
         ({"keep": 2, "epsilon": 0.0}, "epsilon is 0.0"),
+        ({"keep": 2, "epsilon": math.inf}, "epsilon is inf"),
         ({"keep": 2, "scores": LayerScores((0.0,) * 3, (0.0,) * 3)}, "scores of 3 layers were given for a model of 4"),
     ],
 )
@@ -73,7 +75,7 @@ def test_what_cannot_be_selected_is_refused(arguments: dict, message: str) -> No
         select(4, **arguments)
 
 
-def row(layer: int, recall: object = 0.5, language: object = 0.5) -> dict:
+def row(layer: float, recall: object = 0.5, language: object = 0.5) -> dict:
     return {"layer": layer, "retrieval": {"avg": recall}, "commonsense": {"avg": language}}
 
 
@@ -88,6 +90,10 @@ def row(layer: int, recall: object = 0.5, language: object = 0.5) -> dict:
         ({"models": {"hypenet": {"layers": [row(0, "high")]}}}, "row 0 .*ValueError"),
         ({"models": {"hypenet": {"layers": [row(0), row(2)]}}}, r"are \[0, 2\]; 0 to 1 once each"),
         ({"models": {"hypenet": {"layers": [row(0), row(0)]}}}, "once each"),
+        ({"models": {"hypenet": {"layers": [row(0.5)]}}}, "row 0 .*'float' object cannot be interpreted as an integer"),
+        ({"models": {"hypenet": {"layers": [row(0, 10**400)]}}}, "row 0 .*OverflowError"),
+        ('{"models": 1' + "0" * 5000 + "}", "is not a JSON table"),
+        ("[" * 100_000, "is not a JSON table"),
         ({"models": {"hypenet": {"layers": [row(0, float("nan"))]}}}, "recall score of layer 0 is nan"),
     ],
 )

@@ -72,6 +72,8 @@ def test_nothing_to_use_is_an_error_that_says_why_and_leaves_nothing(
 ) -> None:
     with pytest.raises(InputError, match=r"no document with 'text' in a\.txt; skipped 1 empty: a:0"):
         write_shards(texts(""), tokenizer, tmp_path / "out", source=["a.txt"])
+    with pytest.raises(InputError, match=r"no document with 'text' in a\.parquet; there is no record"):
+        write_shards(texts(), tokenizer, tmp_path / "out", source=["a.parquet"])
     assert not list(tmp_path.iterdir())
 
 
@@ -198,9 +200,11 @@ def test_conversations_that_cannot_be_used_are_counted(
     monkeypatch.setattr(tokenizer, "chat_template", STRICT)
     values = [TALK[1:3], TALK, TALK[1:2], [], "text", [{"content": "a"}], None]
     rows = records(*({"messages": value} for value in values))
-    summary = write_shards(rows, tokenizer, tmp_path / "out", column="messages", chat=True)
-    assert summary.documents == 1
+    tools = [{"messages": TALK[1:3], "tools": value} for value in ("[]", [5], {"name": "clock"}, 7, [], None)]
+    summary = write_shards([*rows, *records(*tools)], tokenizer, tmp_path / "out", column="messages", chat=True)
+    assert summary.documents == 3
     assert summary.skipped == {
+        "with tools that are no list of objects": 4,
         "refused by the chat template": 1,
         "without an answer of the assistant": 1,
         "without messages in 'messages'": 4,

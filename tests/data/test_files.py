@@ -28,7 +28,10 @@ def write_parquet(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     return path
 
 
-WRITERS = {"a.jsonl": write_lines, "a.ndjson": write_lines, "a.jsonl.gz": write_lines, "a.parquet": write_parquet}
+WRITERS = {
+    **dict.fromkeys(("a.jsonl", "a.ndjson", "a.jsonl.gz", "A.JSONL"), write_lines),
+    **dict.fromkeys(("a.parquet", "A.PARQUET"), write_parquet),
+}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -53,11 +56,12 @@ def test_broken_lines_are_told_with_their_places(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(
         b'\xef\xbb\xbf{"text": "a"}\n\n{"text": \n\xff\xfe\n[1]\n"a"\n' + b"[" * 100_000 + b'\n{"text": "b"}'
+        b'\n{"text": "c", "id": ' + b"9" * 5000 + b"}"
     )
     records = list(read_files([path]))
     problems = {int(record.origin.rpartition(":")[2]): record.problem for record in records}
     wrong = "not a JSON object"
-    assert problems == {1: None, 3: wrong, 4: "not UTF-8", 5: wrong, 6: wrong, 7: wrong, 8: None}
+    assert problems == {1: None, 3: wrong, 4: "not UTF-8", 5: wrong, 6: wrong, 7: wrong, 8: None, 9: wrong}
 
 
 def test_a_file_that_is_not_utf8_is_told(tmp_path: Path) -> None:
@@ -98,6 +102,16 @@ def test_parquet_without_its_column_names_the_nearest(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"has no column 'texts', only text, tools; did you mean 'text'"):
         list(read_files([path], field="texts"))
+
+
+def test_parquet_with_two_columns_of_a_name_is_refused(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet has several columns 'text'"):
+        list(read_files([tmp_path / "a.parquet"]))
 
 
 def test_a_truncated_parquet_file_is_named(tmp_path: Path) -> None:

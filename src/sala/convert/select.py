@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -73,8 +74,8 @@ def importance(scores: LayerScores, epsilon: float = DEFAULT_EPSILON, method: st
 
 def values_of(recall_L: Floats, language_L: Floats, epsilon: float, method: str) -> Floats:
     """Return `importance` for any number of score tables at once, (..., L)."""
-    if not epsilon > 0:
-        raise RecipeError(f"epsilon is {epsilon}; it must be above 0")
+    if not 0 < epsilon < math.inf:
+        raise RecipeError(f"epsilon is {epsilon}; it must be a number above 0")
     return RULES[method](recall_L, language_L, epsilon)
 
 
@@ -156,7 +157,7 @@ def read_scores(path: str | Path, model: str | None = None) -> LayerScores:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a JSON table of layer scores is needed") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a JSON table of layer scores: {error}") from None
     if isinstance(table, dict) and "layers" in table:
         if model is not None:
@@ -180,10 +181,10 @@ def _scores_of(table: Any, where: str, *, recall: Sequence[str], language: Seque
     found: dict[int, list[float]] = {}
     for index, row in enumerate(rows):
         try:
-            found[int(row["layer"])] = [
+            found[operator.index(row["layer"])] = [
                 float(reduce(lambda value, key: value[key], keys, row)) for keys in (recall, language)
             ]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(
                 f"{where}: row {index} is not {{layer, {'.'.join(recall)}, {'.'.join(language)}}} with numbers "
                 f"({type(error).__name__}: {error})"

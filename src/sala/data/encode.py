@@ -1,7 +1,7 @@
 """From records to shards: a document at a time through the tokenizer, what could not be used counted by reason."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sala.errors import InputError
 EMPTY = "empty"
 REFUSED = "refused by the chat template"
 NO_ANSWER = "without an answer of the assistant"
+BAD_TOOLS = "with tools that are no list of objects"
 
 # documents are encoded together until they have so many characters; larger batches were not faster
 BATCH_CHARACTERS = 2**20
@@ -116,7 +117,8 @@ def write_shards(
         if not summary.documents:
             reasons = str(summary).splitlines()[1:]
             raise InputError(
-                f"no document with {column!r} in {', '.join(source) or 'the records'}; {'; '.join(reasons)}"
+                f"no document with {column!r} in {', '.join(source) or 'the records'}; "
+                f"{'; '.join(reasons) or 'there is no record'}"
             )
         writer.finish(
             {
@@ -195,6 +197,8 @@ def _conversation(origin: str, value: Any, tools: Any, column: str, template: Ch
         return None, f"without messages in {column!r}"
     if not any(message["role"] == ASSISTANT for message in value):
         return None, NO_ANSWER
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        return None, BAD_TOOLS
     try:
         chat: RenderedChat = template.render(value, tools, origin)
     except TemplateRefusal:

@@ -43,7 +43,7 @@ def find_files(sources: Sequence[str | Path]) -> list[Path]:
             files += found
         elif not path.is_file():
             raise InputError(f"no file or folder {str(source)!r}")
-        elif path.suffix == ".json":
+        elif path.suffix.lower() == ".json":
             raise InputError(
                 f"{str(source)!r} may be one document or many records; name it .txt, or write a record a line as .jsonl"
             )
@@ -67,9 +67,9 @@ def read_files(
         InputError: a file cannot be read, unpacked, or is no Parquet; Parquet without `pyarrow`.
     """
     for path in paths:
-        kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+        kind = (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()
         try:
-            if path.suffix == ".parquet":
+            if path.suffix.lower() == ".parquet":
                 yield from _parquet(path, field, on_bytes)
             elif kind in (".jsonl", ".ndjson"):
                 yield from _json_lines(path, on_bytes)
@@ -129,7 +129,7 @@ def _json_line(origin: str, line: bytes) -> Record:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return Record(origin, None, NOT_UTF8)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # also of a number with thousands of digits
         return Record(origin, None, NOT_JSON)
     return Record(origin, row) if isinstance(row, dict) else Record(origin, None, NOT_JSON)
 
@@ -146,6 +146,8 @@ def _parquet(path: Path, field: str, on_bytes: Callable[[int], None]) -> Iterato
             if field not in names:
                 raise InputError(f"{path} has no column {field!r}, only {', '.join(names)}{nearest(field, names)}")
             columns = [name for name in (field, "tools") if name in names]
+            if twice := [name for name in columns if names.count(name) > 1]:
+                raise InputError(f"{path} has several columns {twice[0]!r}; right would be one of that name")
             size, total, number = path.stat().st_size, max(file.metadata.num_rows, 1), 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
                 for values in zip(*(batch.column(name) for name in columns), strict=True):
