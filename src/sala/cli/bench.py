@@ -1,7 +1,7 @@
 """`sala bench`: what the operators and whole models cost on this machine."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,7 +56,7 @@ def ops(
 ) -> None:
     """Time every operator and backend beside torch's SDPA and the machine's ceilings, where it computes the right thing."""
     prepare(threads)
-    from sala.bench import OpsPlan, parse_length, run_ops, write_results
+    from sala.bench import OpsPlan, parse_length, run_ops
     from sala.bench.ops import OPS_DTYPES, choice
 
     plan = OpsPlan(
@@ -72,14 +72,7 @@ def ops(
         clock=clock,
         limit_s=limit,
     )
-    progress = error_console()
-    results = run_ops(
-        plan,
-        say=lambda line: progress.print(line, soft_wrap=True, markup=False),
-        keep=lambda results: None if out is None else write_results(out, results),
-    )
-    show_ops(results, output_console())
-    require_no_failures(results["failures"])
+    measure(run_ops, plan, show_ops, out)
 
 
 @bench.command()
@@ -101,7 +94,7 @@ def latency(
 ) -> None:
     """Time to first token, decoding and memory of a hybrid and of a full-attention model of its size, random weights."""
     prepare(threads)
-    from sala.bench import LatencyPlan, parse_length, run_latency, write_results
+    from sala.bench import LatencyPlan, parse_length, run_latency
     from sala.bench.ops import OPS_DTYPES, choice
 
     plan = LatencyPlan(
@@ -116,15 +109,7 @@ def latency(
         once_s=once,
         limit_s=limit,
     )
-    progress = error_console()
-    results = run_latency(
-        plan,
-        say=lambda line: progress.print(line, soft_wrap=True, markup=False),
-        # what is measured in hours is kept as it comes
-        keep=lambda results: None if out is None else write_results(out, results),
-    )
-    show_latency(results, output_console())
-    require_no_failures(results["failures"])
+    measure(run_latency, plan, show_latency, out)
 
 
 @bench.command()
@@ -146,7 +131,7 @@ def train(
 ) -> None:
     """Training steps of a hybrid: tokens a second, utilisation, memory, what distillation costs, and memory by blocks chosen."""
     prepare(threads)
-    from sala.bench import TrainPlan, parse_length, run_train, write_results
+    from sala.bench import TrainPlan, parse_length, run_train
     from sala.bench.train import LOSSES
 
     plan = TrainPlan(
@@ -161,14 +146,7 @@ def train(
         topk=TrainPlan().topk if topk is None else tuple(n for n in topk if n),
         blocks_length=parse_length(blocks_length),
     )
-    progress = error_console()
-    results = run_train(
-        plan,
-        say=lambda line: progress.print(line, soft_wrap=True, markup=False),
-        keep=lambda results: None if out is None else write_results(out, results),
-    )
-    show_train(results, output_console())
-    require_no_failures(results["failures"])
+    measure(run_train, plan, show_train, out)
 
 
 @bench.command()
@@ -188,11 +166,24 @@ def report(
         typer.echo(file, err=True)
 
 
-def require_no_failures(failures: Sequence[Mapping[str, Any]]) -> None:
-    """Raise MeasurementError that names what failed, after everything else was measured, shown and written."""
-    from sala.bench import MeasurementError
+def measure(
+    run: Callable[..., dict[str, Any]], plan: Any, show: Callable[[dict[str, Any], Console], None], out: Path | None
+) -> None:
+    """Run a plan and show the results; what is measured in hours is written into `out` as it comes.
 
-    if failures:
+    Raises:
+        MeasurementError: names what failed, after everything else was measured, shown and written.
+    """
+    from sala.bench import MeasurementError, write_results
+
+    progress = error_console()
+    results = run(
+        plan,
+        say=lambda line: progress.print(line, soft_wrap=True, markup=False),
+        keep=lambda results: None if out is None else write_results(out, results),
+    )
+    show(results, output_console())
+    if failures := results["failures"]:
         first = failures[0]
         raise MeasurementError(
             f"{len(failures)} of the competitors failed, the first one {first['who']} in {first['case']}: "
