@@ -3,14 +3,20 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sala.convert.select import LayerScores, importance, ranking, read_scores, select, select_from_table, uniform
+from sala.convert.select import LayerScores, importance, ranking, read_scores, select, uniform
 from sala.errors import InputError, RecipeError
 
 TABLE = Path(__file__).parent / "layer_scores.json"
 MODELS = json.loads(TABLE.read_text())["models"]
+
+
+def kept_of(model: str, keep: int, **options: Any) -> tuple[int, ...]:
+    scores = read_scores(TABLE, model)
+    return select(scores.num_layers, keep, scores=scores, **options)
 
 
 @pytest.mark.parametrize("epsilon", [1e-10, 1e-6, 1e-3])
@@ -19,7 +25,7 @@ MODELS = json.loads(TABLE.read_text())["models"]
     [("hypenet-2b", (2, 3, 6, 8, 9, 21, 25)), ("hypenet-4b", (0, 1, 7, 14, 15, 22, 24, 33, 34))],
 )
 def test_the_formula_gives_the_published_sets(model: str, kept: tuple[int, ...], epsilon: float) -> None:
-    assert select_from_table(TABLE, model, len(MODELS[model]["layers"]) // 4, epsilon=epsilon) == kept
+    assert kept_of(model, len(MODELS[model]["layers"]) // 4, epsilon=epsilon) == kept
 
 
 @pytest.mark.parametrize("model", list(MODELS))
@@ -30,7 +36,7 @@ def test_the_whole_order_is_that_of_the_papers_table(model: str) -> None:
 def test_recall_drop_is_the_order_of_the_other_method_in_the_table() -> None:
     expected = MODELS["hypenet-2b"]["table7_recall_drop"]
     for keep in range(1, 28):
-        assert select_from_table(TABLE, "hypenet-2b", keep, method="recall_drop") == tuple(sorted(expected[:keep]))
+        assert kept_of("hypenet-2b", keep, method="recall_drop") == tuple(sorted(expected[:keep]))
 
 
 def test_the_score_is_the_recall_lost_for_the_language_lost() -> None:

@@ -110,15 +110,6 @@ def test_all_other_tokens_are_predicted_where_the_data_says_so(make: Make) -> No
             assert ((batch.labels[row] != NO_LABEL) == inner).all()
 
 
-def test_some_windows_of_a_batch_are_a_batch(make: Make) -> None:
-    batch = next(make())
-    parts = [batch.rows(0, 5), batch.rows(5, 12)]
-    assert (np.concatenate([part.input_ids for part in parts]) == batch.input_ids).all()
-    ends = [*parts[0].cu_seqlens, *(parts[1].cu_seqlens[1:] + parts[0].input_ids.size)]
-    assert ends == batch.cu_seqlens.tolist()
-    assert sum(part.num_tokens for part in parts) == batch.num_tokens
-
-
 def test_an_epoch_reads_every_token_once(code: Shards) -> None:
     stream = Stream({"code": Source(code)}, {"code": 1}, length=WINDOW, batch=1, steps=10_000, seed=0)
     seen: Counter[int] = Counter()

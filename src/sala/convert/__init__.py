@@ -2,7 +2,7 @@
 
 from sala.convert.bootstrap import Bootstrap, Outcomes, bootstrap
 from sala.convert.halo import Remember, Report, halo, planned_configs
-from sala.convert.select import LayerScores, importance, read_scores, select, select_from_table
+from sala.convert.select import LayerScores, importance, read_scores, select
 from sala.convert.selection import Selection, plot_selection
 
 __all__ = [
@@ -19,5 +19,4 @@ __all__ = [
     "plot_selection",
     "read_scores",
     "select",
-    "select_from_table",
 ]

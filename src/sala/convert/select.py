@@ -192,17 +192,3 @@ def _scores_of(table: Any, where: str, *, recall: Sequence[str], language: Seque
     if sorted(found) != list(range(len(rows))):
         raise InputError(f"{where}: the layers are {sorted(found)}; 0 to {len(rows) - 1} once each are needed")
     return LayerScores(*(tuple(found[layer][which] for layer in range(len(rows))) for which in (0, 1)))
-
-
-def select_from_table(
-    path: str | Path,
-    model: str,
-    keep: int,
-    *,
-    epsilon: float = DEFAULT_EPSILON,
-    method: str = "halo",
-    first_last: bool = False,
-) -> tuple[int, ...]:
-    """Return the kept layers, ascending, for a table as `read_scores` takes it."""
-    scores = read_scores(path, model)
-    return select(scores.num_layers, keep, method=method, scores=scores, epsilon=epsilon, first_last=first_last)

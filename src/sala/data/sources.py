@@ -54,9 +54,9 @@ def library_documents(split: Split) -> list[Document]:
     return sorted(documents, key=lambda document: document.name)
 
 
-def concatenate(documents: Iterable[Document], separator: str = "\n\n") -> str:
+def concatenate(documents: Iterable[Document]) -> str:
     """Return the documents as one text, each under a comment line with its name."""
-    return separator.join(f"# {document.name}\n{document.text}" for document in documents)
+    return "\n\n".join(f"# {document.name}\n{document.text}" for document in documents)
 
 
 def _library_files(root: Path) -> list[Path]:

@@ -141,11 +141,6 @@ class PackedBatch:
             for source, pieces in zip(self.sources, self.pieces, strict=True)
         )
 
-    def rows(self, start: int, end: int) -> "PackedBatch":
-        """Return some of the windows, say for a micro-batch."""
-        part = slice(start, end)
-        return PackedBatch(self.input_ids[part], self.labels[part], self.sources[part], self.pieces[part])
-
 
 def _name(piece: Piece) -> str:
     return f"{piece.document}[{piece.start}:{piece.end}]"
