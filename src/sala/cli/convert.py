@@ -26,7 +26,7 @@ def convert(
     from sala.data import load_tokenizer
     from sala.errors import RecipeError
     from sala.eval import layer_scorers
-    from sala.model.checkpoint import BUILTIN, find_checkpoint
+    from sala.model.checkpoint import find_checkpoint
     from sala.model.families import load_model
     from sala.train import ConversionRecipe, Origin, Scorers, load_recipe, run_conversion
 
@@ -47,6 +47,6 @@ def convert(
             tokenizer=tokenizer,
             observer=display.observe,
             say=display.say,
-            origin=Origin(teacher, on_hub=not Path(teacher).exists() and teacher not in BUILTIN),
+            origin=Origin.of(teacher),
         )
     typer.echo(out)

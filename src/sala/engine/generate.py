@@ -1,8 +1,6 @@
 """An answer to a prompt: prefill in chunks, then one token at a time."""
 
 import logging
-import resource
-import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -15,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sala.engine.graph import Steps, obstacle
+from sala.engine.memory import peak_bytes
 from sala.engine.sampling import Sampler, Sampling
 from sala.engine.transcript import Transcript
 from sala.errors import InputError
@@ -189,12 +188,6 @@ def end_tokens(model: MiniCPMSALAForCausalLM, tokenizer: PreTrainedTokenizerBase
         if ids is not None:
             return frozenset([ids] if isinstance(ids, int) else ids)
     return frozenset()
-
-
-def peak_bytes() -> int:
-    """Return the largest resident memory that this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
 
 
 def _pass_on(piece: str, on_text: Callable[[str], None]) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sala.data import tokenizer_hash
 from sala.errors import InputError
+from sala.model.checkpoint import BUILTIN
 from sala.train.batches import Data
 
 START = "start"
@@ -25,6 +26,11 @@ class Origin:
 
     name: str
     on_hub: bool = False
+
+    @classmethod
+    def of(cls, name: str) -> "Origin":
+        """Return the origin of a checkpoint that a user calls so: a folder, one of the package, or one of the hub."""
+        return cls(name, on_hub=not Path(name).exists() and name not in BUILTIN)
 
 
 def fingerprint(model: Any) -> str:
