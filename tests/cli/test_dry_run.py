@@ -52,13 +52,24 @@ def test_a_recipe_for_any_teacher_is_planned_with_the_one_given(sala, teacher) -
     assert embedded["shape"] == "teacher embedded-teacher"
 
 
+def test_a_checkpoint_that_is_trained_further_is_planned(sala, teacher) -> None:
+    command = ("train", "teacher", "--set", "model=null", "--set", "init={}", "--dry-run", "--json")
+    plan = json.loads(sala(*command, "--model", teacher).out)
+    assert plan["shape"] == f"model {teacher}"
+    assert plan["parameters"] == json.loads(sala("inspect", teacher, "--json").out)["total_parameters"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("demo", "--dry-run", "--gpu", "h1000"), "'h1000' is not known"),
         (("demo", "--dry-run", "--gpus", "3"), "windows a batch do not divide over 3 data-parallel ranks"),
         (("demo", "--dry-run", "--out", "x"), "--out has no effect with --dry-run"),
-        (("teacher", "--dry-run", "--teacher", "embedded-teacher"), "trains a model from scratch"),
+        (("demo", "--dry-run", "--keep", "3"), "--keep has no effect with --dry-run"),
+        (("demo", "--dry-run", "--tokenizer", "embedded-teacher"), "--tokenizer has no effect with --dry-run"),
+        (("demo", "--dry-run", "--model", "embedded-teacher"), "--teacher CHECKPOINT alone"),
+        (("teacher", "--dry-run", "--teacher", "embedded-teacher"), "has no teacher"),
+        (("teacher", "--dry-run", "--set", "model=null", "--set", "init={}"), "needs --model CHECKPOINT"),
         (("halo-llama", "--dry-run", "--teacher", "embedded-teacher"), "for a teacher with hidden_size = 2048"),
         (("teacher", "--out", "x", "--gpus", "2"), "--gpus is for --dry-run"),
         (("teacher",), "--out is missing"),

@@ -20,7 +20,7 @@ GIB = 2**30
 def dry_run(
     recipe: "TrainingRecipe | ConversionRecipe",
     *,
-    teacher: str | None,
+    start: str | None,
     tokenizer: str,
     gpu: str,
     gpus: int | None,
@@ -30,12 +30,13 @@ def dry_run(
 ) -> None:
     """Print what a recipe costs; nothing is trained.
 
-    teacher: a checkpoint whose configuration is taken; None means the recipe's own, or else the embedded teacher.
+    start: the checkpoint to convert or to train, whose configuration is taken; None means the recipe's own, and of a
+        conversion without one the embedded teacher.
     """
     from sala.train.budget import cluster, stage_budgets
 
     machine = cluster(gpu, precision=recipe.precision, gpus=gpus, memory_gib=memory, mfu=mfu)
-    networks, origin = _networks(recipe, teacher, tokenizer)
+    networks, origin = _networks(recipe, start, tokenizer)
     rows = stage_budgets(recipe, networks, machine)
     if as_json:
         typer.echo(json.dumps(_plain(recipe.name, origin, machine, networks, rows), indent=1))
@@ -43,13 +44,10 @@ def dry_run(
         _print(recipe.name, origin, machine, networks, rows, recipe.precision)
 
 
-def _networks(
-    recipe: "TrainingRecipe | ConversionRecipe", teacher: str | None, tokenizer: str
-) -> tuple["Networks", str]:
+def _networks(recipe: "TrainingRecipe | ConversionRecipe", start: str | None, tokenizer: str) -> tuple["Networks", str]:
     """Return the networks of a recipe, and in words whose shape they have."""
     from sala.convert import planned_configs
     from sala.data import load_tokenizer
-    from sala.errors import InputError
     from sala.model.checkpoint import find_checkpoint
     from sala.model.families import config_from, load_config
     from sala.train import TrainingRecipe
@@ -57,14 +55,14 @@ def _networks(
     from sala.train.run import model_config, require_same_shape
 
     if isinstance(recipe, TrainingRecipe):
-        if teacher is not None:
-            raise InputError(f"--teacher {teacher}: recipe {recipe.name!r} trains a model from scratch; leave it out")
+        if start is not None:
+            return Networks(load_config(start)), f"model {start}"
         config = model_config(recipe, load_tokenizer(find_checkpoint(tokenizer)))
         return Networks(config), f"the recipe's model with the vocabulary of {tokenizer}"
-    if teacher is None and recipe.teacher is not None:
+    if start is None and recipe.teacher is not None:
         config, origin = config_from(recipe.teacher), "the recipe's teacher"
     else:
-        name = teacher or "embedded-teacher"
+        name = start or "embedded-teacher"
         config, origin = load_config(name), f"teacher {name}"
         require_same_shape(recipe, config)
     hybrid, twins = planned_configs(config, recipe.conversion)

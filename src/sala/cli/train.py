@@ -81,17 +81,21 @@ def train(
     """
     prepare(threads)
     from sala.errors import InputError
-    from sala.train import load_recipe
+    from sala.train import ConversionRecipe, load_recipe
 
     loaded = load_recipe(recipe, settings or ())
+    _check_start(loaded, teacher, model, dry_run)
     if dry_run:
         from sala.cli.dry_run import dry_run as plan
 
         if out is not None:
             raise InputError("--out has no effect with --dry-run, which writes nothing; leave one of them out")
+        if tokenizer is not None and (isinstance(loaded, ConversionRecipe) or loaded.model is None):
+            raise InputError("--tokenizer has no effect with --dry-run but for a recipe with 'model'; leave it out")
+        _refuse(context, KEEPING, "has no effect with --dry-run")
         plan(
             loaded,
-            teacher=teacher,
+            start=teacher or model,
             tokenizer=tokenizer or BUILTIN_TEACHER,
             gpu=gpu,
             gpus=gpus,
@@ -102,15 +106,11 @@ def train(
         return
     if save_every is not None and _given(context, "save_minutes"):
         raise InputError("--save-minutes has no effect with --save-every; leave one of them out")
-    options = {"gpu": "--gpu", "gpus": "--gpus", "memory": "--memory", "mfu": "--mfu"}
-    for name, option in (options | {"as_json": "--json"}).items():
-        if _given(context, name):
-            raise InputError(f"{option} is for --dry-run")
+    _refuse(context, DRY_RUN, "is for --dry-run")
     if out is None:
         raise InputError("--out is missing: the folder for the run (or --dry-run, which needs none)")
     from sala.train import RunOptions
 
-    _check_start(loaded, teacher, model)
     kept = RunOptions(save_every, save_minutes, keep, resume.value, wandb)
     _run(loaded, out, teacher or model, tokenizer, kept)
 
@@ -120,13 +120,22 @@ def _given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _check_start(recipe: Any, teacher: str | None, model: str | None) -> None:
-    """Raise RecipeError unless there is what the recipe starts from, and nothing else."""
+def _refuse(context: typer.Context, panel: str, reason: str) -> None:
+    """Raise InputError when an option of a panel of the help is given."""
+    from sala.errors import InputError
+
+    for option in context.command.params:
+        if getattr(option, "rich_help_panel", None) == panel and _given(context, str(option.name)):
+            raise InputError(f"{option.opts[0]} {reason}; leave it out")
+
+
+def _check_start(recipe: Any, teacher: str | None, model: str | None, dry_run: bool) -> None:
+    """Raise RecipeError unless there is what the recipe starts from, and nothing else; a plan may do without a teacher."""
     from sala.errors import RecipeError
     from sala.train import ConversionRecipe
 
     if isinstance(recipe, ConversionRecipe):
-        if teacher is None or model is not None:
+        if (teacher is None and not dry_run) or model is not None:
             raise RecipeError(f"recipe {recipe.name!r} converts a teacher; right would be --teacher CHECKPOINT alone")
     elif teacher is not None:
         raise RecipeError(f"recipe {recipe.name!r} has no teacher; right would be --model CHECKPOINT, or neither")
@@ -139,7 +148,7 @@ def _run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, optio
     from sala.convert import halo
     from sala.data import load_tokenizer
     from sala.eval import layer_scorers
-    from sala.model.checkpoint import BUILTIN, find_checkpoint
+    from sala.model.checkpoint import find_checkpoint
     from sala.model.families import load_model
     from sala.train import ConversionRecipe, Origin, Scorers, start_world, train
 
@@ -158,7 +167,7 @@ def _run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, optio
             say=display.say,
             world=world,
             options=options,
-            origin=None if start is None else Origin(start, on_hub=not Path(start).exists() and start not in BUILTIN),
+            origin=None if start is None else Origin.of(start),
         )
         if world.main:
             typer.echo(out / "final")
