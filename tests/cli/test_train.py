@@ -112,6 +112,34 @@ def test_a_recipe_that_cannot_be_is_one_line_and_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+LINEAR, NO_FRACTION = "stages.distill.trainable=linear_attention", "conversion.keep.fraction=null"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["conversion.keep.fraction=1", LINEAR], "chooses nothing in a model with mixers attention"),
+        ([NO_FRACTION, "conversion.keep.count=4", LINEAR], "chooses nothing in a model with mixers attention"),
+        (["conversion.keep={layers: [3, 0, 2, 1]}", LINEAR], "chooses nothing in a model with mixers attention"),
+        (["conversion.keep={layers: [99]}"], "names layer 99; the teacher has 0 to 3"),
+        (["conversion.keep={count: 1, first_last: true}"], "keep is 1; with 4 layers it must be 2"),
+    ],
+)
+def test_a_conversion_that_cannot_be_leaves_no_folder(settings, message, sala, teacher, tmp_path):
+    options = [word for setting in settings for word in ("--set", setting)]
+    for verb in (("train", "smoke"), ("convert", "--recipe", "smoke")):
+        outcome = sala(*verb, "--teacher", teacher, "--out", tmp_path / "run", *options)
+        assert outcome.code == 2 and message in outcome.err
+        assert len(outcome.err.splitlines()) == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_hybrid_is_no_teacher(sala, hybrid, tmp_path):
+    outcome = sala("train", "smoke", "--teacher", hybrid, "--out", tmp_path / "run")
+    assert outcome.code == 2 and "a conversion starts from 'attention' in every layer" in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_shards_are_counted_and_those_of_another_tokenizer_refused(sala, recipe, tmp_path):
     (tmp_path / "docs").mkdir()
     for name, content in (("long.txt", TEXT.encode()), ("empty.txt", b""), ("latin.txt", b"caf\xe9")):

@@ -7,7 +7,7 @@ import typer
 
 from sala.cli.options import Threads, prepare
 from sala.cli.progress import Display, error_console
-from sala.cli.train import Settings
+from sala.cli.train import Settings, require_conversion
 
 
 def convert(
@@ -37,6 +37,7 @@ def convert(
         )
     folder = find_checkpoint(teacher)
     network, tokenizer = load_model(folder, dtype="stored"), load_tokenizer(folder)
+    require_conversion(loaded, network.config)
     scorers = layer_scorers(tokenizer)
     with Display(error_console()) as display:
         run_conversion(

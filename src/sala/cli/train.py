@@ -144,6 +144,16 @@ def _check_start(recipe: Any, teacher: str | None, model: str | None, dry_run: b
         raise RecipeError(f"recipe {recipe.name!r} {what}; right would be one of the two")
 
 
+def require_conversion(recipe: Any, teacher: Any) -> None:
+    """Raise SalaError when a recipe cannot convert a teacher of this configuration: before anything is written."""
+    from sala.convert import planned_configs
+    from sala.train.run import require_same_shape, require_trainable
+
+    require_same_shape(recipe, teacher)
+    hybrid, _ = planned_configs(teacher, recipe.conversion)
+    require_trainable(recipe, hybrid)
+
+
 def _run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, options: Any) -> None:
     from sala.convert import halo
     from sala.data import load_tokenizer
@@ -154,7 +164,9 @@ def _run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, optio
 
     converts = isinstance(recipe, ConversionRecipe)
     words = load_tokenizer(find_checkpoint(tokenizer or start or BUILTIN_TEACHER))
-    network = None if start is None else load_model(find_checkpoint(start), dtype="stored")
+    network: Any = None if start is None else load_model(find_checkpoint(start), dtype="stored")
+    if converts:
+        require_conversion(recipe, network.config)
     with start_world(recipe.precision) as world, Display(error_console(), quiet=not world.main) as display:
         scorers = layer_scorers(words) if converts else None
         train(

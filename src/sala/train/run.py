@@ -82,6 +82,15 @@ def require_freezable(recipe: ConversionRecipe, teacher: Any) -> None:
         trainable_parameters(teacher, "all", freeze_qk=stage.freeze_qk)
 
 
+def require_trainable(recipe: ConversionRecipe, hybrid: MiniCPMSALAConfig) -> None:
+    """Raise SalaError when a stage would train nothing of the hybrid, or freeze what it does not have apart."""
+    with torch.device("meta"):
+        model = MiniCPMSALAForCausalLM(hybrid)
+    for stage in recipe.stages:
+        if stage.loss != "align":
+            trainable_parameters(model, stage.trainable, freeze_qk=stage.freeze_qk)
+
+
 class Kept(Protocol):
     """The stages of a run that are done, by their last steps, and who puts back the one after them."""
 
