@@ -13,7 +13,7 @@ from sala.bench import OpsPlan, ParityError, device, fla, parity, run_ops, sdpa,
 from sala.bench import ops as ops_module
 from sala.bench.cases import CASES
 from sala.bench.ceilings import Ceilings
-from sala.bench.cost import compressed_bytes, infllm_step, keys_read, lightning_prefill, windows_scored
+from sala.bench.cost import compressed_bytes, infllm_step, lightning_prefill
 from sala.bench.inputs import Inputs
 from sala.bench.ops import check
 from sala.bench.shapes import AttentionShape
@@ -185,7 +185,7 @@ def test_keys_and_windows_are_counted_one_by_one() -> None:
         else:
             keys += (geometry.num_selected - 1) * geometry.block_size + p % geometry.block_size + 1
             windows += sum(8 - 1 + 4 * j <= p for j in range(200)) + sum(32 - 1 + 16 * j <= p for j in range(200))
-    assert (keys_read(TINY, 200), windows_scored(TINY, 200)) == (keys, windows)
+    assert (TINY.geometry.keys_read(200), TINY.geometry.windows_scored(200)) == (keys, windows)
     # 49 windows of 8 and 11 of 32 are complete after 200 tokens
     assert compressed_bytes(TINY, 200, 2) == (49 + 11) * 2 * 16 * 2
 

@@ -1,7 +1,10 @@
 """What an operator has to do at least: operations of its definition, and bytes that must move once.
 
 A multiplication and an addition are two operations. A backend may do more (a chunk computes what its mask hides) and may
-move more (blocks read twice); a share of the machine's ceiling counts only what is here. b is the bytes of a number.
+move more (blocks read twice); a share of the machine's ceiling counts only what is here.
+
+The operators' functions take a shape, the tokens of a prompt T or those in the context of a step S, and the bytes b of a
+number.
 """
 
 from dataclasses import dataclass
@@ -49,17 +52,8 @@ def lightning_step(shape: AttentionShape, S: int, b: int) -> Cost:
     )
 
 
-def keys_read(shape: AttentionShape, T: int) -> int:
-    """Return the sum over positions 0..T-1 of the keys that a query head reads."""
-    return shape.geometry.keys_read(T)
-
-
-def windows_scored(shape: AttentionShape, T: int) -> int:
-    """Return the sum over the sparse ones of positions 0..T-1 of the windows that a query head is scored with."""
-    return shape.geometry.windows_scored(T)
-
-
 def compressed_bytes(shape: AttentionShape, S: int, b: int) -> int:
+    """Return the bytes of all compressed keys of S tokens, those of both tiers where both are read."""
     geometry = shape.geometry
     windows = num_windows(S, geometry.kernel_size, geometry.kernel_stride)
     if geometry.normalizer == "coarse":
@@ -70,7 +64,7 @@ def compressed_bytes(shape: AttentionShape, S: int, b: int) -> int:
 def infllm_selection(shape: AttentionShape, T: int, b: int) -> Cost:
     sparse = max(0, T - shape.geometry.first_sparse_position(T - 1))
     return Cost(
-        2 * shape.width * shape.heads * windows_scored(shape, T),
+        2 * shape.width * shape.heads * shape.geometry.windows_scored(T),
         sparse * (shape.heads * shape.width * b + shape.groups * shape.geometry.num_selected * 4)
         + compressed_bytes(shape, T, b),
         "flops 2 K H windows (those that each sparse query sees, both tiers); "
@@ -81,7 +75,7 @@ def infllm_selection(shape: AttentionShape, T: int, b: int) -> Cost:
 def infllm_prefill(shape: AttentionShape, T: int, b: int) -> Cost:
     selection = infllm_selection(shape, T, b)
     return Cost(
-        selection.flops + 4 * shape.width * shape.heads * keys_read(shape, T),
+        selection.flops + 4 * shape.width * shape.heads * shape.geometry.keys_read(T),
         2 * T * (shape.heads + shape.groups) * shape.width * b + compressed_bytes(shape, T, b),
         "flops 2 K H windows + 2 (K + V) H keys (p + 1 of a dense query at p, of a sparse one all of its blocks up to itself); "
         "bytes q, k, v, output and compressed keys once",
@@ -89,7 +83,7 @@ def infllm_prefill(shape: AttentionShape, T: int, b: int) -> Cost:
 
 
 def infllm_training(shape: AttentionShape, T: int, b: int) -> Cost:
-    forward, keys = infllm_prefill(shape, T, b), keys_read(shape, T)
+    forward, keys = infllm_prefill(shape, T, b), shape.geometry.keys_read(T)
     return Cost(
         forward.flops + 10 * shape.width * shape.heads * keys,
         forward.bytes + 4 * T * (shape.heads + shape.groups) * shape.width * b,
@@ -103,7 +97,7 @@ def infllm_step(shape: AttentionShape, S: int, b: int) -> Cost:
     sparse = last >= shape.geometry.first_sparse_position(last)
     block = shape.geometry.block_size
     keys = (shape.geometry.num_selected - 1) * block + last % block + 1 if sparse else S
-    windows = windows_scored(shape, S) - windows_scored(shape, S - 1) if sparse else 0
+    windows = shape.geometry.windows_scored(S) - shape.geometry.windows_scored(S - 1) if sparse else 0
     return Cost(
         shape.heads * shape.width * (2 * windows + 4 * keys),
         keys * 2 * shape.groups * shape.width * b + (compressed_bytes(shape, S, b) if sparse else 0),

@@ -56,17 +56,21 @@ class Inputs:
         return q, k, v
 
     def state(self) -> Tensor:
+        """Return a state of lightning attention, (1, H, K, K) float32."""
         heads, width = self.shape.lightning_heads, self.shape.lightning_width
         generator = torch.Generator(self.device).manual_seed(0)
         return torch.randn(1, heads, width, width, generator=generator, device=self.device)
 
     def log_decay(self) -> Tensor:
+        """Return (H,) float32."""
         return log_decay(self.shape.lightning_heads).to(self.device)
 
     def positions(self, start: int, end: int) -> Tensor:
+        """Return (1, end - start) int64."""
         return torch.arange(start, end, device=self.device)[None]
 
     def tiers(self, k_BSGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys' compressed ones, fine and coarse, (B, N, G, K) each."""
         geometry = self.shape.geometry
         return (
             compress(k_BSGK, geometry.kernel_size, geometry.kernel_stride),

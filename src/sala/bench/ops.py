@@ -30,7 +30,6 @@ EAGER = "eager"
 AGAINST = (SDPA, EAGER, FLA)
 # samples of a call of milliseconds or less, for each sample of a longer one
 SHORT_SAMPLES = 5
-OPS_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 Value = TypeVar("Value")
 

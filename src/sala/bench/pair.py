@@ -14,14 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from sala.bench.ceilings import Ceilings, measure_ceilings
-from sala.bench.cost import keys_read, windows_scored
 from sala.bench.device import free_cached, timer_of
 from sala.bench.environment import environment
 from sala.bench.failures import Failures
 from sala.bench.latency import Timing, timed_answer
 from sala.bench.length import length_label
 from sala.bench.memory import MemoryCurve
-from sala.bench.shapes import HYBRIDS, AttentionShape, hybrid_config, twin_config, twin_name
+from sala.bench.shapes import HYBRIDS, hybrid_config, twin_config, twin_name
 from sala.bench.twin import ATTENTION, Kernels, fastest_kernels
 from sala.engine.generate import DEFAULT_CHUNK
 from sala.engine.graph import obstacle
@@ -29,9 +28,9 @@ from sala.engine.load import find_device
 from sala.engine.memory import Need, available_bytes, estimate, human_bytes
 from sala.errors import InputError, nearest
 from sala.model import MiniCPMSALAConfig, new_cache
-from sala.model.config import FULL_ROWS
 from sala.model.families import config_from
 from sala.model.report import num_parameters
+from sala.train.budget import attention_flops
 
 HYBRID, TWIN = "hybrid", "twin"
 WHO = (HYBRID, TWIN)
@@ -357,24 +356,8 @@ def _obstacle(
 def prefill_flops(contestant: Contestant, T: int) -> int:
     """Return the operations of reading T tokens: two a weight and token, and those of the attention layers."""
     config = contestant.config
-    assert config.num_key_value_heads is not None and config.head_dim is not None
     products = 2 * T * (contestant.parameters - 2 * config.vocab_size * config.hidden_size)
-    heads_width = config.num_attention_heads * config.head_dim
-    kinds = list(config.mixer_types)
-    full = kinds.count("attention") * 4 * heads_width * T * (T + 1) // 2
-    sparse = 0
-    if not FULL_ROWS.keys().isdisjoint(kinds):
-        shape = AttentionShape(
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            config.num_attention_heads,
-            config.head_dim,
-            config.sparse_geometry,
-        )
-        sparse = kinds.count("minicpm4") * heads_width * (4 * keys_read(shape, T) + 2 * windows_scored(shape, T))
-    linear = kinds.count("lightning-attn") * 4 * T * heads_width * config.head_dim
-    return products + full + sparse + linear
+    return products + sum(sum(attention_flops(config, kind, T)) for kind in config.mixer_types)
 
 
 def _run_once(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,12 +27,12 @@ from sala.model import MiniCPMSALAForCausalLM
 from sala.train import Progress, Recipe, Stage, World, start_world
 from sala.train.batches import StepFeed, WindowBatch
 from sala.train.budget import Networks, model_flops, peak_flops, stage_memory
+from sala.train.parallel import PRECISIONS
 from sala.train.recipe import LearningRate, Mesh
 from sala.train.run import StageRunner
 
 NEXT_TOKEN, DISTILL = "next_token", "distill"
 LOSSES = (NEXT_TOKEN, DISTILL)
-PRECISIONS: Mapping[str, torch.dtype] = MappingProxyType({"bfloat16": torch.bfloat16, "float32": torch.float32})
 # of a new model, with which losses and gradients stay finite
 INITIALIZER_RANGE = 0.02
 # part of the memory that a plan may take: it does not count what an operator needs inside, nor fragments

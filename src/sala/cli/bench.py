@@ -57,7 +57,8 @@ def ops(
     """Time every operator and backend beside torch's SDPA and the machine's ceilings, where it computes the right thing."""
     prepare(threads)
     from sala.bench import OpsPlan, parse_length, run_ops
-    from sala.bench.ops import OPS_DTYPES, choice
+    from sala.bench.ops import choice
+    from sala.engine.load import DTYPES
 
     plan = OpsPlan(
         shape=shape,
@@ -65,7 +66,7 @@ def ops(
         ops=tuple(op or ()),
         phases=tuple(phase or ()),
         only=tuple(backend or ()),
-        dtype=choice("dtype", dtype, OPS_DTYPES),
+        dtype=choice("dtype", dtype, DTYPES),
         device=device,
         repeats=repeats,
         independent=independent,
@@ -95,13 +96,14 @@ def latency(
     """Time to first token, decoding and memory of a hybrid and of a full-attention model of its size, random weights."""
     prepare(threads)
     from sala.bench import LatencyPlan, parse_length, run_latency
-    from sala.bench.ops import OPS_DTYPES, choice
+    from sala.bench.ops import choice
+    from sala.engine.load import DTYPES
 
     plan = LatencyPlan(
         shape=shape,
         lengths=tuple(parse_length(text) for text in length or DEFAULT_LENGTHS),
         only=() if only is None else (only,),
-        dtype=choice("dtype", dtype, OPS_DTYPES),
+        dtype=choice("dtype", dtype, DTYPES),
         chunk=chunk,
         new_tokens=new_tokens,
         device=device,

@@ -9,14 +9,15 @@ from torch import nn
 
 from sala.errors import InputError, RecipeError, nearest
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from sala.model.config import FULL_ROWS
 from sala.model.mixers import sparse_mixers
 from sala.train import losses
 from sala.train.loop import trainable_parameters
 from sala.train.optimizer import STATE_NUMBERS, grouped
+from sala.train.parallel import PRECISIONS
 from sala.train.recipe import Mesh, Recipe, Stage, require_mesh_fits
 
 FLOAT32_BYTES = 4
-BYTES = {"float32": 4, "bfloat16": 2}
 LIGHTNING = "lightning-attn"
 
 
@@ -269,7 +270,7 @@ def attention_flops(config: MiniCPMSALAConfig, kind: str, T: int) -> tuple[int, 
     if kind == LIGHTNING:
         return 4 * m.K * m.V * m.H * T, 0
     pair = 2 * (m.K + m.V) * m.H
-    if kind in ("minicpm4", "latent-minicpm4"):
+    if kind in FULL_ROWS:
         geometry = config.sparse_geometry
         return pair * geometry.keys_read(T), 2 * m.K * m.H * geometry.windows_scored(T)
     return pair * T * (T + 1) // 2, 0
@@ -385,7 +386,7 @@ def stage_memory(stage: Stage, networks: Networks, mesh: Mesh, recipe: Recipe) -
     communication, fragmentation, the CUDA context.
     """
     network, kinds = _student(stage, networks)
-    config, b = network.config, BYTES[recipe.precision]
+    config, b = network.config, PRECISIONS[recipe.precision].itemsize
     shards = mesh.dp_shard * mesh.cp
     optimizer = recipe.optimizer_of(stage)
     state = sum(
