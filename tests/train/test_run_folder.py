@@ -1,22 +1,25 @@
 """The folder of a run has the history of the run that it goes on with, and of no other."""
 
+import copy
 import itertools
 import json
 import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sala.errors import CheckpointError, InputError
+from sala.errors import CheckpointError, InputError, RecipeError, SalaError
 from sala.train.checkpoint import Checkpoints
 from sala.train.folder import Measured, RunFolder, RunOptions, StageKeeper
 from sala.train.loop import Progress
 from sala.train.parallel import ONE_PROCESS
-from sala.train.recipe import Recipe, parse_recipe
+from sala.train.recipe import Recipe, override, parse_recipe
 from train.ranks import another_process
 
 STEPS = 6
@@ -51,6 +54,62 @@ def test_of_two_processes_the_second_changes_nothing(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="is in use by another process; right would be to end it first"):
             RunFolder(path, recipe(), ONE_PROCESS)
         assert not (path / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (RunOptions(resume="previous"), "holds no checkpoint, and none before it"),
+        (RunOptions(wandb_project="mine"), r"--wandb needs the package `wandb`"),
+    ],
+)
+def test_what_is_asked_for_in_vain_leaves_no_folder(
+    options: RunOptions, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SalaError, match=message):
+        RunFolder(tmp_path / "run", recipe(), ONE_PROCESS, options)
+    assert not (tmp_path / "run").exists()
+
+
+def begun(path: Path) -> None:
+    path.mkdir()
+    recipe().save(path / "recipe.yaml")
+
+
+PLAIN = yaml.safe_load(recipe().text)
+ANOTHER_KIND = {name: value for name, value in PLAIN.items() if name not in ("model", "init")}
+
+
+def changed(setting: str) -> dict[str, Any]:
+    return override(copy.deepcopy(PLAIN), [setting])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (changed("name=other"), "has name = 'run', this recipe 'other'"),
+        (changed("model.hidden_size=16"), "has model.hidden_size = 8, this recipe 16"),
+        (changed("model.head_dim=8"), "has model.head_dim = None, this recipe 8"),
+        (changed("sources.text.shards=a"), "has sources.text = None, this recipe {'shards': 'a', "),
+        (changed("stages.first.steps=7"), "has stages.0.steps = 6, this recipe 7"),
+        (PLAIN | {"stages": PLAIN["stages"][:1]}, "has the number of stages = 2, this recipe 1"),
+        (ANOTHER_KIND | {"conversion": {"keep": {"count": 1}}}, "has model = {'hidden_size': 8, .*}, this recipe None"),
+    ],
+)
+def test_another_recipe_is_refused_with_the_field(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    with pytest.raises(RecipeError, match=message):
+        RunFolder(tmp_path / "run", parse_recipe(values), ONE_PROCESS)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    (tmp_path / "run" / ".metrics.jsonl.123").write_text("{")
+    run = RunFolder(tmp_path / "run", recipe(), ONE_PROCESS)
+    assert not list((tmp_path / "run").glob(".*"))
+    assert run.record is not None
+    run.record.close()
 
 
 class Run:

@@ -229,6 +229,18 @@ class Checkpoints:
         published = self._published()
         return _read_manifest(published[-1])["facts"] if published else None
 
+    def require(self, which: Literal["newest", "previous"]) -> list[Path]:
+        """Return the complete checkpoints from the oldest to the newest, none of them verified. Collective.
+
+        Raises:
+            CheckpointError: "previous" is asked for and there is no checkpoint before the newest.
+        """
+        found = self._ranks.first(f"{self.folder} cannot be read", self._published)
+        if which == "previous" and len(found) < 2:
+            there = f"only {found[0].name}" if found else "no checkpoint"
+            raise CheckpointError(f"--resume previous: {self.folder} holds {there}, and none before it")
+        return found
+
     def newest(self, which: Literal["newest", "previous"] = "newest") -> Saved | None:
         """Return the newest checkpoint, or the one before it, with every file verified; None when there is none. Collective.
 
@@ -237,10 +249,7 @@ class Checkpoints:
                 and there is no checkpoint before the newest.
             DiskError: the system does not let us read them.
         """
-        found = self._ranks.first(f"{self.folder} cannot be read", self._published)
-        if which == "previous" and len(found) < 2:
-            there = f"only {found[0].name}" if found else "no checkpoint"
-            raise CheckpointError(f"--resume previous: {self.folder} holds {there}, and none before it")
+        found = self.require(which)
         if not found:
             return None
         *older, folder = found if which == "newest" else found[:-1]

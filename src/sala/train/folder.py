@@ -19,7 +19,7 @@ from sala.train.checkpoint import Checkpoints, Saved
 from sala.train.loop import NonFiniteError, Observer, Progress
 from sala.train.parallel import World
 from sala.train.recipe import Recipe, load_recipe
-from sala.train.record import METRICS, Record, write_whole
+from sala.train.record import METRICS, Record, require_wandb, write_whole
 from sala.train.weights import remove_files
 
 FINAL = "final"
@@ -133,6 +133,10 @@ class RunFolder:
         self.path, self.recipe, self.world, self.options = path, recipe, world, options
         world.on_main(lambda: _require_own(path, recipe))
         self.checkpoints = Checkpoints(path / CHECKPOINTS, keep=options.keep)
+        # what is asked for in vain leaves no folder
+        self.checkpoints.require(options.resume)
+        if options.wandb_project is not None:
+            world.on_main(require_wandb)
         self.checkpoints.claim()
         world.on_main(lambda: _settle(path, recipe))
         self.signals = _Signals()
@@ -330,7 +334,7 @@ def _settle(path: Path, recipe: Recipe) -> None:
     """Write down how the run goes on, and remove what killed processes left half-written."""
     # another process may have begun it before this one claimed it
     _require_own(path, recipe)
-    for left in [*path.glob(f".{RECIPE}.*"), *(path / MEASURED).glob(".*.json.*")]:
+    for left in [*path.glob(f".{RECIPE}.*"), *path.glob(f".{METRICS}.*"), *(path / MEASURED).glob(".*.json.*")]:
         left.unlink()
     for left in path.glob(f".{FINAL}.*"):
         shutil.rmtree(left)
@@ -348,12 +352,14 @@ def _what(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_same(there: Any, given: Any, path: Path, place: str = "") -> None:
-    if isinstance(there, dict) and isinstance(given, dict) and there.keys() == given.keys():
-        for name in there:
-            _require_same(there[name], given[name], path, f"{place}.{name}" if place else str(name))
+    if isinstance(there, dict) and isinstance(given, dict):
+        for name in there | given:
+            _require_same(there.get(name), given.get(name), path, f"{place}.{name}" if place else str(name))
     elif isinstance(there, list) and isinstance(given, list) and len(there) == len(given):
         for index, (left, right) in enumerate(zip(there, given, strict=True)):
             _require_same(left, right, path, f"{place}.{index}")
+    elif isinstance(there, list) and isinstance(given, list):
+        _require_same(len(there), len(given), path, f"the number of {place}")
     elif there != given:
         raise RecipeError(
             f"the run in {str(path)!r} has {place} = {there!r}, this recipe {given!r}; right would be its own recipe "

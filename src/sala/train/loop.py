@@ -237,8 +237,20 @@ def _groups_to_clip(named: dict[str, nn.Parameter], stage: Stage) -> list[list[n
     return list(groups.values())
 
 
+LOOK = "Lower the learning rate, or look at these documents"
+# the first token of a document, padding, and a user's side of a chat are not predicted
+NOTHING = "None of its tokens counts in this loss; right would be a larger batch, longer windows or other documents"
+
+
 def _require_finite(
-    what: str, value: float, own: float, stage: Stage, step: int, batch: WindowBatch, parallel: Parallel
+    what: str,
+    value: float,
+    own: float,
+    stage: Stage,
+    step: int,
+    batch: WindowBatch,
+    parallel: Parallel,
+    advice: str = LOOK,
 ) -> None:
     """Stop every rank when `value`, the same on all, is not finite; `own` says whether this rank's part of it is."""
     if math.isfinite(value):
@@ -253,7 +265,7 @@ def _require_finite(
     )
     raise NonFiniteError(
         f"{what} is {value} at step {step} of stage {stage.name!r}, before the optimizer moved; the batch holds "
-        f"{where}. Lower the learning rate, or look at these documents"
+        f"{where}. {advice}"
     )
 
 
@@ -275,10 +287,14 @@ def _training_only(model: Any, named: dict[str, nn.Parameter]) -> Iterator[None]
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """A batch's loss over all ranks, this rank's part of it, and of alignment |twin - teacher|^2 / |teacher|^2 a layer."""
+    """A batch's loss over all ranks, this rank's part of it, and of alignment |twin - teacher|^2 / |teacher|^2 a layer.
+
+    weight: of all tokens together; of 0 there is no loss.
+    """
 
     loss: float
     own: float
+    weight: float
     layer_errors: tuple[float, ...]
 
 
@@ -301,7 +317,7 @@ def _backward(root: Any, batch: WindowBatch, stage: Stage, parallel: Parallel) -
             layers = layers + part_layers if layers.numel() else part_layers
     added, *sums = parallel.sum([own, *layers.flatten().tolist()])
     errors, sizes = sums[: len(sums) // 2], sums[len(sums) // 2 :]
-    return _Measured(added, own, tuple(error / size for error, size in zip(errors, sizes, strict=True)))
+    return _Measured(added, own, total, tuple(error / size for error, size in zip(errors, sizes, strict=True)))
 
 
 def _gradient_norm(groups: Sequence[list[nn.Parameter]], clip: float) -> float:
@@ -393,7 +409,8 @@ def run_stage(
             for step in range(first, stage.steps):
                 batch = next(feed)
                 measured = compiled.run(partial(_backward, root, batch, stage, parallel))
-                _require_finite("the loss", measured.loss, measured.own, stage, step + 1, batch, parallel)
+                advice = LOOK if measured.weight else NOTHING
+                _require_finite("the loss", measured.loss, measured.own, stage, step + 1, batch, parallel, advice)
                 norm = _gradient_norm(groups, optimizer.clip)
                 _require_finite("the gradient's norm", norm, norm, stage, step + 1, batch, parallel)
                 rate = stage.learning_rate.at(step, stage.steps)

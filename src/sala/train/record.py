@@ -240,11 +240,18 @@ def _first_events() -> bytes:
     )
 
 
-def _wandb_run(folder: Path, project: str, config: Mapping[str, Any]) -> Any:
+def require_wandb() -> None:
+    """Raise InputError when the package `wandb` is not installed."""
     try:
-        import wandb
+        import wandb  # noqa: F401
     except ImportError as error:
         raise InputError("--wandb needs the package `wandb`: pip install 'sala[wandb]'") from error
+
+
+def _wandb_run(folder: Path, project: str, config: Mapping[str, Any]) -> Any:
+    require_wandb()
+    import wandb
+
     path = folder / WANDB
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"project": project, "id": None}
     if known["project"] != project:
