@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from sala.errors import CheckpointError
-from sala.model.families import load_model
+from sala.model.families import load_config, load_model
 from tolerances import assert_close
 
 SIZES = {
@@ -127,3 +127,13 @@ def test_a_missing_shard_is_refused(tmp_path):
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no folder"):
         load_model(tmp_path / "nothing")
+
+
+def test_of_the_hub_a_configuration_is_fetched_alone(monkeypatch, tmp_path):
+    source("llama").save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or str(tmp_path)
+    )
+    assert load_config("someone/model").num_hidden_layers == load_model("someone/model").config.num_hidden_layers
+    assert asked[0] == ["config.json"] and "*.safetensors" in asked[1]

@@ -11,6 +11,7 @@ from sala.convert import halo, planned_configs
 from sala.errors import InputError, RecipeError
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.model.families import config_from
+from sala.model.report import num_parameters
 from sala.train import budget, load_recipe, parse_recipe
 from sala.train.batches import WindowBatch
 from sala.train.budget import (
@@ -202,7 +203,7 @@ def test_memory_follows_the_mesh() -> None:
         one.weights
         == one.gradients
         == one.optimizer // 2
-        == 4 * budget.num_parameters(config("attention", "lightning-attn", "lightning-attn", "lightning-attn"))
+        == 4 * num_parameters(config("attention", "lightning-attn", "lightning-attn", "lightning-attn"))
     )
     assert sharded.activations == one.activations
     assert one.activations / 4 < split.activations < one.activations / 2
@@ -278,7 +279,7 @@ def networks_of(name: str) -> Networks:
 def test_the_released_model_is_what_minicpm_sala_plans() -> None:
     networks = networks_of("minicpm-sala")
     # the tensors of the released checkpoint
-    assert budget.num_parameters(networks.student) == 9_477_203_968
+    assert num_parameters(networks.student) == 9_477_203_968
     kinds = networks.student.mixer_types
     assert (kinds[0], kinds[-1], kinds.count("attention")) == ("attention", "attention", 8)
 
@@ -292,7 +293,7 @@ def test_halo_costs_what_its_paper_says_where_it_counts_the_same() -> None:
     rows = stage_budgets(plan, networks, cluster("a800", precision="bfloat16", mfu=0.4))
     assert f"{rows[2].flops.forward + rows[2].flops.backward:.1e}" == "1.4e+19"
     assert networks.teacher is not None
-    without_embedding = budget.num_parameters(networks.teacher) - 151936 * 2048
+    without_embedding = num_parameters(networks.teacher) - 151936 * 2048
     assert [f"{6 * without_embedding * tokens:.1e}" for tokens in (320e6, rows[1].stage.tokens)] == [
         "2.7e+18",
         "8.3e+18",

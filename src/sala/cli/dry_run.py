@@ -72,7 +72,7 @@ def _networks(recipe: "TrainingRecipe | ConversionRecipe", start: str | None, to
 def _plain(
     name: str, origin: str, machine: "Cluster", networks: "Networks", rows: "Sequence[StageBudget]"
 ) -> dict[str, Any]:
-    from sala.train.budget import num_parameters
+    from sala.model.report import num_parameters
 
     stages = []
     for row in rows:
@@ -155,7 +155,7 @@ def _table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str
 def _print(
     name: str, origin: str, machine: "Cluster", networks: "Networks", rows: "Sequence[StageBudget]", precision: str
 ) -> None:
-    from sala.train.budget import num_parameters
+    from sala.model.report import num_parameters
 
     # wide rows are for a pager or a file, not to be cut
     console = Console(highlight=False, width=200)

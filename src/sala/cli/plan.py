@@ -36,11 +36,12 @@ def plan(
     prepare(threads=None)
     from sala.bench.length import parse_length
     from sala.bench.shapes import HYBRIDS, hybrid_config
-    from sala.engine.plan import memory_of, parse_bytes, plan_memory, read_config
+    from sala.engine.plan import memory_of, parse_bytes, plan_memory
+    from sala.model.families import load_config
 
     tokens = parse_length(length)
     kind, process, available = memory_of(device, None if memory is None else parse_bytes(memory))
-    config = hybrid_config(model) if model in HYBRIDS else read_config(model)
+    config = hybrid_config(model) if model in HYBRIDS else load_config(model)
     plans = [
         plan_memory(config, name, tokens, chunk, process=process, available=available, device=kind)
         for name in dict.fromkeys(dtype or ("bf16", "int4"))

@@ -1,19 +1,15 @@
 """What a model will need, told before anything of it is loaded: weights, cache, work, and the length that fits."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
 from sala.engine.load import find_device
 from sala.engine.memory import available_bytes, estimate, longest_that_fits, process_bytes
-from sala.errors import CheckpointError, InputError, nearest
+from sala.errors import InputError, nearest
 from sala.model import MiniCPMSALAConfig
-from sala.model.checkpoint import BUILTIN
-from sala.model.families import config_from, load_config
 from sala.model.report import cache_parts, network_shapes
 
 INT4_GROUP = 128
@@ -158,25 +154,6 @@ def weight_bytes(config: MiniCPMSALAConfig, precision: Precision) -> int:
         else:
             size += shape.numel() * precision.dtype.itemsize
     return size
-
-
-def read_config(name: str) -> MiniCPMSALAConfig:
-    """Return the configuration of a folder, a model of the package or a hub name; of the hub, that file alone is read.
-
-    Raises:
-        CheckpointError: nothing usable goes by that name.
-    """
-    if name in BUILTIN or Path(name).expanduser().is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return load_config(name)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return config_from(json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8")))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"model {name!r} is neither a folder nor reachable on the hub ({type(error).__name__})"
-        ) from error
 
 
 def parse_bytes(text: str) -> int:

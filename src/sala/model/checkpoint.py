@@ -3,21 +3,26 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from sala.errors import CheckpointError, InputError, writing
+from sala.errors import CheckpointError, InputError, nearest, writing
 
 _EMBEDDED = Path(__file__).parent.parent / "embedded"
 BUILTIN = {"embedded-teacher": _EMBEDDED / "teacher", "embedded-hybrid": _EMBEDDED / "hybrid"}
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
-def find_checkpoint(name: str | Path) -> Path:
+def find_checkpoint(name: str | Path, files: Sequence[str] = FILES) -> Path:
     """Return the folder of a checkpoint: an existing folder, a model that ships with the package, or a hub name.
+
+    files: patterns of what is fetched from the hub.
 
     Raises:
         CheckpointError: nothing goes by that name, here or on the hub.
@@ -32,9 +37,8 @@ def find_checkpoint(name: str | Path) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         try:
-            return Path(snapshot_download(str(name), allow_patterns=patterns))
+            return Path(snapshot_download(str(name), allow_patterns=list(files)))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise CheckpointError(
                 f"model {str(name)!r} is neither a folder nor reachable on the hub ({type(error).__name__})"
@@ -89,6 +93,39 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                     yield name, shard.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+def shapes_stored(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """Return the name and shape of every tensor that a checkpoint of the model stores."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def has_place(name: str, shape: Sequence[int], shapes: Mapping[str, torch.Size], where: Path) -> bool:
+    """Return whether a stored tensor is read: of tables of rotation and of tied heads, which old files have, none is.
+
+    shapes: of the network, by name (`shapes_stored`).
+
+    Raises:
+        CheckpointError: the network has no tensor of that name, or one of another shape.
+    """
+    if name not in shapes:
+        if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight":
+            return False
+        raise CheckpointError(f"tensor {name!r} in {where} has no place in the network{nearest(name, shapes)}")
+    if tuple(shape) != tuple(shapes[name]):
+        raise CheckpointError(
+            f"tensor {name!r} in {where} has shape {tuple(shape)}; right would be {tuple(shapes[name])}"
+        )
+    return True
+
+
+def require_all(found: Collection[str], shapes: Mapping[str, torch.Size], folder: Path) -> None:
+    """Raise CheckpointError when a checkpoint lacks tensors of the network."""
+    if missing := shapes.keys() - found:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors, the first is {min(missing)!r}")
 
 
 @contextlib.contextmanager

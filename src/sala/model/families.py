@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from sala.errors import CheckpointError, nearest
-from sala.model.checkpoint import find_checkpoint, read_json, read_tensors
+from sala.model.checkpoint import find_checkpoint, has_place, read_json, read_tensors, require_all, shapes_stored
 from sala.model.config import LATENT_FIELDS, MiniCPMSALAConfig
 from sala.model.decoder import MiniCPMSALAForCausalLM
 from sala.model.mixers import config_fields
@@ -149,8 +149,8 @@ def config_from(fields: dict[str, Any]) -> MiniCPMSALAConfig:
 
 
 def load_config(name: str | Path, **changes: Any) -> MiniCPMSALAConfig:
-    """Return our configuration of any supported checkpoint, with `changes` applied."""
-    fields = read_json(find_checkpoint(name) / "config.json")
+    """Return our configuration of any supported checkpoint, with `changes` applied; of the hub, that file alone is read."""
+    fields = read_json(find_checkpoint(name, ["config.json"]) / "config.json")
     config = config_from(fields)
     if not changes:
         return config
@@ -182,24 +182,12 @@ def load_model(
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     with torch.device("meta"):
         model = MiniCPMSALAForCausalLM(config)
-    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight")
-    state = {}
+    shapes, state = shapes_stored(model), {}
     for key, tensor in read_tensors(folder):
-        if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tie_word_embeddings):
-            continue
-        if key not in shapes:
-            raise CheckpointError(f"tensor {key!r} in {folder} has no place in the network{nearest(key, shapes)}")
-        if tensor.shape != shapes[key]:
-            raise CheckpointError(
-                f"tensor {key!r} in {folder} has shape {tuple(tensor.shape)}; right would be {tuple(shapes[key])}"
-            )
-        state[key] = tensor.to(device, None if dtype == "stored" else dtype)
-        on_tensor(key)
-    missing = sorted(shapes.keys() - state.keys())
-    if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]!r}")
+        if has_place(key, tensor.shape, shapes, folder):
+            state[key] = tensor.to(device, None if dtype == "stored" else dtype)
+            on_tensor(key)
+    require_all(state, shapes, folder)
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     model.config.dtype = model.dtype if dtype == "stored" else dtype

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sala.errors import CheckpointError, nearest
+from sala.errors import CheckpointError
 from sala.model.cache import AttentionCache, LayerCache, LightningCache, SparseCache, compression_tiers
-from sala.model.checkpoint import find_checkpoint, shard_files
+from sala.model.checkpoint import find_checkpoint, has_place, require_all, shapes_stored, shard_files
 from sala.model.config import FULL_ROWS, LATENT_ROWS, MiniCPMSALAConfig
 from sala.model.decoder import MiniCPMSALAForCausalLM
 from sala.model.families import load_config
@@ -94,11 +94,7 @@ def inspect(name: str | Path) -> Report:
 def network_shapes(config: MiniCPMSALAConfig) -> dict[str, torch.Size]:
     """Return the name and shape of every tensor that a checkpoint of this configuration stores."""
     with torch.device("meta"):
-        model = MiniCPMSALAForCausalLM(config)
-    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    return shapes
+        return shapes_stored(MiniCPMSALAForCausalLM(config))
 
 
 def check_tensors(folder: Path, config: MiniCPMSALAConfig) -> None:
@@ -108,25 +104,15 @@ def check_tensors(folder: Path, config: MiniCPMSALAConfig) -> None:
         CheckpointError: a shard is missing or truncated; a tensor is missing, unknown or of another shape.
     """
     shapes = network_shapes(config)
-    missing = set(shapes)
+    found: set[str] = set()
     for path in shard_files(folder):
         try:
             with safe_open(path, framework="pt") as shard:
                 stored = {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
-        for name, shape in stored.items():
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
-                continue
-            if name not in shapes:
-                raise CheckpointError(f"tensor {name!r} in {path} has no place in the network{nearest(name, shapes)}")
-            if shape != tuple(shapes[name]):
-                raise CheckpointError(
-                    f"tensor {name!r} in {path} has shape {shape}; right would be {tuple(shapes[name])}"
-                )
-            missing.discard(name)
-    if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors, the first is {min(missing)!r}")
+        found |= {name for name, shape in stored.items() if has_place(name, shape, shapes, path)}
+    require_all(found, shapes, folder)
 
 
 def num_parameters(config: MiniCPMSALAConfig) -> int:

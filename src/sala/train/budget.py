@@ -500,8 +500,3 @@ def stage_budgets(recipe: Recipe, networks: Networks, cluster: Cluster) -> tuple
             )
         )
     return tuple(rows)
-
-
-def num_parameters(config: MiniCPMSALAConfig) -> int:
-    """Return how many parameters a model of this configuration has; tied ones count once."""
-    return sum(parameter.numel() for parameter in _network(config).parameters.values())
