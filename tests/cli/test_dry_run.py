@@ -59,10 +59,19 @@ def test_a_checkpoint_that_is_trained_further_is_planned(sala, teacher) -> None:
     assert plan["parameters"] == json.loads(sala("inspect", teacher, "--json").out)["total_parameters"]
 
 
+def test_names_are_shown_as_they_are(sala) -> None:
+    names = ("--set", "name=a [/b]", "--set", "stages.align.name='[align]'")
+    outcome = sala("train", "smoke", "--dry-run", *names)
+    assert outcome.code == 0 and outcome.out.startswith("a [/b]: ")
+    assert outcome.out.count("\n[align] ") == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("demo", "--dry-run", "--gpu", "h1000"), "'h1000' is not known"),
+        (("demo", "--dry-run", "--gpu", "inf", "--memory", "80"), "right would be numbers above 0"),
+        (("demo", "--dry-run", "--gpu", "h100", "--memory", "nan"), "right would be numbers above 0"),
         (("demo", "--dry-run", "--gpus", "3"), "windows a batch do not divide over 3 data-parallel ranks"),
         (("demo", "--dry-run", "--out", "x"), "--out has no effect with --dry-run"),
         (("demo", "--dry-run", "--keep", "3"), "--keep has no effect with --dry-run"),

@@ -78,11 +78,12 @@ def test_select_prints_the_kept_layers_last(sala, tmp_path):
     recall = (0.9, 0.1, 0.8, 0.2)
     rows = [{"layer": i, "retrieval": {"avg": r}, "commonsense": {"avg": 0.5}} for i, r in enumerate(recall)]
     path = tmp_path / "scores.json"
-    path.write_text(json.dumps({"models": {"m": {"layers": rows}}}))
-    assert sala("select", "--scores", path, "--model", "m", "--keep", "2").out.splitlines()[-1] == "1 3"
-    kept = sala("select", "--scores", path, "--model", "m", "--keep", "3", "--first-last").out.splitlines()[-1]
+    path.write_text(json.dumps({"models": {"[/m]": {"layers": rows}}}))
+    shown = sala("select", "--scores", path, "--model", "[/m]", "--keep", "2").out.splitlines()
+    assert (shown[0], shown[-1]) == ("[/m]: 2 of 4 layers stay attention", "1 3")
+    kept = sala("select", "--scores", path, "--model", "[/m]", "--keep", "3", "--first-last").out.splitlines()[-1]
     assert kept == "0 1 3"
-    outcome = sala("select", "--scores", path, "--model", "m", "--keep", "2", "--plot", tmp_path / "layers.png")
+    outcome = sala("select", "--scores", path, "--model", "[/m]", "--keep", "2", "--plot", tmp_path / "layers.png")
     assert outcome.out.splitlines()[-1] == "1 3"
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
 
@@ -129,7 +130,9 @@ def test_a_terminal_sees_what_a_step_says_and_keeps_each_stage_s_loss():
         display._bars.refresh()
         working = file.getvalue()
         display.observe(step(1, stage="teacher", **MEASUREMENT), phase="Measure")
-    left = "".join(lines(file)[-3:])
+        display.observe(step(1, stage="[/x] [long]"))
+    left = "".join(lines(file)[-4:])
+    assert "[/x] [long]" in left
     for fact in ("align", "2/3", "loss 0.5000", "1 min 5 s left"):
         assert fact in working
         assert fact in left

@@ -158,7 +158,7 @@ def _print(
     from sala.model.report import num_parameters
 
     # wide rows are for a pager or a file, not to be cut
-    console = Console(highlight=False, width=200)
+    console = Console(highlight=False, markup=False, width=200)
     gib = machine.memory_bytes / GIB
     console.print(f"{name}: {_short(num_parameters(networks.student))} parameters ({origin}), computed in {precision}")
     console.print(

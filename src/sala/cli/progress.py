@@ -109,7 +109,7 @@ class Display:
         console = self.console
         self._rows: dict[str, TaskID] = {}
         self._bars = Rows(
-            TextColumn("{task.description}", style="bold"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}"),

@@ -51,5 +51,5 @@ def select(
         view.add_column(name, justify="right")
     for row in selection.rows():
         view.add_row(*(f"{row[name]:.4g}" for name in columns), "yes" if row["kept"] else "")
-    Console(highlight=False).print(view)
+    Console(highlight=False, markup=False).print(view)
     typer.echo(" ".join(map(str, selection.kept)))

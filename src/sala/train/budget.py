@@ -1,6 +1,7 @@
 """What a recipe costs, told before it runs: operations, memory of a GPU and GPU-hours of each stage, by formula."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -154,7 +155,7 @@ def cluster(
             ) from None
         if memory_gib is None:
             raise InputError(f"--gpu {gpu} says TFLOP/s only; give --memory, the GiB of a card")
-    if not tflops > 0 or not memory_gib > 0:
+    if not (0 < tflops < math.inf and 0 < memory_gib < math.inf):
         raise InputError(f"--gpu {gpu} with --memory {memory_gib}: right would be numbers above 0")
     return Cluster(gpu, tflops * 1e12, memory_gib * 2**30, mfu, gpus)
 
