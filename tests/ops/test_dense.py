@@ -299,6 +299,8 @@ def test_a_compiler_takes_a_call_with_start_whole(backend: str) -> None:
         (lambda q, k, v: (q, k[..., :-1], v, run(0, 4), None), "do not fit"),
         (lambda q, k, v: (q[:, :, :3], k, v, run(0, 4), None), "3 query heads cannot share 2 key heads"),
         (lambda q, k, v: (q, k.double(), v, run(0, 4), None), "one dtype"),
+        (lambda q, k, v: (q.int(), k.int(), v.int(), run(0, 4), None), "one of float32, .* not torch.int32"),
+        (lambda q, k, v: (q, k, v.to("meta"), run(0, 4), None), "values on meta, queries on cpu"),
         (lambda q, k, v: (q, k, v, run(1, 4), None), "position 4 needs its key, there are 4"),
         (lambda q, k, v: (q, k, v, run(0, 4)[:, :3], None), "positions must be"),
         (lambda q, k, v: (q, k, v, run(0, 4).float(), None), "positions must be"),

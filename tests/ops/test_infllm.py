@@ -451,6 +451,13 @@ def test_memory_grows_with_queries_and_windows_not_with_their_product(
         (lambda q, k, v, k1, k2, p: (q, k, v, k1, k2, p[0]), "positions must be"),
         (lambda q, k, v, k1, k2, p: (q[:, :, :3], k, v, k1, k2, p), "3 query heads cannot share 2 key heads"),
         (lambda q, k, v, k1, k2, p: (q, k, v.half(), k1, k2, p), "one dtype"),
+        (lambda q, k, v, k1, k2, p: (q.int(), k.int(), v.int(), k1, k2, p), "one of float32, .* not torch.int32"),
+        (
+            lambda q, k, v, k1, k2, p: (q, k, v, k1.int(), k2, p),
+            "compressed keys must be one of float32, .* not torch.int32",
+        ),
+        (lambda q, k, v, k1, k2, p: (q, k, v, k1.to("meta"), k2, p), "compressed keys on meta, queries on cpu"),
+        (lambda q, k, v, k1, k2, p: (q, k, v, k1, k2.to("meta"), p), "coarse compressed keys on meta, queries on cpu"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message: str) -> None:
@@ -458,6 +465,28 @@ def test_what_does_not_fit_is_refused(change, message: str) -> None:
     tensors = change(q, k, v, *tiers(k, SMALL), run(197, 3))
     with pytest.raises(InputError, match=message):
         infllm_attention(*tensors, SMALL, scale=SCALE)
+
+
+@every_normalizer
+def test_a_selection_takes_tensors_of_one_device(normalizer: str) -> None:
+    geometry = replace(SMALL, normalizer=normalizer)
+    q, k, _ = qkv(3, 200)
+    tensors = [q, *tiers(k, geometry), run(197, 3)]
+    for i, name in enumerate(("queries", "compressed keys", "coarse compressed keys", "positions")):
+        moved = [x.to("meta") if i == n else x for n, x in enumerate(tensors)]
+        with pytest.raises(InputError, match=f"{name if i else 'positions'} on (meta|cpu), queries on (cpu|meta)"):
+            select_blocks(*moved, geometry, scale=SCALE)
+
+
+@every_backend_and_triton
+@pytest.mark.parametrize(("B", "T"), [(0, 3), (2, 0), (0, 0)])
+def test_no_queries_read_nothing(backend: str, B: int, T: int) -> None:
+    q, k, v = qkv(T, 200, B=B)
+    positions = run(197, T, B)
+    assert attend(q, k, v, positions, SMALL, backend).shape == (B, T, 4, V)
+    assert attend(q, k, v, None, SMALL, backend, start=197).shape == (B, T, 4, V)
+    assert attend(q, k, v, positions, SMALL, backend, static=True).shape == (B, T, 4, V)
+    assert select(q, k, positions, SMALL, backend).shape == (B, T, 2, SMALL.num_selected)
 
 
 def test_an_unknown_backend_is_refused() -> None:

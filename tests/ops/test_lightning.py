@@ -776,6 +776,10 @@ def change(**changes) -> dict:
     return {"q_BTHK": q, "k_BTHK": k, "v_BTHV": v, "log_decay_H": log_decay(H)} | changes
 
 
+# what no kernel must be given
+PACKED = {"cu_seqlens": torch.tensor([0, 9, 4])}
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -795,7 +799,10 @@ def change(**changes) -> dict:
         ({"initial_state_BHKV": torch.zeros(B, H, V, K)}, r"state must be \(2, 3, 8, 5\), not \(2, 3, 5, 8\)"),
         ({"initial_state_BHKV": torch.zeros(B, H, K, V).bfloat16()}, "state must be torch.float32, not torch.bfloat16"),
         ({"cu_seqlens": torch.tensor([0, 4])}, "B must be 1, not 2"),
-        ({"log_decay_H": torch.zeros(H, device="meta")}, "log_decay is on meta, q on cpu"),
+        ({"cu_seqlens_cpu": torch.tensor([0, 4])}, "cu_seqlens_cpu must be cu_seqlens, None"),
+        (PACKED | {"cu_seqlens_cpu": torch.tensor([0, 1, 4])}, r"must be cu_seqlens, \[0, 9, 4\], on the CPU"),
+        (PACKED | {"cu_seqlens_cpu": torch.tensor([0, 4])}, r"must be cu_seqlens, \[0, 9, 4\], on the CPU"),
+        ({"log_decay_H": torch.zeros(H, device="meta")}, "log_decay on meta, q on cpu"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(changes: dict, complaint: str) -> None:
@@ -806,6 +813,18 @@ def test_inputs_that_do_not_fit_are_refused(changes: dict, complaint: str) -> No
 def test_a_state_must_be_given_per_packed_row() -> None:
     with pytest.raises(InputError, match=r"state must be \(2, 3, 8, 5\), not \(1, 3, 8, 5\)"):
         attend(*qkv(4, rows=1), cu_seqlens=torch.tensor([0, 2, 4]), initial_state_BHKV=state(1))
+
+
+@every_backend
+@pytest.mark.parametrize("T", [1, 70])
+@pytest.mark.parametrize("shape", [(0, 2, 8, 5), (2, 0, 8, 5), (2, 2, 0, 5), (2, 2, 8, 0)], ids=str)
+def test_a_call_without_numbers_is_empty(backend: str, T: int, shape: tuple[int, int, int, int]) -> None:
+    rows, heads, width, value_width = shape
+    q, v = torch.zeros(rows, T, heads, width), torch.ones(rows, T, heads, value_width)
+    out, final = lightning_attention(q, q, v, torch.zeros(heads), scale=SCALE, backend=backend)
+    assert out.shape == v.shape
+    assert not out.any()
+    assert final.shape == shape
 
 
 def test_an_unknown_backend_is_refused() -> None:

@@ -346,6 +346,18 @@ def test_torch_sees_operators(backend: str) -> None:
         (lambda x: norm_rotate(x[None], scale_BT=torch.ones(1, 2).double()), "scale must be float32"),
         (lambda x: norm_gate(x[None], gate_BTD=x), r"gate must be \(1, 2, 24\)"),
         (lambda x: rms_norm(x, torch.ones(8), EPS, backend="cpus"), "did you mean 'cpu'"),
+        (lambda x: rms_norm(x.int(), torch.ones(8).int(), EPS), "one of float32, .* not torch.int32"),
+        (lambda x: silu_mul(x.int(), x.int()), "one of float32, .* not torch.int32"),
+        (lambda x: norm_gate(x[None].int(), gate_BTD=x[None].flatten(2).int()), "not torch.int32"),
+        (lambda x: norm_rotate(x[None].int(), scale_BT=torch.ones(1, 2)), "not torch.int32"),
+        (lambda x: add_rms_norm(x, x, 1.0, torch.ones(8, device="meta"), EPS), "weight on meta, x on cpu"),
+        (lambda x: add_scaled(x, x.to("meta"), 1.0), "on meta, x on cpu"),
+        (
+            lambda x: norm_rotate(x[None], rotation=(torch.ones(1, 2, 4, device="meta"),) * 2),
+            "cosine on meta, x on cpu",
+        ),
+        (lambda x: norm_rotate(x[None], scale_BT=torch.ones(1, 2, device="meta")), "scale on meta, x on cpu"),
+        (lambda x: norm_gate(x[None], gate_BTD=x[None].flatten(2).to("meta")), "gate on meta, x on cpu"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(call: Callable[[Tensor], object], message: str) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sala.errors import InputError
+from sala.ops.checks import check_devices, check_dtype
 
 # imported here and not on first use: torch.compile cannot trace an import
 from sala.ops.dense import eager as _eager  # noqa: F401
@@ -85,9 +86,8 @@ def check_attention(
         raise InputError(
             f"queries, keys and values must have one dtype, not {q_BTHK.dtype}, {k_BSGK.dtype}, {v_BSGV.dtype}"
         )
-    for name, tensor in (("keys", k_BSGK), ("values", v_BSGV), ("positions", positions_BT)):
-        if tensor is not None and tensor.device != q_BTHK.device:
-            raise InputError(f"{name} are on {tensor.device}, queries on {q_BTHK.device}; move them to one device")
+    check_dtype("queries, keys and values", q_BTHK)
+    check_devices(queries=q_BTHK, keys=k_BSGK, values=v_BSGV, positions=positions_BT)
     if start is not None:
         if start < 0 or start + T > S:
             raise InputError(f"{T} queries from position {start} on need {start + T} keys, there are {S}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sala.errors import InputError
+from sala.ops.checks import check_devices, check_dtype
 from sala.ops.dense import check_attention, dense_attention
 from sala.ops.dispatch import choose
 from sala.ops.infllm.geometry import SparseGeometry, num_windows
@@ -43,7 +44,7 @@ def compress(k_BSGK: Tensor, size: int, stride: int) -> Tensor:
         raise InputError(f"keys must have the four dimensions (B, S, G, K), not the shape {tuple(k_BSGK.shape)}")
     if size < 1 or stride < 1:
         raise InputError(f"a window's size and stride must be at least 1, not {size} and {stride}")
-    _check_floating("keys", k_BSGK)
+    check_dtype("keys", k_BSGK)
     return choose("infllm", tensors=(k_BSGK,)).compress(k_BSGK, size, stride)
 
 
@@ -80,17 +81,20 @@ def select_blocks(
             f"queries and compressed keys must have four dimensions, not the shapes "
             f"{tuple(q_BTHK.shape)} and {tuple(k1_BNGK.shape)}"
         )
-    B, T, H, K = q_BTHK.shape
+    B, T, H, _ = q_BTHK.shape
     G = k1_BNGK.shape[2]
     if G < 1 or H % G:
         raise InputError(f"{H} query heads cannot share {G} key heads: the first must be a multiple of the second")
-    _check_floating("queries", q_BTHK)
+    check_dtype("queries", q_BTHK)
+    check_devices(queries=q_BTHK, positions=positions_BT)
     _check_positions(positions_BT, B, T)
     last_position = int(positions_BT.max()) if positions_BT.numel() else -1
-    _check_windows(k1_BNGK, k2_BNGK, (B, G, K), last_position, geometry)
+    _check_windows(k1_BNGK, k2_BNGK, q_BTHK, G, last_position, geometry)
     # the choice of blocks has no gradient, whatever its inputs have
     q_BTHK, k1_BNGK, k2_BNGK = q_BTHK.detach(), k1_BNGK.detach(), k2_BNGK.detach()
     implementation = choose("infllm", backend, (q_BTHK, k1_BNGK, k2_BNGK, positions_BT))
+    if not B * T * H:
+        return q_BTHK.new_full((B, T, G, geometry.num_selected), -1, dtype=torch.int32)
     return implementation.select(q_BTHK, k1_BNGK, k2_BNGK, positions_BT, geometry, scale)
 
 
@@ -149,7 +153,7 @@ def infllm_attention(
     if page_table_BP is not None:
         k_rows, v_rows = rows_of_pages(k_BSGK, v_BSGV, page_table_BP, geometry.block_size)
     check_attention(q_BTHK, k_rows, v_rows, positions_BT, start, static)
-    B, T, _, K = q_BTHK.shape
+    B, T, H, _ = q_BTHK.shape
     if static:
         last_position = k_rows.shape[1] - 1
     elif start is not None:
@@ -159,6 +163,8 @@ def infllm_attention(
         last_position = int(positions_BT.max()) if positions_BT.numel() else -1
     k1_BNGK, k2_BNGK = (None if x is None else x.detach() for x in (k1_BNGK, k2_BNGK))
     implementation = choose("infllm", backend, (q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT))
+    if not B * T * H * v_BSGV.shape[3]:
+        return v_BSGV.new_zeros(B, T, H, v_BSGV.shape[3])
     pages = {}
     if page_table_BP is not None:
         last_B = page_table_BP.new_full((B,), last_position)
@@ -183,15 +189,10 @@ def infllm_attention(
         k1_BNGK = compress(k_BSGK, geometry.kernel_size, geometry.kernel_stride)
     if k2_BNGK is None:
         k2_BNGK = compress(k_BSGK, geometry.coarse_size, geometry.coarse_stride)
-    _check_windows(k1_BNGK, k2_BNGK, (B, k_BSGK.shape[2], K), last_position, geometry)
+    _check_windows(k1_BNGK, k2_BNGK, q_BTHK, k_BSGK.shape[2], last_position, geometry)
     return implementation.attend(
         q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT, geometry, scale, start, **pages
     )
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise InputError(f"{name} must be floating point, not {tensor.dtype}")
 
 
 def _check_positions(positions_BT: Tensor, B: int, T: int) -> None:
@@ -203,13 +204,15 @@ def _check_positions(positions_BT: Tensor, B: int, T: int) -> None:
 
 
 def _check_windows(
-    k1_BNGK: Tensor, k2_BNGK: Tensor, sizes: tuple[int, int, int], last_position: int, geometry: SparseGeometry
+    k1_BNGK: Tensor, k2_BNGK: Tensor, q_BTHK: Tensor, G: int, last_position: int, geometry: SparseGeometry
 ) -> None:
+    check_devices(queries=q_BTHK, **{"compressed keys": k1_BNGK, "coarse compressed keys": k2_BNGK})
+    sizes = (q_BTHK.shape[0], G, q_BTHK.shape[3])
     tiers = [(k1_BNGK, geometry.kernel_size, geometry.kernel_stride, "compressed keys")]
     if geometry.normalizer == "coarse":
         tiers.append((k2_BNGK, geometry.coarse_size, geometry.coarse_stride, "coarse compressed keys"))
     for keys, size, stride, name in tiers:
-        _check_floating(name, keys)
+        check_dtype(name, keys)
         if keys.ndim != 4 or (keys.shape[0], *keys.shape[2:]) != sizes:
             raise InputError(f"{name} must have the shape (B, N, G, K) with B, G, K = {sizes}, not {tuple(keys.shape)}")
         needed = num_windows(last_position + 1, size, stride)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sala.errors import InputError
+from sala.ops.checks import DTYPES, NAMES, check_devices
 from sala.ops.context import Context
 
 # imported here and not on first use: torch.compile cannot trace an import
@@ -16,8 +17,6 @@ from sala.ops.lightning import part
 from sala.ops.packing import row_bounds
 
 __all__ = ["lightning_attention", "log_decay", "log_decays"]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def log_decay(num_heads: int) -> Tensor:
@@ -145,8 +144,7 @@ def _check(
     if T == 0:
         raise InputError("lightning_attention needs at least one token, T = 0")
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise InputError(f"q, k and v must share one dtype of {names}, not {q.dtype}, {k.dtype}, {v.dtype}")
+        raise InputError(f"q, k and v must share one dtype of {NAMES}, not {q.dtype}, {k.dtype}, {v.dtype}")
     if log_decay_H.shape != (H,):
         raise InputError(f"log_decay must have one value per head, ({H},), not {tuple(log_decay_H.shape)}")
     if log_decay_H.dtype not in (torch.float32, torch.float64):
@@ -164,13 +162,14 @@ def _check(
     if context is not None and (cu_seqlens is None or mask is not None or initial_state is not None):
         raise InputError("ranks share a packed row: with a context give cu_seqlens, and neither a mask nor a state")
     num_rows = B
+    if cu_seqlens_cpu is not None and not _is_copy(cu_seqlens_cpu, cu_seqlens):
+        raise InputError(
+            f"cu_seqlens_cpu must be cu_seqlens, {None if cu_seqlens is None else cu_seqlens.tolist()}, on the CPU, "
+            f"not {cu_seqlens_cpu}"
+        )
     if cu_seqlens is not None:
         if B != 1:
             raise InputError(f"packed rows are one batch row: with cu_seqlens B must be 1, not {B}")
-        if cu_seqlens_cpu is not None and cu_seqlens_cpu.shape != cu_seqlens.shape:
-            raise InputError(
-                f"cu_seqlens_cpu must be cu_seqlens, of shape {tuple(cu_seqlens.shape)}, not {tuple(cu_seqlens_cpu.shape)}"
-            )
         bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
         num_rows = len(row_bounds(bounds, T if context is None else T * context.ranks)) - 1
     if initial_state is not None:
@@ -179,6 +178,12 @@ def _check(
         state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         if initial_state.dtype != state_dtype:
             raise InputError(f"the state must be {state_dtype}, not {initial_state.dtype}: a rounded state drifts")
-    for name, tensor in (("k", k), ("v", v), ("log_decay", log_decay_H), ("state", initial_state), ("mask", mask)):
-        if tensor is not None and tensor.device != q.device:
-            raise InputError(f"{name} is on {tensor.device}, q on {q.device}; move them to one device")
+    check_devices(q=q, k=k, v=v, log_decay=log_decay_H, state=initial_state, mask=mask)
+
+
+def _is_copy(cu_seqlens_cpu: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether one may be the other's copy on the CPU; what lies on a device is not waited for."""
+    if cu_seqlens is None or not cu_seqlens_cpu.is_cpu or cu_seqlens_cpu.shape != cu_seqlens.shape:
+        return False
+    # mostly the same tensor
+    return cu_seqlens is cu_seqlens_cpu or not cu_seqlens.is_cpu or cu_seqlens.tolist() == cu_seqlens_cpu.tolist()

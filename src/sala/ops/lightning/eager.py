@@ -130,7 +130,7 @@ def _rows(
     if state_BHKV is None:
         state_BHKV = torch.zeros(B, H, K, V, dtype=log_decay_H.dtype, device=q_BTHK.device)
 
-    num_chunks = min(MAX_CHUNKS, MAX_STATE_NUMBERS // (B * H * K * V))
+    num_chunks = min(MAX_CHUNKS, MAX_STATE_NUMBERS // max(1, B * H * K * V))
     # the sum over states as a product costs more than it saves for two or three
     segment = CHUNK * (num_chunks if num_chunks >= 4 else 1)
     whole = T - T % CHUNK

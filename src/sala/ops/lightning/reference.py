@@ -20,6 +20,9 @@ def attend(
     """See `sala.ops.lightning.lightning_attention`; the final state has the dtype it promises, rounded once."""
     B, T, H, K = q_BTHK.shape
     V = v_BTHV.shape[-1]
+    state_dtype = torch.float64 if q_BTHK.dtype == torch.float64 else torch.float32
+    if not B:
+        return torch.zeros_like(v_BTHV), q_BTHK.new_zeros(B, H, K, V, dtype=state_dtype)
     rows = [(row, 0, T) for row in range(B)]
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
@@ -40,5 +43,4 @@ def attend(
             out[row][t] = scale * torch.einsum("hk,hkv->hv", q_HK, state_HKV)
         states.append(state_HKV)
     out_BTHV = torch.stack([torch.stack(tokens) for tokens in out])
-    state_dtype = torch.float64 if q_BTHK.dtype == torch.float64 else torch.float32
     return out_BTHV.to(v_BTHV.dtype), torch.stack(states).to(state_dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sala.errors import InputError
+from sala.ops.checks import check_devices, check_dtype
 
 # imported here and not on first use: torch.compile cannot trace an import
 from sala.ops.dispatch import choose
@@ -29,6 +30,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, backend: str = "auto") 
     Raises:
         InputError: shapes that do not fit.
     """
+    _check_numbers(x, weight=weight_D)
     _check_weight(weight_D, x.shape[-1])
     return choose("pointwise", backend, (x, weight_D)).rms_norm(x, weight_D, eps)
 
@@ -52,6 +54,7 @@ def add_rms_norm(
         InputError: shapes that do not fit.
     """
     _check_same(x, branch)
+    _check_numbers(x, weight=weight_D)
     _check_weight(weight_D, x.shape[-1])
     return choose("pointwise", backend, (x, branch, weight_D)).add_rms_norm(x, branch, scale, weight_D, eps)
 
@@ -87,8 +90,11 @@ def norm_rotate(
     weight_K, eps = norm or (None, 0.0)
     if weight_K is not None:
         _check_weight(weight_K, K)
-    cosine_BTR, sine_BTR = rotation or (None, None)
-    if cosine_BTR is not None and sine_BTR is not None:
+    _check_numbers(x_BTHK, weight=weight_K, scale=scale_BT)
+    cosine_BTR = sine_BTR = None
+    if rotation is not None:
+        cosine_BTR, sine_BTR = rotation
+        _check_numbers(x_BTHK, cosine=cosine_BTR, sine=sine_BTR)
         _check_table("cosine", cosine_BTR, B, T)
         _check_table("sine", sine_BTR, B, T)
         if cosine_BTR.ndim != 3 or cosine_BTR.shape != sine_BTR.shape or 2 * cosine_BTR.shape[-1] > K:
@@ -132,6 +138,7 @@ def norm_gate(
         raise InputError(f"heads must be (B, T, H, V), not {tuple(x_BTHV.shape)}")
     B, T, H, V = x_BTHV.shape
     weight_D, eps = norm or (None, 0.0)
+    _check_numbers(x_BTHV, weight=weight_D, gate=gate_BTD)
     if weight_D is not None:
         _check_weight(weight_D, H * V)
     if gate_BTD is not None and gate_BTD.shape != (B, T, H * V):
@@ -156,7 +163,13 @@ def _check_weight(weight: Tensor, width: int) -> None:
         raise InputError(f"the weight of a norm over {width} numbers must be ({width},), not {tuple(weight.shape)}")
 
 
+def _check_numbers(x: Tensor, **others: Tensor | None) -> None:
+    check_dtype("tensors", x, *others.values())
+    check_devices(x=x, **others)
+
+
 def _check_same(x: Tensor, other: Tensor) -> None:
+    _check_numbers(x, other=other)
     if x.shape != other.shape:
         raise InputError(f"tensors of one shape are needed, not {tuple(x.shape)} and {tuple(other.shape)}")
 
