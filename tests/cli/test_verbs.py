@@ -80,7 +80,7 @@ def test_select_prints_the_kept_layers_last(sala, tmp_path):
     path = tmp_path / "scores.json"
     path.write_text(json.dumps({"models": {"[/m]": {"layers": rows}}}))
     shown = sala("select", "--scores", path, "--model", "[/m]", "--keep", "2").out.splitlines()
-    assert (shown[0], shown[-1]) == ("[/m]: 2 of 4 layers stay attention", "1 3")
+    assert (shown[0].rstrip(), shown[-1]) == ("[/m]: 2 of 4 layers stay attention", "1 3")
     kept = sala("select", "--scores", path, "--model", "[/m]", "--keep", "3", "--first-last").out.splitlines()[-1]
     assert kept == "0 1 3"
     outcome = sala("select", "--scores", path, "--model", "[/m]", "--keep", "2", "--plot", tmp_path / "layers.png")
