@@ -1,11 +1,12 @@
 """A tiny hybrid and a tiny teacher with the embedded tokenizer, and the command line as a function."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
 
 from model.shapes import tiny_model
-from sala.cli import main
+from sala.cli import main, progress
 from sala.data import load_tokenizer
 from sala.model.checkpoint import find_checkpoint
 
@@ -15,6 +16,12 @@ class Outcome:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(autouse=True)
+def no_line_for_its_time(monkeypatch):
+    """A slow machine says no more than a fast one."""
+    monkeypatch.setattr(progress, "PLAIN_LINE_EVERY_S", math.inf)
 
 
 @pytest.fixture

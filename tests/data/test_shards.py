@@ -4,7 +4,6 @@ import json
 import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from sala.data import Shards, load_tokenizer, tokenizer_hash, train_tokenizer
 from sala.data.shards import shard_writer
 from sala.data.sources import Document
 from sala.errors import InputError
+from train.ranks import PROCESSES
 
 LENGTHS = [3, 1, 9, 2, 2, 30, 1]
 
@@ -117,21 +117,15 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# a fresh interpreter would import torch for seconds
-FORK = get_context("fork")
-forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-
-
 def write_and_die(out: Path) -> None:
     with shard_writer(out) as writer:
         writer.add(tokens_of(0, 5))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@forks
 def test_a_killed_run_leaves_no_shards_and_the_next_one_cleans_up(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = FORK.Process(target=write_and_die, args=(out,))
+    process = PROCESSES.Process(target=write_and_die, args=(out,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -161,9 +155,8 @@ def sum_of_tokens(folder: Path) -> int:
     return sum(int(shards.read(document)[0].sum()) for document in range(shards.num_documents))
 
 
-@forks
 def test_several_processes_read_at_once(tmp_path: Path) -> None:
     make_shards(tmp_path / "out", LENGTHS, shard_tokens=8)
-    with ProcessPoolExecutor(2, FORK) as processes:
+    with ProcessPoolExecutor(2, PROCESSES) as processes:
         sums = list(processes.map(sum_of_tokens, [tmp_path / "out"] * 4))
     assert sums == [sum(int(tokens_of(d, n).sum()) for d, n in enumerate(LENGTHS))] * 4
