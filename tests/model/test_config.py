@@ -38,6 +38,17 @@ def test_an_unknown_sparse_field_is_named():
         ({"attn_logits_scaling": 1}, "above 1"),
         ({"lightning_layerwise_decay": True}, "False"),
         ({"sparse_config": None}, "sparse_config is None"),
+        ({"hidden_size": "abc"}, "hidden_size = 'abc'; right would be int"),
+        ({"hidden_size": -16}, "hidden_size = -16; right would be a number above 0"),
+        ({"intermediate_size": 2.5}, "intermediate_size = 2.5; right would be int"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0; right would be a number above 0"),
+        ({"num_key_value_heads": True}, "num_key_value_heads = True; right would be int or NoneType"),
+        ({"mixer_types": 5}, "mixer_types = 5; right would be list or tuple"),
+        ({"mixer_types": "attention"}, "mixer_types = 'attention'; right would be list or tuple"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps = '1e-6'; right would be float"),
+        ({"rope_theta": "10000"}, "rope_theta = '10000'; right would be float or int"),
+        ({"sparse_config": [1]}, r"sparse_config = \[1\]; right would be dict or NoneType"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1; right would be bool"),
     ],
 )
 def test_a_value_that_cannot_be_built_is_refused(change, message):

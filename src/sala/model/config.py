@@ -1,7 +1,8 @@
 """The configuration of the one network: every field of the released `config.json`, and the switches of its source families."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin
 
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -26,6 +27,25 @@ LATENT_ROWS = ("latent-attention", "latent-minicpm4")
 
 # Fields of multi-head latent attention, by their names in a MiniCPM3 configuration.
 LATENT_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+# Numbers that no network can be built from unless they are above zero.
+ABOVE_ZERO = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "lightning_nh",
+    "lightning_nkv",
+    "lightning_head_dim",
+    *LATENT_FIELDS,
+    "dim_model_base",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+)
 
 # Fields seen in checkpoints that change nothing in the forward pass.
 IGNORED_FIELDS = frozenset(
@@ -125,6 +145,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     def __post_init__(self, **fields: Any) -> None:
         self._refuse_unknown(fields)
         self._accept_rope_parameters(fields)
+        self._refuse_other_types()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if any(getattr(self, name) is not None for name in LATENT_FIELDS):
@@ -185,6 +206,14 @@ class MiniCPMSALAConfig(PreTrainedConfig):
                 raise ConfigError(
                     f"unknown field {name!r} = {fields[name]!r} in the model configuration{nearest(name, known)}"
                 )
+
+    def _refuse_other_types(self) -> None:
+        for name, hint in MiniCPMSALAConfig.__annotations__.items():
+            value, kinds = getattr(self, name), [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
+            if not _is_one_of(value, kinds):
+                raise ConfigError(f"{name} = {value!r}; right would be {' or '.join(kind.__name__ for kind in kinds)}")
+            if name in ABOVE_ZERO and value is not None and not value > 0:
+                raise ConfigError(f"{name} = {value}; right would be a number above 0")
 
     def _accept_rope_parameters(self, fields: dict[str, Any]) -> None:
         # the layout transformers 5 writes: both values in one dictionary
@@ -264,6 +293,13 @@ class MiniCPMSALAConfig(PreTrainedConfig):
                 "sparse_config.use_nope = True is not supported; right would be False (the released value)"
             )
         _ = self.sparse_geometry
+
+
+def _is_one_of(value: Any, kinds: Sequence[type]) -> bool:
+    if isinstance(value, bool):  # which is an int for Python alone
+        return bool in kinds
+    # JSON may write 1.0 as 1
+    return isinstance(value, tuple(kinds)) or (float in kinds and isinstance(value, int))
 
 
 def _canonical_mixer(name: str) -> str:

@@ -1,7 +1,7 @@
 """Source families: how a Llama, Qwen2, Qwen3, MiniCPM or MiniCPM3 checkpoint is one of our network."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -140,12 +140,18 @@ def config_from(fields: dict[str, Any]) -> MiniCPMSALAConfig:
             )
     ours = {name: fields[name] for name in SHARED_FIELDS if name in fields and name not in family.derived}
     ours |= {new: fields[old] for old, new in family.own.items() if old in fields}
-    layers, width = fields["num_hidden_layers"], fields["hidden_size"]
+    layers, width = (_required(fields, name, kind) for name in ("num_hidden_layers", "hidden_size"))
     # the muP numbers of a network without muP; a family that has its own keeps them
     neutral = {"scale_emb": 1, "scale_depth": math.sqrt(layers), "dim_model_base": width}
     return MiniCPMSALAConfig(
         **{**neutral, **family.defaults, **ours, **family.fixed, "mixer_types": [family.mixer] * layers}
     )
+
+
+def _required(fields: Mapping[str, Any], name: str, kind: str) -> int:
+    if not isinstance(value := fields.get(name), int):
+        raise CheckpointError(f"{name} is {value!r} in a {kind} configuration; right would be a whole number")
+    return value
 
 
 def load_config(name: str | Path, **changes: Any) -> MiniCPMSALAConfig:
