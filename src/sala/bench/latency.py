@@ -12,12 +12,11 @@ from torch import Tensor
 
 from sala.bench.device import synchronize
 from sala.bench.memory import PeakMemory, peak_memory
-from sala.engine.generate import draws, prefill
+from sala.engine.generate import DEFAULT_CHUNK, draws, prefill
 from sala.engine.sampling import Sampler, Sampling
 from sala.errors import InputError
 from sala.model import new_cache
 
-CHUNK_SIZE = 2048
 DECODE_STEPS = 8
 
 
@@ -55,7 +54,6 @@ def latency(
     tokens_T: Tensor,
     repeats: Mapping[int, int],
     *,
-    chunk_size: int = CHUNK_SIZE,
     on_run: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LatencyPoint]:
     """Measure every model at every length, as often as `repeats` says for it.
@@ -76,7 +74,7 @@ def latency(
             "repeat of each, and as many tokens as the longest"
         )
     for model in models.values():
-        _run(model, tokens_T[: min(repeats)], chunk_size)
+        _run(model, tokens_T[: min(repeats)])
     runs: dict[tuple[int, str], list[tuple[Timing, PeakMemory]]] = {
         (length, name): [] for length in repeats for name in models
     }
@@ -84,7 +82,7 @@ def latency(
     for length, times in repeats.items():
         for _ in range(times):
             for name, model in models.items():
-                runs[length, name].append(_run(model, tokens_T[:length], chunk_size))
+                runs[length, name].append(_run(model, tokens_T[:length]))
                 done += 1
                 on_run(done, total)
     return [_point(name, length, measured) for (length, name), measured in runs.items()]
@@ -141,10 +139,10 @@ def _point(name: str, length: int, runs: Sequence[tuple[Timing, PeakMemory]]) ->
     )
 
 
-def _run(model: Any, tokens_T: Tensor, chunk_size: int) -> tuple[Timing, PeakMemory]:
+def _run(model: Any, tokens_T: Tensor) -> tuple[Timing, PeakMemory]:
     with peak_memory() as memory:
         cache = new_cache(model.config, reserve=len(tokens_T) + DECODE_STEPS)
         timing = timed_answer(
-            model, cache, tokens_T, chunk=chunk_size, steps=DECODE_STEPS, cache_bytes=lambda cache: cache.size_bytes
+            model, cache, tokens_T, chunk=DEFAULT_CHUNK, steps=DECODE_STEPS, cache_bytes=lambda cache: cache.size_bytes
         )
     return timing, memory
