@@ -142,6 +142,15 @@ def test_any_call_is_the_definition(seed: int) -> None:
 
 
 @pytest.mark.skipif(GPU, reason="memory that is not there")
+def test_tokens_may_lie_further_apart_than_32_bits_reach() -> None:
+    apart, S = 2**28, 12
+    k = torch.randn(1, S, 1, K).half()
+    # so that an offset that wraps round stays inside
+    far = memory_for(2 * (S + 9) * apart).as_strided(k.shape, (0, apart, 0, 1), 8 * apart).copy_(k)
+    assert torch.equal(kernels.compress(far, S, S), kernels.compress(k, S, S))
+
+
+@pytest.mark.skipif(GPU, reason="memory that is not there")
 def test_heads_may_lie_further_apart_than_32_bits_reach() -> None:
     apart, H = 2**30, 4
     far = memory_for(2 * (H + 2) * apart)
@@ -172,6 +181,13 @@ def test_gradients_are_those_of_the_definition(normalizer: str, G: int, group: i
     pairs = zip(gradients(actual, inputs, weight), gradients(expected, wide, weight), strict=True)
     for a, b in pairs:
         assert_close(a, b.float())
+
+
+def test_a_second_derivative_is_refused() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(3, 150))
+    (first, *_) = torch.autograd.grad(attend(q, k, v, run(147, 3), SMALL).square().sum(), (q, k, v), create_graph=True)
+    with pytest.raises(BackendError, match="not differentiated twice"):
+        first.sum().backward()
 
 
 def test_a_whole_sequence_has_the_gradient_of_its_dense_beginning_and_its_sparse_rest() -> None:

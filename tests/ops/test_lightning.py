@@ -1,5 +1,6 @@
 """Laws of lightning attention: every backend against the definition, and what any of them must keep."""
 
+from copy import copy
 from itertools import pairwise
 from types import ModuleType
 
@@ -695,6 +696,34 @@ def test_triton_heads_may_lie_further_apart_than_32_bits_reach(T: int, monkeypat
     results = [lightning_attention(*x, log_decay(heads), scale=SCALE, backend="triton") for x in (spread, tensors)]
     for actual, expected in zip(*results, strict=True):
         assert torch.equal(actual, expected)
+
+
+@needs_triton
+@pytest.mark.skipif(GPU, reason="memory that is not there")
+def test_triton_tokens_may_lie_further_apart_than_32_bits_reach() -> None:
+    apart, T = 2**28, 12
+    far = memory_for(2 * (T + 9) * apart)
+    tensors = torch.randn(3, 1, T, 1, K, dtype=torch.float16)
+    # so that an offset that wraps round stays inside
+    spread = [
+        far.as_strided((1, T, 1, K), (0, apart, 0, 1), 8 * apart + i * 2**20).copy_(x) for i, x in enumerate(tensors)
+    ]
+    results = [lightning_attention(*x, log_decay(1), scale=SCALE, backend="triton") for x in (spread, tensors)]
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@needs_triton
+def test_triton_is_tuned_anew_where_more_segments_fill_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_module(), "MIN_SEGMENT", 64)
+    kernel, tuned = triton_module().outputs_kernel, []
+    monkeypatch.setattr(kernel, "configs", [*kernel.configs, copy(kernel.configs[-1])])
+    monkeypatch.setattr(kernel, "cache", {})
+    monkeypatch.setattr(kernel, "prune_configs", lambda options: kernel.configs)
+    monkeypatch.setattr(kernel, "_bench", lambda *arguments, **options: tuned.append(options) or [1.0] * 3)
+    for T in (130, 140, 200, 130):
+        attend(*qkv(T), backend="triton")
+    assert len(tuned) == 2 * len(kernel.configs)
 
 
 @needs_triton

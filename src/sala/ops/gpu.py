@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sala.errors import BackendError
 from sala.ops.native.operator import OPERATORS, watched
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # bfloat16 in the tensor cores and asynchronous copies, which the kernels are written for
 CAPABILITY = (8, 0)
 MAX_WIDTH = 256
+# tokens may lie so far apart, in numbers: within a program, of 128 tokens at most, their distances are of 32 bits
+MAX_APART = 2**24
 # of elementwise work, where all threads of a program hold one row
 MAX_ROW = 2**15
 
@@ -120,8 +123,8 @@ class Strided(NamedTuple):
 
 
 def strided(x: Tensor) -> Strided:
-    """Return a tensor (B, T, H, K) as an argument of a kernel; a copy where a head's numbers are no neighbours."""
-    x = x if x.stride(3) == 1 else x.contiguous()
+    """Return a tensor (B, T, H, K) as an argument of a kernel; a copy where a head's numbers are no neighbours, or tokens far apart."""
+    x = x if x.stride(3) == 1 and x.stride(1) < MAX_APART else x.contiguous()
     return Strided(x, *x.stride()[:3])
 
 
@@ -136,7 +139,7 @@ def operator(
     Args:
         schema: torch's, `name(Tensor q, float scale) -> Tensor`, a tensor first.
         fake: takes the same arguments and returns empty tensors of the right shapes and dtypes.
-        setup_context, backward: as `torch.library.register_autograd` takes them; left out, it has no gradient.
+        setup_context, backward: as `torch.library.register_autograd` takes them; left out, to ask for a gradient raises.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,8 +153,9 @@ def operator(
         # whatever the device: under the interpreter it is the CPU
         OPERATORS.impl(name, launch, "CompositeExplicitAutograd")
         torch.library.register_fake(f"sala::{name}", fake, lib=OPERATORS)
-        if backward is not None:
-            torch.library.register_autograd(f"sala::{name}", backward, setup_context=setup_context, lib=OPERATORS)
+        # without any, torch would leave out what passes through it
+        derivative = backward or functools.partial(_refuse_gradient, name)
+        torch.library.register_autograd(f"sala::{name}", derivative, setup_context=setup_context, lib=OPERATORS)
         seen = getattr(torch.ops.sala, name).default
 
         @functools.wraps(function)
@@ -162,6 +166,12 @@ def operator(
         return call
 
     return register
+
+
+def _refuse_gradient(name: str, *_: object) -> None:
+    raise BackendError(
+        f"{name} has no gradient of its own: backend 'triton' is not differentiated twice here; right would be 'reference'"
+    )
 
 
 def _recorded(arguments: Sequence[Any]) -> bool:

@@ -226,7 +226,11 @@ def carry_kernel(
     tl.store(states + (last.to(tl.int64) * H + head) * K * V + number_X, state_X, mask=inside_X)
 
 
-@triton.autotune(TUNINGS[-1:] if gpu.interpreted() else TUNINGS, key=["K", "V"], prune_configs_by={"early_config_prune": _fitting})
+# anew for each number of a row's segments, of which there are few: what fits best while programs are few is not best for a full card
+@triton.autotune(
+    TUNINGS[-1:] if gpu.interpreted() else TUNINGS, key=["K", "V", "num_segments"],
+    prune_configs_by={"early_config_prune": _fitting},
+)
 @triton.jit(do_not_specialize=["T", "segment_tokens", "num_segments"])
 def outputs_kernel(
     q, k, v, out, states, initial, final, log_decay, seen_before, cu_seqlens, segment_rows, scale,
