@@ -6,7 +6,7 @@ from transformers import AutoConfig
 import sala  # noqa: F401 - registers the model
 from model.shapes import TINY_SPARSE, released_config, tiny_config
 from sala.errors import ConfigError
-from sala.model import MiniCPMSALAConfig
+from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 
 
 def test_the_released_fields_are_all_known():
@@ -48,12 +48,21 @@ def test_an_unknown_sparse_field_is_named():
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps = '1e-6'; right would be float"),
         ({"rope_theta": "10000"}, "rope_theta = '10000'; right would be float or int"),
         ({"sparse_config": [1]}, r"sparse_config = \[1\]; right would be dict or NoneType"),
+        ({"initializer_range": -1}, "initializer_range = -1; right would be 0 or more"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1; right would be bool"),
     ],
 )
 def test_a_value_that_cannot_be_built_is_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         tiny_config(**change)
+
+
+def test_heads_of_odd_width_cannot_turn():
+    config = tiny_config(head_dim=7, attn_use_rope=True)
+    with pytest.raises(
+        ConfigError, match="heads of width 7 cannot turn, pair by pair; right would be an even head_dim"
+    ):
+        MiniCPMSALAForCausalLM(config)
 
 
 def test_aliases_of_mixers_are_one_name():

@@ -233,6 +233,8 @@ class MiniCPMSALAConfig(PreTrainedConfig):
             count, group = getattr(self, heads), getattr(self, groups)
             if count % group:
                 raise ConfigError(f"{heads} = {count} is not a multiple of {groups} = {group}")
+        if not self.initializer_range >= 0:
+            raise ConfigError(f"initializer_range = {self.initializer_range}; right would be 0 or more")
         if self.lightning_scale not in LIGHTNING_SCALES:
             raise ConfigError(
                 f"lightning_scale = {self.lightning_scale!r}; right would be one of {', '.join(LIGHTNING_SCALES)}"

@@ -19,8 +19,10 @@ def inverse_frequencies(config: MiniCPMSALAConfig, width: int) -> tuple[tuple[fl
     Plain numbers, not a buffer: a checkpoint is loaded through the meta device, where buffers come out empty.
 
     Raises:
-        ConfigError: `rope_scaling` names a kind that is not supported.
+        ConfigError: the width is odd, or `rope_scaling` names a kind that is not supported.
     """
+    if width % 2:
+        raise ConfigError(f"heads of width {width} cannot turn, pair by pair; right would be an even head_dim")
     if config.rope_scaling is None:
         exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
         return tuple((1.0 / config.rope_theta**exponents).tolist()), 1.0

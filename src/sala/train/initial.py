@@ -17,7 +17,7 @@ def initialize(model: MiniCPMSALAForCausalLM, init: Init) -> None:
     """Set the weights of `model` as `init` says, from torch's global random numbers.
 
     Raises:
-        RecipeError: biases or lag heads are asked of a model without query and key biases.
+        RecipeError: biases or lag heads are asked of a model without query and key biases, or without rotary positions.
     """
     if (init.qk_bias_std or init.lags) and model.model.layers[0].self_attn.q_proj.bias is None:
         raise RecipeError("init: qk_bias_std and lags need query and key biases; set model.qkv_bias: true")
@@ -40,7 +40,8 @@ def _seed_lags(model: MiniCPMSALAForCausalLM, lags: tuple[int, ...]) -> None:
     attention = model.model.layers[0].self_attn
     if len(lags) > attention.num_heads:
         raise RecipeError(f"init.lags asks for {len(lags)} heads; a layer has {attention.num_heads}")
-    assert model.model.rope is not None
+    if model.model.rope is None:
+        raise RecipeError("init.lags are rotations of biases; set model.attn_use_rope: true")
     frequencies = torch.tensor(model.model.rope[0])
     half = len(frequencies)
     size = torch.where(torch.arange(half) < LAG_PAIRS, LAG_STRENGTH, 0.0)
