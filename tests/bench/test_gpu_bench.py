@@ -30,6 +30,7 @@ from sala.bench.memory import MemoryCurve
 from sala.bench.ops import _chosen
 from sala.bench.shapes import AttentionShape, ModelShape, twin_config
 from sala.cli.bench import bench as bench_app
+from sala.errors import InputError
 from sala.ops.infllm import SparseGeometry
 from sala.ops.lightning import lightning_attention
 
@@ -101,6 +102,11 @@ def test_operators_are_timed_on_a_gpu_beside_fla_and_sdpas_fastest_kernel(
             assert row["times_faster_than_fla"]["eager"] == pytest.approx(ratio)
     # the caches are written over and the device kept busy before every sample
     assert told.count("_sleep") >= sum(len(f["samples_s"]) for r in results["cases"] for f in r["competitors"].values())
+
+
+def test_a_gpu_has_one_clock(told: list[str]) -> None:
+    with pytest.raises(InputError, match="clock 'cpu' on a GPU"):
+        run_ops(OpsPlan("small-64x4", clock="cpu"))
 
 
 def test_an_absent_fla_is_one_line(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from sala.errors import InputError
+
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": perf_counter, "cpu": process_time}
 # more than the last cache of any processor and of any GPU this runs on
 FLUSH_BYTES = 256 * 2**20
@@ -89,8 +91,16 @@ class CudaTimer:
 
 
 def timer_of(device: torch.device, clock: str = "wall") -> Timer:
-    """Return what times work on a device; a GPU has one clock, its own."""
-    return CudaTimer(device) if device.type == "cuda" else HostTimer(clock)
+    """Return what times work on a device.
+
+    Raises:
+        InputError: another clock than "wall" is asked for on a GPU, which has one, its own.
+    """
+    if device.type != "cuda":
+        return HostTimer(clock)
+    if clock != "wall":
+        raise InputError(f"clock {clock!r} on a GPU, which is timed by its own; right would be to leave it out")
+    return CudaTimer(device)
 
 
 def synchronize(device: torch.device) -> None:
