@@ -24,6 +24,21 @@ def test_a_gpu_is_planned_whether_or_not_there_is_one(sala):
     assert ["keys and values", "8.0 GiB", "8.0 GiB"] in rows and ["states", "48 MiB", "48 MiB"] in rows
 
 
+def test_a_gpu_without_the_kernels_is_planned_for_plain_torch(sala, monkeypatch):
+    def working() -> int:
+        outcome = sala(
+            "plan", "--model", "sala-1b", "--device", "cuda", "--memory", "80GiB", "--dtype", "bf16", "--json"
+        )
+        return json.loads(outcome.out)["plans"][0]["working"]
+
+    with_kernels = working()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("sala.ops.gpu._unavailable", lambda interpreted: "Triton is not installed")
+    assert working() > with_kernels
+    outcome = sala("plan", "--model", "sala-1b", "--device", "cuda", "--memory", "80GiB")
+    assert "what plain torch asks, at most (Triton is not installed)" in outcome.out
+
+
 def test_json_has_the_numbers_of_a_checkpoint(sala, hybrid):
     outcome = sala("plan", "--model", hybrid, "--memory", "1GiB", "--length", "1K", "--dtype", "fp32", "--json")
     (row,) = json.loads(outcome.out)["plans"]

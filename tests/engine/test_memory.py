@@ -15,6 +15,7 @@ from sala.engine.memory import CUDA_FIXED_BYTES, PANEL_BYTES, PANEL_TOKENS, esti
 from sala.errors import MemoryLimitError
 from sala.model import MiniCPMSALAForCausalLM, new_cache
 from sala.model.report import num_parameters
+from sala.ops import dispatch, gpu
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -46,8 +47,9 @@ def test_weights_alone_may_be_too_much():
 class LiveBytes(TorchDispatchMode):
     """Counts the memory of the tensors that exist: what is asked for inside, and given back."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "meta") -> None:
         super().__init__()
+        self.device = device
         self.now = self.peak = 0
         self.sizes: dict[int, int] = {}
         self.outside: set[int] = set()
@@ -67,7 +69,11 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def storages(self, *trees):
-        return [x.untyped_storage() for x in tree_leaves(trees) if isinstance(x, torch.Tensor) and x.is_meta]
+        return [
+            x.untyped_storage()
+            for x in tree_leaves(trees)
+            if isinstance(x, torch.Tensor) and x.device.type == self.device
+        ]
 
     def give_back(self, key: int) -> None:
         self.now -= self.sizes.pop(key)
@@ -107,6 +113,33 @@ def test_work_on_a_gpu_is_what_the_code_asks_for(case: str, on_meta: list[str]) 
     # those of the cache take the place of others, which were not counted when they came and went
     states = config.mixer_types.count("lightning-attn") * 32 * 128 * 128 * 4
     assert asked - states <= planned <= 1.1 * asked
+
+
+@pytest.fixture
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend a GPU without Triton, and let what would be chosen there be chosen on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "_unavailable", lambda interpreted: "Triton is not installed")
+    rows = {
+        op: {name: dataclasses.replace(row, devices=()) if name == "cpu" else row for name, row in rows.items()}
+        for op, rows in dispatch.BACKENDS.items()
+    }
+    monkeypatch.setattr(dispatch, "BACKENDS", rows)
+
+
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("kind", ["minicpm4", "lightning-attn", "attention"])
+def test_work_of_plain_torch_on_a_gpu_is_at_most_what_is_planned(kind: str) -> None:
+    fields = {"hidden_size": 256, "head_dim": 64, "lightning_nh": 4, "lightning_head_dim": 64, "intermediate_size": 64}
+    rotation = {"attn_use_rope": True} if kind == "attention" else {}
+    model = tiny_model(**fields, **rotation, num_hidden_layers=1, mixer_types=[kind]).bfloat16()
+    length, chunk = 1024, 512
+    cache, ids = new_cache(model.config, length), tokens(1, length)
+    prefill(model, ids[:, :chunk], cache, chunk)
+    with LiveBytes("cpu") as live:
+        prefill(model, ids[:, chunk:], cache, chunk)
+    planned = estimate(model.config, torch.bfloat16, length, chunk, 0, "cuda").working - CUDA_FIXED_BYTES
+    assert live.peak <= planned
 
 
 def test_the_plan_knows_what_the_kernels_take_for_scores() -> None:

@@ -56,6 +56,7 @@ def plan(
 def show(model: str, plans: "list[MemoryPlan]", console: Console) -> None:
     """Print the plans side by side."""
     from sala.engine import human_bytes
+    from sala.engine.memory import why_no_kernels
     from sala.engine.plan import PRECISIONS
 
     first = plans[0]
@@ -83,8 +84,8 @@ def show(model: str, plans: "list[MemoryPlan]", console: Console) -> None:
     for row in plans:
         console.print(f"{row.precision}: {PRECISIONS[row.precision].note}", soft_wrap=True)
     if first.device == "cuda":
-        console.print(
-            "work is counted from what the code asks for, and 1 GiB allowed beside; not measured", soft_wrap=True
-        )
+        why_not = why_no_kernels()
+        whose = "the kernels for GPUs ask" if why_not is None else f"plain torch asks, at most ({why_not})"
+        console.print(f"work is counted from what {whose} for, and 1 GiB allowed beside; not measured", soft_wrap=True)
     if any(PRECISIONS[row.precision].linear_bytes for row in plans):
         console.print("int4 counts stored weights; this version has no operator that runs on them", soft_wrap=True)

@@ -14,7 +14,7 @@ from sala.model import MiniCPMSALAConfig
 from sala.model.config import FULL_ROWS
 from sala.model.report import cache_bytes, num_parameters
 from sala.ops.dense.eager import MASK_ELEMENTS, TILE_QUERIES
-from sala.ops.dispatch import explain
+from sala.ops.dispatch import explain, unavailable
 from sala.ops.infllm.eager import SELECT_QUERIES
 
 # Numbers alive at the worst moment of a mixer, a token: so many times its width (heads x head width), in the model's
@@ -78,13 +78,18 @@ def estimate(
     device: its type. Of "cuda" it is the device's memory, whether or not this machine has one.
     """
     itemsize = dtype.itemsize
-    working = _cuda_working_bytes if device == "cuda" else _working_bytes
-    return Need(
-        weights=parameters * itemsize,
-        cache=cache_bytes(config, length, itemsize),
-        # of one layer at a time
-        working=working(config, itemsize, length, min(chunk, length)),
-    )
+    chunk = min(chunk, length)
+    if device == "cuda" and why_no_kernels() is None:
+        working = _cuda_working_bytes(config, itemsize, length, chunk)
+    else:
+        working = _working_bytes(config, itemsize, length, chunk, device)
+    # of one layer at a time
+    return Need(weights=parameters * itemsize, cache=cache_bytes(config, length, itemsize), working=working)
+
+
+def why_no_kernels() -> str | None:
+    """Return why this machine's GPU runs plain torch instead of the kernels for GPUs, None where it does not, or is none."""
+    return unavailable("infllm", "triton") if torch.cuda.is_available() else None
 
 
 def check_memory(
@@ -182,16 +187,18 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
 
 
-def _working_bytes(config: MiniCPMSALAConfig, itemsize: int, length: int, chunk: int) -> int:
-    """Return what reading a chunk takes on top of weights and cache: the largest layer, logits, and tiles."""
-    mixer = max(_mixer_bytes(config, kind, itemsize, length, chunk) for kind in set(config.mixer_types))
+def _working_bytes(config: MiniCPMSALAConfig, itemsize: int, length: int, chunk: int, device: str) -> int:
+    """Return what reading a chunk takes on top of weights and cache: the largest layer, logits, and tiles.
+
+    On a GPU that of plain torch, and rather much: its allocator gives memory back to itself at once.
+    """
+    mixer = max(_mixer_bytes(config, kind, itemsize, length, chunk, device) for kind in set(config.mixer_types))
     mlp = MLP_WIDTHS * config.intermediate_size * itemsize * chunk
     stream = STREAM_WIDTHS * config.hidden_size * itemsize * chunk
     logits = config.vocab_size * (4 + itemsize)
     token_ids = 8 * length
-    return (
-        int(RETAINED * (stream + max(mixer, mlp) + logits)) + _selection_bytes(config, length) + token_ids + FIXED_BYTES
-    )
+    fixed = CUDA_FIXED_BYTES if device == "cuda" else FIXED_BYTES
+    return int(RETAINED * (stream + max(mixer, mlp) + logits)) + _selection_bytes(config, length) + token_ids + fixed
 
 
 def _cuda_working_bytes(config: MiniCPMSALAConfig, itemsize: int, length: int, chunk: int) -> int:
@@ -232,12 +239,12 @@ def _cuda_mixer_bytes(config: MiniCPMSALAConfig, kind: str, itemsize: int, lengt
     return max(CUDA_MIXER_WIDTHS * width, CUDA_CHOICE_WIDTHS * width + scores + lists) + keys_and_values
 
 
-def _mixer_bytes(config: MiniCPMSALAConfig, kind: str, itemsize: int, length: int, chunk: int) -> int:
+def _mixer_bytes(config: MiniCPMSALAConfig, kind: str, itemsize: int, length: int, chunk: int, device: str) -> int:
     assert config.head_dim is not None and config.lightning_head_dim is not None and config.lightning_nh is not None
     operator = OPERATORS[kind]
     if operator == "infllm" and length <= config.sparse_geometry.first_sparse_position(length - 1):
         operator = "dense"
-    backend = explain(operator)[0]
+    backend = explain(operator, device)[0]
     if operator == "lightning":
         width = config.lightning_nh * config.lightning_head_dim
     else:
