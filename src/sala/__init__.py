@@ -1,9 +1,12 @@
 """Sparse-linear hybrids of pretrained Transformers: convert, train, run. Importing registers the model with transformers."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from sala.errors import loading
 
-from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM, MiniCPMSALAModel, SalaCache
-from sala.model.families import load_model
+with loading():
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM, MiniCPMSALAModel, SalaCache
+    from sala.model.families import load_model
 
 __version__ = "0.1.0"
 __all__ = ["MiniCPMSALAConfig", "MiniCPMSALAForCausalLM", "MiniCPMSALAModel", "SalaCache", "load_model"]

@@ -3,12 +3,35 @@
 import difflib
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 # how Rust's libraries (safetensors, tokenizers) end what they say of an error of the system
 _OF_RUST = re.compile(r"\(os error (\d+)\)$")
+
+
+INTERRUPTED = "sala: interrupted"
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Let Ctrl-C say one line while modules are imported, which takes seconds: no `main` is there yet to catch it."""
+    before = sys.excepthook
+
+    def say(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        sys.excepthook = before
+        if issubclass(kind, KeyboardInterrupt):
+            print(INTERRUPTED, file=sys.stderr)
+        else:
+            before(kind, error, traceback)
+
+    sys.excepthook = say
+    yield
+    # an error goes on to the hook
+    sys.excepthook = before
 
 
 class SalaError(Exception):

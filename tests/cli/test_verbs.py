@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from rich.console import Console
 import sala as package
 from sala.cli.inspect import layer_strip, ranges
 from sala.cli.progress import Display, counting, duration
+from sala.errors import loading
 
 
 @pytest.fixture
@@ -184,7 +186,8 @@ def test_an_interrupted_run_exits_with_130_and_other_errors_keep_their_traceback
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sala.engine.generate", interrupted)
-    assert sala("generate", "--model", hybrid, "--prompt", "x").code == 130
+    outcome = sala("generate", "--model", hybrid, "--prompt", "x")
+    assert (outcome.code, outcome.err) == (130, "sala: interrupted\n")
 
     def broken(*arguments, **options):
         raise RuntimeError("ours")
@@ -192,6 +195,36 @@ def test_an_interrupted_run_exits_with_130_and_other_errors_keep_their_traceback
     monkeypatch.setattr("sala.engine.generate", broken)
     with pytest.raises(RuntimeError, match="ours"):
         sala("generate", "--model", hybrid, "--prompt", "x")
+
+
+@pytest.mark.parametrize("module", ["transformers", "typer"])
+def test_ctrl_c_while_it_loads_is_one_line(module):
+    # as if it came with the first name that is taken from the module, and what is heavy were there
+    program = (
+        "import runpy, sys, types, unittest.mock\n"
+        "def interrupt(name): raise KeyboardInterrupt\n"
+        "sys.modules |= dict.fromkeys(('transformers', 'sala.model', 'sala.model.families'), unittest.mock.MagicMock())\n"
+        f"sys.modules[{module!r}] = types.ModuleType({module!r})\n"
+        f"sys.modules[{module!r}].__getattr__ = interrupt\n"
+        "runpy.run_module('sala.cli', run_name='__main__')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    # a shell says 130
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "sala: interrupted\n")
+
+
+def test_another_error_while_it_loads_is_python_s(monkeypatch):
+    seen = []
+    monkeypatch.setattr("sys.excepthook", lambda *error: seen.append(error))
+    python_s = sys.excepthook
+    with loading():
+        assert sys.excepthook is not python_s
+    assert sys.excepthook is python_s
+    with pytest.raises(ImportError), loading():
+        raise ImportError("theirs")
+    sys.excepthook(ImportError, ImportError("theirs"), None)
+    assert [kind for kind, *_ in seen] == [ImportError]
+    assert sys.excepthook is python_s
 
 
 def test_verbs_load_nothing_heavy_before_they_run():

@@ -1,25 +1,28 @@
 """The command line: `sala` and its verbs, one file each."""
 
 import os
+import signal
 import sys
 import time
 from typing import Annotated, Any, NoReturn
 
-import typer
-from typer.core import TyperGroup
+from sala.errors import INTERRUPTED, SalaError, loading
 
-from sala.cli.bench import bench
-from sala.cli.convert import convert
-from sala.cli.data import data
-from sala.cli.demo import demo
-from sala.cli.generate import generate
-from sala.cli.inspect import inspect
-from sala.cli.plan import plan
-from sala.cli.select import select
-from sala.cli.train import train
-from sala.cli.train_export import train_export
-from sala.cli.train_plot import train_plot
-from sala.errors import SalaError
+with loading():
+    import typer
+    from typer.core import TyperGroup
+
+    from sala.cli.bench import bench
+    from sala.cli.convert import convert
+    from sala.cli.data import data
+    from sala.cli.demo import demo
+    from sala.cli.generate import generate
+    from sala.cli.inspect import inspect
+    from sala.cli.plan import plan
+    from sala.cli.select import select
+    from sala.cli.train import train
+    from sala.cli.train_export import train_export
+    from sala.cli.train_plot import train_plot
 
 # exit codes of a process that a signal stopped: all processes of a run stop together
 SIGNALLED = 128
@@ -72,6 +75,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """
     try:
         app(args=arguments, prog_name="sala")
+    except SystemExit as leaving:
+        # typer's way with Ctrl-C, outside of what saves first
+        if leaving.code == SIGNALLED + signal.SIGINT and _first_here():
+            print(INTERRUPTED, file=sys.stderr)
+        raise
     except SalaError as error:
         _require_turn(error)
         print(f"sala: {' '.join(str(error).split())}", file=sys.stderr)
@@ -79,9 +87,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
+def _first_here() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def _require_turn(error: SalaError) -> None:
     """Let the first process that torchrun started on a machine speak for the others, which fail in the same way."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if _first_here():
         return
     if error.exit_code >= SIGNALLED:
         sys.exit(error.exit_code)
