@@ -41,7 +41,7 @@ lightning=(100 bench ops --op lightning --phase prefill --phase training --lengt
     --backend triton --backend fla)
 infllm=(100 bench ops --op infllm --phase prefill --phase training --phase selection
     --length 32K --length 64K --length 128K --backend triton)
-latency=(220 bench latency --shape minicpm-sala-9b --length 4K --length 64K --length 128K --length 256K --length 1M
+latency=(300 bench latency --shape minicpm-sala-9b --length 4K --length 64K --length 128K --length 256K --length 1M
     --chunk 8192 --new-tokens 64 --repeats 3 --once 8 --limit 100)
 train=(150 bench train --shape sala-1b)
 steps=(50 bench ops --op lightning --op infllm --phase step --length 4K --length 64K --length 1M --backend triton)
