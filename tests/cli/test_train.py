@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from sala.data import Document, train_tokenizer
+from sala.train.checkpoint import Checkpoints
 from sala.train.record import Record
 
 TEXT = "def read(path):\n    return open(path).read()\n" * 40
@@ -52,6 +53,26 @@ def test_a_signal_saves_in_one_line_and_the_same_command_goes_on(
     assert outcome.code == 0 and outcome.out.strip() == str(tmp_path / "run" / "final")
     outcome = sala("train", recipe, "--out", tmp_path / "run")
     assert outcome.code == 2 and "is finished" in outcome.err
+
+
+def test_a_checkpoint_that_a_run_replaces_while_it_is_exported_is_one_line(
+    sala, recipe, tmp_path, little_text, monkeypatch
+):
+    assert sala("train", recipe, "--out", tmp_path / "run").code == 0
+    (tmp_path / "there").mkdir()
+    export = ("train", "export", tmp_path / "run", "--out")
+    outcome = sala(*export, tmp_path / "there")
+    assert outcome.code == 2 and "exists already" in outcome.err
+    read = Checkpoints.load
+
+    def late(self, saved, state):
+        saved.folder.rename(saved.folder.with_name(f".deleted-{saved.folder.name}"))
+        read(self, saved, state)
+
+    monkeypatch.setattr(Checkpoints, "load", late)
+    outcome = sala(*export, tmp_path / "model")
+    assert outcome.code == 2 and "replaced" in outcome.err and outcome.err.count("\n") == 1
+    assert not (tmp_path / "model").exists()
 
 
 def test_what_has_no_model_yet_is_not_exported(sala, tmp_path):

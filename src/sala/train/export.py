@@ -1,6 +1,7 @@
 """The model of a run that is under way or interrupted, as a Hugging Face folder. The run is only read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from sala.data import load_tokenizer
-from sala.errors import InputError
+from sala.errors import InputError, SalaError
 from sala.model.checkpoint import find_checkpoint, output_folder
 from sala.model.families import load_model
 from sala.train.batches import Feed, StepFeed, WindowBatch
@@ -67,6 +68,20 @@ class _Reader:
         raise AssertionError("an export takes no step")
 
 
+@contextmanager
+def _while_it_is_there(checkpoint: Path | None) -> Iterator[None]:
+    """Say so when a run that goes on has replaced the checkpoint that is being read."""
+    try:
+        yield
+    except (OSError, SalaError) as error:
+        if checkpoint is None or checkpoint.is_dir():
+            raise
+        raise InputError(
+            f"the run has replaced {checkpoint} while it was read; right would be the same command again, or a run that "
+            "keeps more checkpoints (--keep)"
+        ) from error
+
+
 def export(
     run: Path, out: Path, *, halo: Callable[..., Any], resume: Literal["newest", "previous"] = "newest"
 ) -> Progress:
@@ -80,14 +95,24 @@ def export(
         resume: which checkpoint.
 
     Raises:
-        InputError: `run` is no folder of a run, has nothing saved, or has no hybrid yet; `out` exists; or the
-            checkpoint or tokenizer that the run started from is not there any more.
+        InputError: `run` is no folder of a run, has nothing saved, has no hybrid yet, or has replaced the checkpoint
+            meanwhile; `out` exists; or the checkpoint or tokenizer that the run started from is not there any more.
         CheckpointError: the checkpoint is damaged (see `Checkpoints.newest`).
     """
     if not (run / RECIPE).is_file():
         raise InputError(f"{str(run)!r} is no folder of a run; right would be one, such as --out of sala train")
+    if out.exists():
+        raise InputError(f"output {str(out)!r} exists already; right would be a new folder")
     recipe, checkpoints = load_recipe(run / RECIPE), Checkpoints(run / CHECKPOINTS)
-    saved = checkpoints.newest(resume)
+    published = checkpoints.require(resume)
+    chosen = published[-1 if resume == "newest" else -2] if published else None
+    with _while_it_is_there(chosen):
+        return _export(run, out, recipe, checkpoints, checkpoints.newest(resume), halo)
+
+
+def _export(
+    run: Path, out: Path, recipe: Recipe, checkpoints: Checkpoints, saved: Saved | None, halo: Callable[..., Any]
+) -> Progress:
     if saved is None:
         raise InputError(
             f"the run in {str(run)!r} has saved nothing yet; right would be to wait for its first checkpoint"
