@@ -84,7 +84,6 @@ def train(
     from sala.train import ConversionRecipe, load_recipe
 
     loaded = load_recipe(recipe, settings or ())
-    _check_start(loaded, teacher, model, dry_run)
     if dry_run:
         from sala.cli.dry_run import dry_run as plan
 
@@ -93,6 +92,7 @@ def train(
         if tokenizer is not None and (isinstance(loaded, ConversionRecipe) or loaded.model is None):
             raise InputError("--tokenizer has no effect with --dry-run but for a recipe with 'model'; leave it out")
         _refuse(context, KEEPING, "has no effect with --dry-run")
+        _check_start(loaded, teacher, model, dry_run=True)
         plan(
             loaded,
             start=teacher or model,
@@ -111,6 +111,7 @@ def train(
         raise InputError("--out is missing: the folder for the run (or --dry-run, which needs none)")
     from sala.train import RunOptions
 
+    _check_start(loaded, teacher, model, dry_run=False)
     kept = RunOptions(save_every, save_minutes, keep, resume.value, wandb)
     _run(loaded, out, teacher or model, tokenizer, kept)
 
@@ -129,7 +130,7 @@ def _refuse(context: typer.Context, panel: str, reason: str) -> None:
             raise InputError(f"{option.opts[0]} {reason}; leave it out")
 
 
-def _check_start(recipe: Any, teacher: str | None, model: str | None, dry_run: bool) -> None:
+def _check_start(recipe: Any, teacher: str | None, model: str | None, *, dry_run: bool) -> None:
     """Raise RecipeError unless there is what the recipe starts from, and nothing else; a plan may do without a teacher."""
     from sala.errors import RecipeError
     from sala.train import ConversionRecipe
