@@ -250,7 +250,7 @@ def score_blocks(
         seen = tl.min(tl.where(head_M < group, visible_M, 2147483647), 0) // STEP
         free = begin + tl.maximum(tl.minimum(seen, end) - begin, 0) // BLOCKS * BLOCKS
         token_C = tile * TOKENS + tl.arange(0, TOKENS)
-        is_token_C = (token_C < tokens) & (first_token + token_C < T)
+        is_token_C = token_C < tokens
         panel_size = tl.num_programs(1).to(tl.int64) * tokens * num_blocks
         panel = panels + bg.to(tl.int64) * tokens * num_blocks
         _score_blocks(

@@ -240,7 +240,7 @@ def _choose(
     tile, bg = tl.program_id(0), tl.program_id(1)
     b, g = (bg // G).to(tl.int64), bg % G
     token_C = tile * TOKENS + tl.arange(0, TOKENS)
-    is_token_C = (token_C < tokens) & (first_token + token_C < T)
+    is_token_C = token_C < tokens
     position_C = tl.load(positions + b * T + first_token + token_C, mask=is_token_C, other=-1)
     own_C = tl.where(position_C >= 0, position_C // BLOCK, -1)
     whole_C = position_C < tl.load(first_sparse + b)
