@@ -200,6 +200,27 @@ def test_a_step_on_a_device_neither_looks_nor_copies_nor_depends_on_the_position
     assert recorded[1:] == recorded[:1] * 2
 
 
+def test_a_step_is_recorded_once_for_each_number_of_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, _ = steps_after(tiny_model(), 30, 70)
+    recorded = []
+
+    class Recording:
+        def __init__(self, steps: Steps, stream: object) -> None:
+            self.capacity = steps.capacity
+            recorded.append(self.capacity)
+
+        def replay(self) -> None:
+            assert steps.capacity == self.capacity
+            steps._run()
+
+    monkeypatch.setattr(Steps, "_record", lambda *arguments: Recording(*arguments))
+    monkeypatch.setattr(Steps, "_run_aside", Steps._run)
+    monkeypatch.setattr(steps, "recorder", object())
+    while steps.length < 70:
+        steps.next()
+    assert recorded == [32, 64, 70]
+
+
 @pytest.fixture
 def as_users_run() -> None:
     """Let torch choose the kernels that are recorded outside tests: deterministic ones may be others, with checks of indices."""

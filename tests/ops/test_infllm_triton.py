@@ -190,6 +190,21 @@ def test_a_second_derivative_is_refused() -> None:
         first.sum().backward()
 
 
+def test_few_queries_of_several_rows_have_the_gradients_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a list is read in pieces of a block a token, which are joined one by one
+    monkeypatch.setattr(attend_module, "FEW_ENTRIES", 1)
+    monkeypatch.setattr(attend_module, "COMBINED_PIECES", 1)
+    monkeypatch.setattr(backward_module, "QUERIES", 2)
+    inputs = [x.requires_grad_() for x in qkv(3, 150, G=1, B=2)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    positions = torch.tensor([[147, 148, 149], [-1, 110, 120]], device=DEVICE)
+    weight = torch.randn(2, 3, 2, V, device=DEVICE)
+    actual, expected = attend(*inputs, positions, SMALL), attend(*wide, positions, SMALL, "reference")
+    assert_close(actual, expected.float())
+    for a, b in zip(gradients(actual, inputs, weight), gradients(expected, wide, weight), strict=True):
+        assert_close(a, b.float())
+
+
 def test_a_whole_sequence_has_the_gradient_of_its_dense_beginning_and_its_sparse_rest() -> None:
     geometry = replace(SMALL, dense_len=110)
     inputs = [x.requires_grad_() for x in qkv(125, 125, G=1)]
@@ -221,6 +236,12 @@ def test_blocks_are_scored_some_at_a_time_without_a_seam(monkeypatch: pytest.Mon
     monkeypatch.setattr(select_module, "SCORE_BLOCKS", 16)
     q, k, _ = qkv(17, 336, G=1, group=1)
     assert torch.equal(select(q, k, run(319, 17), SMALL), select(q, k, run(319, 17), SMALL, "reference"))
+    # of the sixteen blocks before its own a query at 271 does not see the last one's last window, tokens 248..279
+    geometry = SparseGeometry(32, 8, 0, 16, 0, 2, 0)
+    q[..., 0], k[0, 272:, 0, 0] = 4, 40
+    assert torch.equal(
+        select(q[:, :1], k, run(271, 1), geometry), select(q[:, :1], k, run(271, 1), geometry, "reference")
+    )
 
 
 def test_a_single_coarse_window_is_a_normaliser() -> None:
@@ -228,6 +249,17 @@ def test_a_single_coarse_window_is_a_normaliser() -> None:
     q, k, _ = qkv(17, 96, G=1, group=4)
     # of 64 tokens, 32 apart
     assert torch.equal(select(q, k, run(63, 17), geometry), select(q, k, run(63, 17), geometry, "reference"))
+
+
+def test_a_block_that_only_a_neighbour_chose_has_no_weight_however_high_it_scores() -> None:
+    _, _, v = qkv(2, 320, G=1)
+    q, k = torch.zeros(1, 2, 1, K, device=DEVICE), torch.zeros(1, 320, 1, K, device=DEVICE)
+    q[0, 0, 0, 0] = q[0, 1, 0, 1] = 1
+    # for the first query keys of block 3 weigh 2^200 times the others, and windows there nothing
+    k[0, 48:64:2, 0, 0], k[0, 49:64:2, 0, 0], k[0, 48:64, 0, 1], k[0, 80:112, 0, 0] = 400, -400, 1, 1
+    table = select(q, k, run(318, 2), SMALL)
+    assert 3 not in table[0, 0] and 3 in table[0, 1]
+    assert_close(attend(q, k, v, run(318, 2), SMALL), attend(q, k, v, run(318, 2), SMALL, "reference"))
 
 
 def test_the_sequence_rule_looks_at_the_rows_last_position() -> None:
@@ -268,11 +300,15 @@ def test_long_calls_are_cut_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> N
 def test_blocks_and_windows_are_chosen_from_in_any_number_of_parts(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, _ = qkv(T, 330, G=1)
     at_once = select(q, k, run(330 - T, T), SMALL)
-    # 21 blocks by 16, 19 coarse windows one by one
+    # 21 blocks by 16, scored by 8 where there are few queries, 19 coarse windows one by one
     for name in ("CHOICE_ELEMENTS", "FEW_CHOICE_ELEMENTS", "FEW_SPLIT_WINDOWS", "SCORE_WINDOWS"):
         monkeypatch.setattr(select_module, name, 1)
+    monkeypatch.setattr(select_module, "FEW_SPLIT_BLOCKS", 8)
     assert torch.equal(select(q, k, run(330 - T, T), SMALL), at_once)
     assert torch.equal(at_once, select(q, k, run(330 - T, T), SMALL, "reference"))
+    # where all score the same those of the first part are taken
+    k = k[:, :1].expand_as(k)
+    assert torch.equal(select(q, k, run(330 - T, T), SMALL), select(q, k, run(330 - T, T), SMALL, "reference"))
 
 
 @pytest.mark.parametrize("T", [20, 1])

@@ -243,10 +243,11 @@ def test_batch_rows_are_independent(backend: str) -> None:
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_packed_rows_are_separate_rows(backend: str, dtype: torch.dtype, masked: bool) -> None:
-    bounds = [0, 1, 66, 66, 130]
-    inputs, initial = qkv(130, rows=1), state(4)
-    mask_BT = torch.rand(1, 130) > 0.3 if masked else None
+@pytest.mark.parametrize("bounds", [[0, 1, 66, 66, 130], [0, 1, 4, 4, 9]], ids=["chunks", "steps"])
+def test_packed_rows_are_separate_rows(backend: str, dtype: torch.dtype, masked: bool, bounds: list[int]) -> None:
+    T = bounds[-1]
+    inputs, initial = qkv(T, rows=1), state(4)
+    mask_BT = torch.rand(1, T) > 0.3 if masked else None
     cu_seqlens = torch.tensor(bounds, dtype=dtype)
     out, final = attend(*inputs, initial_state_BHKV=initial, cu_seqlens=cu_seqlens, mask_BT=mask_BT, backend=backend)
     for index, (start, end) in enumerate(pairwise(bounds)):
@@ -622,7 +623,7 @@ def triton_module() -> ModuleType:
 
 
 @needs_triton
-@pytest.mark.parametrize(("slope", "packed"), [(-90.0, False), (-0.3, True), (0.0, True)])
+@pytest.mark.parametrize(("slope", "packed"), [(-1.0, False), (-0.3, True), (0.0, True)])
 def test_what_a_head_has_forgotten_is_left_out_and_nothing_else(slope: float, packed: bool, monkeypatch) -> None:
     # segments of several chunks, of which a fast head's states need the last, or the first, alone
     monkeypatch.setattr(triton_module(), "MIN_SEGMENT", 320)
@@ -637,18 +638,49 @@ def test_what_a_head_has_forgotten_is_left_out_and_nothing_else(slope: float, pa
 
 
 @needs_triton
-@pytest.mark.parametrize("T", [1, 130])
-def test_triton_takes_any_strides(T: int) -> None:
+def test_triton_forgets_only_what_float32_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    # of two segments of 320 tokens; 160 tokens further on e^-80 of a number is left
+    monkeypatch.setattr(triton_module(), "MIN_SEGMENT", 320)
+    ones, v = torch.ones(1, 640, 1, 1), torch.zeros(1, 640, 1, 1)
+    v[0, 160] = 1e30
+    out, _ = lightning_attention(ones, ones, v.requires_grad_(), torch.tensor([-0.5]), scale=1.0, backend="triton")
+    (gradient,) = torch.autograd.grad(out[0, 479], v, torch.full((1, 1), 1e30))
+    left = (1e30 * torch.exp(-0.5 * torch.arange(160, 176, dtype=torch.float64))).float()
+    torch.testing.assert_close(out[0, 320:336].flatten(), left, rtol=1e-4, atol=0)
+    torch.testing.assert_close(gradient[0, 304:320].flatten().flip(0), left, rtol=1e-4, atol=0)
+
+
+@needs_triton
+def test_triton_carries_each_row_of_a_masked_batch_from_segment_to_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_module(), "MIN_SEGMENT", 64)
+    test_gradients_agree_with_the_definition("triton", torch.float32, True, 70)
+
+
+@needs_triton
+@pytest.mark.parametrize("T", [1, 70])
+def test_triton_cuts_wide_heads_into_tiles(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_module(), "MIN_SEGMENT", 64)
+    q, k = torch.randn(2, 1, T, 2, 160)
+    inputs, initial = (q, k, torch.randn(1, T, 2, 130)), torch.randn(1, 2, 160, 130)
+    results = [attend(*inputs, initial_state_BHKV=initial, backend=backend) for backend in ("triton", "eager")]
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected)
+
+
+@needs_triton
+@pytest.mark.parametrize(("T", "segment"), [(1, 1024), (5, 1024), (130, 1024), (130, 64)])
+def test_triton_takes_any_strides(T: int, segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_module(), "MIN_SEGMENT", segment)
     # heads first, a slice of a wider tensor, every second number of a row, one tensor for all heads
     q = torch.randn(B, H, T, K).transpose(1, 2)
     k = torch.randn(B, T, H + 2, 3 * K)[:, :, 1:-1, K : 2 * K]
     v = torch.randn(B, T, H, 2 * V)[..., ::2]
     initial = torch.randn(B, H, V, K).transpose(2, 3)
-    mask_BT = (torch.rand(T, B) > 0.3).T
+    mask_BT, slopes_H = (torch.rand(T, B) > 0.3).T, log_decay(2 * H)[::2]
     for inputs in ((q, k, v), (q, k[:, :, :1].expand_as(k), v.flip(1))):
-        options = {"initial_state_BHKV": initial, "mask_BT": mask_BT}
-        expected = attend(*inputs, **options, backend="reference")
-        for x, y in zip(attend(*inputs, **options, backend="triton"), expected, strict=True):
+        options = {"scale": SCALE, "initial_state_BHKV": initial, "mask_BT": mask_BT}
+        expected = lightning_attention(*inputs, slopes_H, **options, backend="reference")
+        for x, y in zip(lightning_attention(*inputs, slopes_H, **options, backend="triton"), expected, strict=True):
             assert_close(x, y)
 
 
@@ -741,12 +773,12 @@ def test_triton_may_be_differentiated_twice() -> None:
 
 @needs_triton
 def test_triton_makes_only_the_gradients_that_are_wanted() -> None:
-    q, k, v = qkv(20)
-    for wanted in (q, k, v):
+    (q, k, v), initial = qkv(20), state()
+    for wanted in (q, k, v, initial):
         wanted.requires_grad_()
         gradients = []
         for backend in ("triton", "eager"):
-            out, final = attend(q, k, v, backend=backend)
+            out, final = attend(q, k, v, initial_state_BHKV=initial, backend=backend)
             gradients.append(torch.autograd.grad(final.sum() if wanted is not q else out.sum(), wanted)[0])
         assert_close(*gradients)
         wanted.requires_grad_(False)

@@ -91,10 +91,9 @@ def test_rows_share_the_pages_of_their_common_beginning(backend: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("start", [0, 104])
-def test_start_stands_for_positions_and_short_contexts_are_read_whole(backend: str, start: int) -> None:
+@pytest.mark.parametrize(("start", "T"), [(0, 7), (104, 7), (100, 1)])
+def test_start_stands_for_positions_and_short_contexts_are_read_whole(backend: str, start: int, T: int) -> None:
     geometry = replace(SMALL, dense_len=108)
-    T = 7
     q, k, v = qkv(T, start + T)
     expected = attend("reference", q, k, v, *tiers(k, geometry), None, geometry=geometry, start=start)
     k_pages, v_pages, table = paged(k, v, 16, [start + T] * 2)

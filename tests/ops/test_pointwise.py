@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from devices import GPU, on_device_of, row
 from sala.errors import BackendError, InputError
@@ -33,7 +34,8 @@ every_fast_backend = pytest.mark.parametrize(
 every_level = pytest.mark.parametrize("level", native.levels_here())
 with_cpu = pytest.mark.skipif(unavailable("pointwise", "cpu") is not None, reason="no C++ here")
 
-EPS = 1e-6
+# large enough that a result without it is another
+EPS = 0.1
 Call = Callable[[str], Tensor | tuple[Tensor, Tensor]]
 
 
@@ -80,8 +82,8 @@ def flat(result: Tensor | tuple[Tensor, Tensor]) -> list[Tensor]:
 
 
 # the interpreter takes a millisecond a program, and a token is one
-SIZES = [(1, 1, 4, 64), (2, 2, 3, 24), (1, 130, 2, 20), (2, 63, 5, 8)]
-SIZES_OF = {"triton": SIZES if GPU else SIZES[:2]}
+SIZES = [(1, 1, 4, 64), (2, 2, 3, 24), (1, 1, 17, 128), (1, 130, 2, 20), (2, 63, 5, 8)]
+SIZES_OF = {"triton": SIZES if GPU else SIZES[:3]}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_no_layout_changes_a_number(backend: str, layout: str) -> None:
     heads, weight = torch.randn(2, 3, 2, 12), torch.rand(24)
     x, other = torch.randn(2, 2, 3, 24)
-    lie = LAYOUTS[layout]
+
+    def lying(y: Tensor) -> Tensor:
+        return LAYOUTS[layout](y) if y.ndim > 1 else y.repeat_interleave(2)[::2]
+
     for function, tensors, options in (
         (rms_norm, (x, weight, EPS), {}),
         (add_rms_norm, (x, other, 0.5, weight, EPS), {}),
@@ -196,8 +201,8 @@ def test_no_layout_changes_a_number(backend: str, layout: str) -> None:
         (norm_gate, (heads,), {"norm": (weight, EPS), "gate_BTD": other}),
     ):
         expected = flat(on_device_of(backend, function, *tensors, **options))
-        lying = [lie(y) if isinstance(y, Tensor) and y.ndim > 1 else y for y in tensors]
-        for actual, plain in zip(flat(on_device_of(backend, function, *lying, **options)), expected, strict=True):
+        tensors, options = tree_map_only(Tensor, lying, (tensors, options))
+        for actual, plain in zip(flat(on_device_of(backend, function, *tensors, **options)), expected, strict=True):
             assert torch.equal(actual, plain), function.__name__
 
 
