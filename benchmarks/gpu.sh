@@ -19,6 +19,11 @@ BUDGET=${BUDGET:-540}
 DRY=${DRY:-}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 
+# else every part would begin, and say so in the log
+if ! missing=$("$PYTHON" -c 'import pytest, sala.bench, sala.cli.bench' 2>&1); then
+    echo "$PYTHON cannot run the measurements: ${missing##*$'\n'}" >&2
+    exit 2
+fi
 if [ -z "$DRY" ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "torch sees no GPU: this is a rehearsal (DRY=1), whose figures mean nothing" >&2
     DRY=1

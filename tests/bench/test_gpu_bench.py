@@ -216,10 +216,12 @@ def test_cudnn_takes_the_twins_prompts_and_not_its_steps(monkeypatch: pytest.Mon
 # the script
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
-# an interpreter that keeps its arguments, sees a GPU, and has whatever is asked for; parts named in BROKEN fail
+# an interpreter that keeps its arguments, sees a GPU, and has whatever is asked for but LACKS; parts named in BROKEN fail
 INTERPRETER = """#!/bin/sh
 case "$1" in
--c) exit 0 ;;
+-c)
+    case "$LACKS" in ?*) echo "Traceback" >&2; echo "ModuleNotFoundError: No module named '$LACKS'" >&2; exit 1 ;; esac
+    exit 0 ;;
 esac
 echo "$*" >>"$CALLS"
 case "$*" in
@@ -236,7 +238,7 @@ def run_script(tmp_path: Path, **variables: str) -> tuple[int, list[list[str]], 
     interpreter.write_text(INTERPRETER)
     interpreter.chmod(0o755)
     calls.write_text("")
-    settings = {"PYTHON": str(interpreter), "CALLS": str(calls), "BROKEN": "nothing at all"} | variables
+    settings = {"PYTHON": str(interpreter), "CALLS": str(calls), "BROKEN": "nothing at all", "LACKS": ""} | variables
     done = subprocess.run([BASH, SCRIPT, tmp_path / "out"], env=os.environ | settings, capture_output=True, text=True)
     suite = tmp_path / "out" / "gpu.json"
     results = json.loads(suite.read_text()) if suite.exists() else {"said": done.stderr}
@@ -283,6 +285,13 @@ def test_what_the_budget_has_no_time_for_is_said(tmp_path: Path) -> None:
     # the script counts whole seconds as they pass
     statuses = [part["status"] for part in results["parts"]]
     assert len(statuses) == 2 and all(re.fullmatch(r"not run: -?\d+ s of the budget were left", s) for s in statuses)
+
+
+@pytest.mark.skipif(BASH is None, reason="needs bash")
+def test_an_interpreter_that_lacks_something_runs_nothing(tmp_path: Path) -> None:
+    code, calls, results = run_script(tmp_path, LACKS="pydantic")
+    assert code == 2 and not calls
+    assert results["said"].endswith("cannot run the measurements: ModuleNotFoundError: No module named 'pydantic'\n")
 
 
 @pytest.mark.skipif(BASH is None, reason="needs bash")
