@@ -72,3 +72,16 @@ def test_a_tokenizer_without_task_words_is_refused() -> None:
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "[1]")],
+)
+def test_a_damaged_tokenizer_is_refused(
+    name: str, content: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=r"cannot be read .*; right would be whole tokenizer\.json"):
+        load_tokenizer(tmp_path)

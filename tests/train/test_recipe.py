@@ -85,6 +85,7 @@ def test_the_kind_follows_from_the_content() -> None:
         ),
         (changed(TRAINING, "stages.0.batch=null", "stages.0.batch_tokens=1e3"), r"a whole number above 0, got '1e3'"),
         (changed(TRAINING, "stages.0.micro_batch=3"), r"right would be one of 1, 2"),
+        (changed(TRAINING, "stages.0.batch=36", "stages.0.micro_batch=5"), r"one of 1, 2, 3, 4, 6, 9, 12, 18, 36$"),
         (changed(TRAINING, "stages.0.mesh.dp_shard=3"), r"2 windows a batch do not divide over 3 .*one of 1, 2"),
         (
             changed(TRAINING, "mesh.cp=3"),

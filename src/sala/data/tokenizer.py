@@ -76,11 +76,17 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int = 1024) -> Pr
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """Read the tokenizer of a checkpoint folder; raise CheckpointError when it has none."""
+    """Read the tokenizer of a checkpoint folder; raise CheckpointError when it has none, or a damaged one."""
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json; a checkpoint folder holds its tokenizer")
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # of many kinds, as transformers and its JSON have no one for it
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {error}); right would be whole tokenizer.json "
+            "and tokenizer_config.json"
+        ) from error
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:

@@ -137,7 +137,8 @@ def _whole(spelling: str, tokens: Any, field: str, sizes: list[Any]) -> int:
 
 
 def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return ", ".join(map(str, sorted({*small, *(number // n for n in small)})))
 
 
 class Stage(Part):
