@@ -23,14 +23,25 @@ def memory_for(num_bytes: int) -> torch.Tensor:
 
 def row(backend: str, *values: object) -> ParameterSet:
     """Return a row of a test's parameters, a backend first; marked `gpu` where a GPU will run it, or would have to."""
-    marks = []
-    if backend == "triton":
-        # the interpreter multiplies bfloat16 wrongly
-        if GPU or torch.bfloat16 in values:
-            marks.append(pytest.mark.gpu)
-        if (reason := gpu.unavailable()) is not None:
-            marks.append(pytest.mark.skip(reason=reason))
+    marks = _marks_of_triton(*values) if backend == "triton" else []
     return pytest.param(backend, *values, marks=marks, id="-".join(map(str, (backend, *values))))
+
+
+def needs_triton(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test of the `triton` backend alone as a `row` of it."""
+    for mark in _marks_of_triton():
+        test = mark(test)
+    return test
+
+
+def _marks_of_triton(*values: object) -> list[pytest.MarkDecorator]:
+    marks = []
+    # the interpreter multiplies bfloat16 wrongly
+    if GPU or torch.bfloat16 in values:
+        marks.append(pytest.mark.gpu)
+    if (reason := gpu.unavailable()) is not None:
+        marks.append(pytest.mark.skip(reason=reason))
+    return marks
 
 
 def on_device_of(backend: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

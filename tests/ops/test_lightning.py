@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from devices import GPU, memory_for, on_device_of, row
+from devices import GPU, memory_for, needs_triton, on_device_of, row
 from sala.errors import BackendError, InputError
 from sala.ops import gpu, lightning
 from sala.ops.dispatch import BACKENDS, choose
@@ -561,10 +561,9 @@ def test_cpu_is_chosen_unless_it_cannot_run() -> None:
 
 # of the kernels for a GPU
 
-needs_triton = pytest.mark.skipif(gpu.unavailable() is not None, reason=str(gpu.unavailable()))
 
-
-@needs_triton
+# on a GPU each example is compiled anew: too long for the time of a device
+@pytest.mark.skipif(gpu.unavailable() is not None, reason=str(gpu.unavailable()))
 @settings(max_examples=8)
 @given(
     rows=st.integers(1, 2),
