@@ -1,64 +1,39 @@
-"""Laws of packing documents into windows."""
+"""A packed window in the model is its documents one by one."""
 
-from collections import Counter
+from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
+from transformers import PreTrainedTokenizerFast
 
-from sala.data.packing import Piece, cut, pack
-from sala.data.stream import BLOCK_PIECES, BLOCK_WINDOWS
-
-LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
-
-
-def pieces_of(lengths: list[int], window: int) -> list[Piece]:
-    return [piece for document, length in enumerate(lengths) for piece in cut(document, length, window)]
+from model.shapes import tiny_model
+from sala.data import Record, Shards, Source, Stream, write_shards
+from tolerances import assert_close
 
 
-def test_a_document_that_fits_is_one_piece() -> None:
-    assert cut(7, 8, 8) == [Piece(7, 0, 8)]
+@pytest.fixture
+def source(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Source:
+    texts = [f"def f{i}(x):\n" + f"    return x + {i}\n" * (1 + 3 * i % 17) for i in range(12)]
+    write_shards([Record(str(i), {"text": text}) for i, text in enumerate(texts)], tokenizer, tmp_path / "out")
+    return Source(Shards(tmp_path / "out", tokenizer))
 
 
-def test_a_longer_document_is_full_windows_and_a_rest() -> None:
-    assert cut(7, 20, 8) == [Piece(7, 0, 8), Piece(7, 8, 16), Piece(7, 16, 20)]
+def test_the_loss_of_packed_windows_is_that_of_their_documents_alone(
+    tokenizer: PreTrainedTokenizerFast, source: Source
+) -> None:
+    batch = next(Stream({"code": source}, {"code": 1}, length=100, batch=3, steps=1, seed=0))
+    # a document in pieces and padding are there
+    assert any(piece.start for pieces in batch.pieces for piece in pieces)
+    assert batch.num_tokens < batch.input_ids.size
+    model = tiny_model(vocab_size=len(tokenizer)).eval()
 
+    ids, labels = (torch.from_numpy(values).reshape(1, -1) for values in (batch.input_ids, batch.labels))
+    packed = model(ids, cu_seqlens=torch.from_numpy(batch.cu_seqlens)).logits
+    # the token after it is what a position predicts
+    loss = torch.nn.functional.cross_entropy(packed[0, :-1], labels[0, 1:], reduction="sum")
 
-@given(LENGTHS, st.integers(2, 50))
-def test_every_piece_is_in_one_window_and_windows_hold_no_more_than_they_can(lengths: list[int], window: int) -> None:
-    pieces = pieces_of(lengths, window)
-    windows = pack(pieces, window)
-    assert Counter(piece for pieces in windows for piece in pieces) == Counter(pieces)
-    assert all(0 < sum(piece.length for piece in pieces) <= window for pieces in windows)
-
-
-@given(LENGTHS, st.integers(2, 50))
-def test_pieces_of_a_window_keep_their_order(lengths: list[int], window: int) -> None:
-    for pieces in pack(pieces_of(lengths, window), window):
-        assert pieces == sorted(pieces)
-
-
-@given(LENGTHS, st.integers(2, 50))
-def test_no_two_windows_would_fit_into_one(lengths: list[int], window: int) -> None:
-    filled = sorted(sum(piece.length for piece in pieces) for pieces in pack(pieces_of(lengths, window), window))
-    assert len(filled) == 1 or filled[0] + filled[1] > window
-
-
-def test_small_documents_fill_what_large_ones_leave() -> None:
-    assert len(pack(pieces_of([7, 1, 6, 2, 5, 3], 8), 8)) == 3
-
-
-@pytest.mark.parametrize("window", [512, 4096, 32_768, 131_072, 524_288])
-def test_blocks_of_documents_with_the_lengths_of_text_leave_little_room(window: int) -> None:
-    rng = np.random.default_rng(0)
-    # log-normal, about 1,000 tokens on average, a few of a hundred times as many
-    lengths = [int(n) + 1 for n in np.exp(rng.normal(6.3, 1.1, 2 * BLOCK_WINDOWS * window // 1000 + BLOCK_PIECES))]
-    pieces: list[Piece] = []
-    used = 0
-    for document, length in enumerate(lengths):
-        if len(pieces) >= BLOCK_PIECES and used >= BLOCK_WINDOWS * window:
-            break
-        pieces += cut(document, length, window)
-        used += length
-    assert used >= 0.98 * len(pack(pieces, window)) * window
+    alone = torch.zeros(())
+    for piece in (piece for pieces in batch.pieces for piece in pieces):
+        row = torch.from_numpy(source.shards.read(*piece)[0].astype("int64"))
+        alone += torch.nn.functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:], reduction="sum")
+    assert_close(loss, alone)
