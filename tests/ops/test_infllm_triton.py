@@ -244,6 +244,16 @@ def test_blocks_are_scored_some_at_a_time_without_a_seam(monkeypatch: pytest.Mon
     )
 
 
+def test_each_part_of_the_windows_counts_once_in_a_normaliser(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select_module, "FEW_SPLIT_WINDOWS", 4)
+    geometry = replace(SMALL, topk=3)  # one free block
+    q, k = torch.zeros(1, 1, 2, K, device=DEVICE), torch.zeros(1, 320, 1, K, device=DEVICE)
+    # one head likes an early block, the other a late one a little more
+    q[0, 0, 0, 0] = q[0, 0, 1, 1] = 4
+    k[0, 48:64, 0, 0], k[0, 224:240, 0, 1] = 4, 4.2
+    assert select(q, k, run(319, 1), geometry).tolist() == [[[[0, 14, 17, 18, 19]]]]
+
+
 def test_a_single_coarse_window_is_a_normaliser() -> None:
     geometry = SparseGeometry(16, 8, 1, 8, 0, 4, 0)
     q, k, _ = qkv(17, 96, G=1, group=4)
