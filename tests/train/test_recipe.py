@@ -68,6 +68,10 @@ def test_the_kind_follows_from_the_content() -> None:
         (changed(TRAINING, "stages.0.learning_rate.curve=cosine"), r"needs 'final'"),
         (changed(CONVERSION, "conversion.keep.count=2"), r"give one of fraction, count, layers"),
         (changed(CONVERSION, "conversion.keep.method=none"), r"fraction has no effect with method 'none'"),
+        (
+            changed(CONVERSION, "conversion.keep.method=uniform", "conversion.keep.epsilon=0.1"),
+            r"epsilon has no effect with method 'uniform'",
+        ),
         ([], r"list, not a mapping"),
         (
             TRAINING | {"stages": [TRAINING["stages"][0] | {"tokens": 48}]},

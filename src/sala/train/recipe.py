@@ -256,8 +256,10 @@ class Keep(Part):
     def _agrees(self) -> "Keep":
         if self.method == "none" and (given := self.changed("fraction", "count", "layers", "first_last")):
             raise ValueError(f"{given} has no effect with method 'none'")
-        if self.layers is not None and (given := self.changed("fraction", "count", "method", "first_last")):
+        if self.layers is not None and (given := self.changed("fraction", "count", "method", "first_last", "epsilon")):
             raise ValueError(f"{given} has no effect with layers")
+        if self.method != "halo" and self.changed("epsilon"):
+            raise ValueError(f"epsilon has no effect with method {self.method!r}; right would be 'halo', or no epsilon")
         amounts = [name for name in ("fraction", "count", "layers") if getattr(self, name) is not None]
         if self.method != "none" and len(amounts) != 1:
             raise ValueError(f"give one of fraction, count, layers; given: {', '.join(amounts) or 'none'}")
