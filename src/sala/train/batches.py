@@ -197,7 +197,7 @@ class Corpus:
     def _text_batches(self, stage: Stage, seed: int) -> Callable[[int], WindowBatch]:
         if set(stage.data) != {"text"}:
             raise RecipeError(
-                f"stage {stage.name!r} mixes {', '.join(stage.data)}, but this tokenizer has no words for generated "
+                f"the data is {', '.join(stage.data)}, but this tokenizer has no words for generated "
                 "tasks; name folders of shards under 'sources' in the recipe, or use data: {text: 1}"
             )
         prefix = [] if self.begin is None else [self.begin]

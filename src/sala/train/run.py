@@ -113,8 +113,12 @@ class StageRunner:
 
     def check(self) -> None:
         """Raise RecipeError for what a stage cannot have, before anything is trained."""
-        for index in range(len(self.recipe.stages)):
-            self._feed(index, self._parallel(index))
+        for index, stage in enumerate(self.recipe.stages):
+            parallel = self._parallel(index)
+            try:
+                self._feed(index, parallel)
+            except RecipeError as error:
+                raise RecipeError(f"stages.{index} ({stage.name!r}): {error}") from error
 
     def __call__(self, model: Any, stage: Stage, *, teacher: Any = None) -> Progress:
         index = self.recipe.stages.index(stage)
