@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from sala.cli.progress import Display
 from sala.data import Document, train_tokenizer
 from sala.train.checkpoint import Checkpoints
 from sala.train.record import Record
@@ -73,6 +74,15 @@ def test_a_checkpoint_that_a_run_replaces_while_it_is_exported_is_one_line(
     outcome = sala(*export, tmp_path / "model")
     assert outcome.code == 2 and "replaced" in outcome.err and outcome.err.count("\n") == 1
     assert not (tmp_path / "model").exists()
+
+
+def test_the_model_is_named_below_the_display(sala, recipe, tmp_path, little_text, monkeypatch):
+    events = []
+    leave = Display.__exit__
+    monkeypatch.setattr(Display, "__exit__", lambda *of: (events.append("display"), leave(*of))[1])
+    monkeypatch.setattr("typer.echo", events.append)
+    assert sala("train", recipe, "--out", tmp_path / "run", "--set", "stages.short.steps=1").code == 0
+    assert events == ["display", tmp_path / "run" / "final"]
 
 
 def test_what_has_no_model_yet_is_not_exported(sala, tmp_path):

@@ -182,5 +182,6 @@ def _run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, optio
             options=options,
             origin=None if start is None else Origin.of(start),
         )
-        if world.main:
-            typer.echo(out / "final")
+    # once the rows of the display stand still
+    if world.main:
+        typer.echo(out / "final")
