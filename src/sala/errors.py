@@ -12,26 +12,26 @@ from types import TracebackType
 # how Rust's libraries (safetensors, tokenizers) end what they say of an error of the system
 _OF_RUST = re.compile(r"\(os error (\d+)\)$")
 
-
 INTERRUPTED = "sala: interrupted"
 
 
 @contextmanager
 def loading() -> Iterator[None]:
     """Let Ctrl-C say one line while modules are imported, which takes seconds: no `main` is there yet to catch it."""
-    before = sys.excepthook
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        before, ours = sys.excepthook, interrupt
 
-    def say(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        sys.excepthook = before
-        if issubclass(kind, KeyboardInterrupt):
-            print(INTERRUPTED, file=sys.stderr)
-        else:
-            before(kind, error, traceback)
+        def say(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+            sys.excepthook = before
+            if error is ours:
+                print(INTERRUPTED, file=sys.stderr)
+            else:
+                before(kind, error, traceback)
 
-    sys.excepthook = say
-    yield
-    # an error goes on to the hook
-    sys.excepthook = before
+        sys.excepthook = say
+        raise
 
 
 class SalaError(Exception):
