@@ -219,6 +219,8 @@ def test_overrides_reach_stages_by_name_and_by_number() -> None:
         ("stages.0.steps=[", "the value is not YAML: while parsing"),
         ("stages.0.data={{text}: 1}", "the value is not YAML: .*unhashable key"),
         ("stages.0.data={text: 1, text: 2}", "the value is not YAML: key 'text' stands twice"),
+        ("stages.0.steps=2026-11-31", "the value is not YAML: day is out of range"),
+        ("stages.0.data=" + "[" * 2000, "the value is not YAML: maximum recursion depth"),
     ],
 )
 def test_an_override_that_reaches_nothing_is_an_error(setting: str, message: str) -> None:

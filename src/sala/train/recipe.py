@@ -506,10 +506,7 @@ def override(values: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
         path, separator, text = setting.partition("=")
         if not separator or not path:
             raise RecipeError(f"--set {setting!r} has no '='; write it as stages.0.steps=100")
-        try:
-            _set(values, path, yaml.load(text, _Loader))
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {setting!r}: the value is not YAML: {_told(error)}") from None
+        _set(values, path, _read(text, f"--set {setting!r}: the value"))
     return values
 
 
@@ -554,8 +551,12 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _told(error: yaml.YAMLError) -> str:
-    return " ".join(str(error).split())
+def _read(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    # also of a date that is none, a number with thousands of digits, and lists in lists without end
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{what} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def parse_recipe(values: Any, origin: str = "recipe") -> TrainingRecipe | ConversionRecipe:
@@ -583,10 +584,7 @@ def load_recipe(name_or_path: str | Path, settings: Iterable[str] = ()) -> Train
     Raises:
         RecipeError: no such recipe, not YAML, or a field that is unknown or cannot be so.
     """
-    try:
-        values = yaml.load(_text(name_or_path), _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name_or_path} is not YAML: {_told(error)}") from None
+    values = _read(_text(name_or_path), str(name_or_path))
     if isinstance(values, dict):
         values = override(values, settings)
     return parse_recipe(values, str(name_or_path))
