@@ -132,6 +132,11 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
         load_model(tmp_path / "nothing")
 
 
+def test_a_name_that_the_hub_cannot_have_is_refused():
+    with pytest.raises(CheckpointError, match=r"'my models/first' is neither a folder nor .*HFValidationError"):
+        load_config("my models/first")
+
+
 def test_of_the_hub_a_configuration_is_fetched_alone(monkeypatch, tmp_path):
     source("llama").save_pretrained(tmp_path)
     asked = []

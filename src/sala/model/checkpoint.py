@@ -35,11 +35,11 @@ def find_checkpoint(name: str | Path, files: Sequence[str] = FILES) -> Path:
     looks_like_path = folder.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1
     if not looks_like_path:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
             return Path(snapshot_download(str(name), allow_patterns=list(files)))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise CheckpointError(
                 f"model {str(name)!r} is neither a folder nor reachable on the hub ({type(error).__name__})"
             ) from error
