@@ -16,7 +16,7 @@ ROWS = [{"text": f"document {i} – é😀", "tools": None} for i in range(150)]
 
 def write_lines(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(gzip.compress(content) if path.suffix.lower() == ".gz" else content)
     return path
 
 
@@ -29,7 +29,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
 
 
 WRITERS = {
-    **dict.fromkeys(("a.jsonl", "a.ndjson", "a.jsonl.gz", "A.JSONL"), write_lines),
+    **dict.fromkeys(("a.jsonl", "a.ndjson", "a.jsonl.gz", "A.JSONL", "A.JSONL.GZ"), write_lines),
     **dict.fromkeys(("a.parquet", "A.PARQUET"), write_parquet),
 }
 
@@ -44,10 +44,10 @@ def test_every_format_gives_the_same_rows_and_counts_its_bytes(tmp_path: Path, n
     assert sum(sizes) == path.stat().st_size
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.py", "noname", "a.txt.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.py", "noname", "a.txt.gz", "A.TXT.GZ"])
 def test_any_other_file_is_one_document(tmp_path: Path, name: str) -> None:
     content = "first\n\n{second}\n".encode("utf-8-sig")
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
     records = list(read_files([tmp_path / name], field="body"))
     assert records == [Record(str(tmp_path / name), {"body": "first\n\n{second}\n"})]
 

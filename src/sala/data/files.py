@@ -67,7 +67,7 @@ def read_files(
         InputError: a file cannot be read, unpacked, or is no Parquet; Parquet without `pyarrow`.
     """
     for path in paths:
-        kind = (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()
+        kind = (Path(path.stem).suffix if _is_packed(path) else path.suffix).lower()
         try:
             if path.suffix.lower() == ".parquet":
                 yield from _parquet(path, field, on_bytes)
@@ -103,8 +103,12 @@ def open_dataset(name: str, config: str | None = None, split: str = "train") -> 
         raise InputError(f"data set {name!r}, split {split!r} cannot be opened: {error}") from error
 
 
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
 def _text(path: Path, field: str, on_bytes: Callable[[int], None]) -> Record:
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    content = gzip.decompress(path.read_bytes()) if _is_packed(path) else path.read_bytes()
     on_bytes(path.stat().st_size)
     try:
         return Record(str(path), {field: content.decode("utf-8-sig")})
@@ -114,7 +118,7 @@ def _text(path: Path, field: str, on_bytes: Callable[[int], None]) -> Record:
 
 def _json_lines(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Record]:
     with path.open("rb") as raw:
-        lines = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        lines = gzip.GzipFile(fileobj=raw) if _is_packed(path) else raw
         read = 0
         for number, line in enumerate(lines, start=1):
             # of a packed file the place in the packed bytes
