@@ -20,7 +20,7 @@ DRY=${DRY:-}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 
 # else every part would begin, and say so in the log
-if ! missing=$("$PYTHON" -c 'import pytest, sala.bench, sala.cli.bench' 2>&1); then
+if ! missing=$("$PYTHON" -c 'import pytest, hypothesis, sala.bench, sala.cli.bench' 2>&1); then
     echo "$PYTHON cannot run the measurements: ${missing##*$'\n'}" >&2
     exit 2
 fi

@@ -220,7 +220,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
 INTERPRETER = """#!/bin/sh
 case "$1" in
 -c)
-    case "$LACKS" in ?*) echo "Traceback" >&2; echo "ModuleNotFoundError: No module named '$LACKS'" >&2; exit 1 ;; esac
+    case "$2" in *"$LACKS"*) echo "Traceback" >&2; echo "ModuleNotFoundError: No module named '$LACKS'" >&2; exit 1 ;; esac
     exit 0 ;;
 esac
 echo "$*" >>"$CALLS"
@@ -238,7 +238,12 @@ def run_script(tmp_path: Path, **variables: str) -> tuple[int, list[list[str]], 
     interpreter.write_text(INTERPRETER)
     interpreter.chmod(0o755)
     calls.write_text("")
-    settings = {"PYTHON": str(interpreter), "CALLS": str(calls), "BROKEN": "nothing at all", "LACKS": ""} | variables
+    settings = {
+        "PYTHON": str(interpreter),
+        "CALLS": str(calls),
+        "BROKEN": "nothing at all",
+        "LACKS": "nothing at all",
+    } | variables
     done = subprocess.run([BASH, SCRIPT, tmp_path / "out"], env=os.environ | settings, capture_output=True, text=True)
     suite = tmp_path / "out" / "gpu.json"
     results = json.loads(suite.read_text()) if suite.exists() else {"said": done.stderr}
@@ -288,10 +293,11 @@ def test_what_the_budget_has_no_time_for_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(BASH is None, reason="needs bash")
-def test_an_interpreter_that_lacks_something_runs_nothing(tmp_path: Path) -> None:
-    code, calls, results = run_script(tmp_path, LACKS="pydantic")
+@pytest.mark.parametrize("lacking", ["pytest", "hypothesis", "sala.bench"])
+def test_an_interpreter_that_lacks_something_runs_nothing(lacking: str, tmp_path: Path) -> None:
+    code, calls, results = run_script(tmp_path, LACKS=lacking)
     assert code == 2 and not calls
-    assert results["said"].endswith("cannot run the measurements: ModuleNotFoundError: No module named 'pydantic'\n")
+    assert results["said"].endswith(f"cannot run the measurements: ModuleNotFoundError: No module named {lacking!r}\n")
 
 
 @pytest.mark.skipif(BASH is None, reason="needs bash")
