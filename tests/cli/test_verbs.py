@@ -76,6 +76,14 @@ def test_inspect_shows_and_prints_the_same_facts(sala, hybrid):
         assert reason in shown.out
 
 
+def test_a_folder_with_brackets_is_shown_as_it_is(sala, hybrid, tmp_path):
+    folder = tmp_path / "[b] [" / "x]"
+    folder.parent.mkdir()
+    folder.symlink_to(hybrid)
+    assert sala("inspect", folder).out.startswith(f"{folder}  ")
+    assert sala("plan", "--model", folder, "--memory", "1GiB").out.startswith(f"{folder}, ")
+
+
 def test_select_prints_the_kept_layers_last(sala, tmp_path):
     recall = (0.9, 0.1, 0.8, 0.2)
     rows = [{"layer": i, "retrieval": {"avg": r}, "commonsense": {"avg": 0.5}} for i, r in enumerate(recall)]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -44,7 +45,7 @@ def inspect(
 def show(report: "Report", console: Console) -> None:
     """Print a report for a person."""
     console.print(
-        f"[bold]{report.folder}[/bold]  {report.total_parameters:,} parameters, {report.dtype}", soft_wrap=True
+        f"[bold]{escape(report.folder)}[/bold]  {report.total_parameters:,} parameters, {report.dtype}", soft_wrap=True
     )
     console.print()
     console.print(layer_strip(report.mixer_types))
@@ -60,11 +61,11 @@ def show(report: "Report", console: Console) -> None:
     if report.backends:
         console.print("[bold]Backends that would run here[/bold]")
         for operator, (backend, reason) in report.backends.items():
-            console.print(f"  {operator}: {backend}, {reason}", soft_wrap=True)
+            console.print(f"  {operator}: {backend}, {reason}", soft_wrap=True, markup=False)
     if report.sglang:
         console.print("[bold]SGLang's MiniCPM-SALA model cannot run it:[/bold]")
         for reason in report.sglang:
-            console.print(f"  - {reason}", soft_wrap=True)
+            console.print(f"  - {reason}", soft_wrap=True, markup=False)
     else:
         console.print("[bold]SGLang's MiniCPM-SALA model can load it[/bold] (its configuration fits; not run here)")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sala.cli.options import prepare
@@ -61,7 +62,7 @@ def show(model: str, plans: "list[MemoryPlan]", console: Console) -> None:
 
     first = plans[0]
     console.print(
-        f"[bold]{model}[/bold], {first.length:,} tokens in chunks of {first.chunk:,}, {human_bytes(first.available)} of "
+        f"[bold]{escape(model)}[/bold], {first.length:,} tokens in chunks of {first.chunk:,}, {human_bytes(first.available)} of "
         f"{'GPU memory' if first.device == 'cuda' else 'memory'}",
         soft_wrap=True,
     )
