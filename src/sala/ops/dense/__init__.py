@@ -45,7 +45,7 @@ def dense_attention(
         (B, T, H, V) in v's dtype.
 
     Raises:
-        InputError: shapes or dtypes that do not fit, or a position without a key.
+        InputError: shapes, dtypes or devices that do not fit, or a position without a key.
         BackendError: no backend of that name, or it does not take these tensors.
     """
     check_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, start, static)

@@ -73,7 +73,7 @@ def select_blocks(
         (B, T, G, num_selected) int32 block indices in ascending order, -1 at the end where fewer blocks exist.
 
     Raises:
-        InputError: shapes or dtypes that do not fit, or too few windows.
+        InputError: shapes, dtypes or devices that do not fit, or too few windows.
         BackendError: no backend of that name.
     """
     if q_BTHK.ndim != 4 or k1_BNGK.ndim != 4:

@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, backend: str = "auto") 
         eps: added to the mean square.
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: shapes, dtypes or devices that do not fit.
     """
     _check_numbers(x, weight=weight_D)
     _check_weight(weight_D, x.shape[-1])
@@ -39,7 +39,7 @@ def add_scaled(x: Tensor, branch: Tensor, scale: float, *, backend: str = "auto"
     """Return x + scale * branch, tensors of one shape (..., D): the end of a residual branch (muP).
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: shapes, dtypes or devices that do not fit.
     """
     _check_same(x, branch)
     return choose("pointwise", backend, (x, branch)).add_scaled(x, branch, scale)
@@ -51,7 +51,7 @@ def add_rms_norm(
     """Return sum = x + scale * branch and rms_norm(sum): the end of a residual branch and the start of the next.
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: shapes, dtypes or devices that do not fit.
     """
     _check_same(x, branch)
     _check_numbers(x, weight=weight_D)
@@ -82,7 +82,7 @@ def norm_rotate(
         (B, T, H, K) in x's dtype. In memory the tokens of a head may stand together.
 
     Raises:
-        InputError: shapes or dtypes that do not fit.
+        InputError: shapes, dtypes or devices that do not fit.
     """
     if x_BTHK.ndim != 4:
         raise InputError(f"heads must be (B, T, H, K), not {tuple(x_BTHK.shape)}")
@@ -132,7 +132,7 @@ def norm_gate(
         (B, T, D) in x's dtype.
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: shapes, dtypes or devices that do not fit.
     """
     if x_BTHV.ndim != 4:
         raise InputError(f"heads must be (B, T, H, V), not {tuple(x_BTHV.shape)}")
@@ -152,7 +152,7 @@ def silu_mul(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """Return silu(gate) * up, tensors of one shape (..., F) (SwiGLU; Shazeer, arXiv 2002.05202, equation 6).
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: shapes, dtypes or devices that do not fit.
     """
     _check_same(gate, up)
     return choose("pointwise", backend, (gate, up)).silu_mul(gate, up)
