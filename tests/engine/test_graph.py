@@ -273,4 +273,4 @@ def test_a_model_elsewhere_is_not_recorded_and_says_why() -> None:
 def test_a_step_that_cannot_be_recorded_is_one_error_that_says_what_to_do() -> None:
     steps, _ = steps_after(tiny_model(), 40, 43)
     with pytest.raises(BackendError, match=r"could not be recorded as a CUDA graph: .*--no-graph"):
-        steps._record(torch.Stream())
+        steps._record(torch.Stream("cpu"))
