@@ -57,6 +57,11 @@ def test_a_value_that_cannot_be_built_is_refused(change, message):
         tiny_config(**change)
 
 
+@pytest.mark.parametrize("name", ["scale_emb", "scale_depth", "dim_model_base"])
+def test_the_numbers_of_mup_need_not_be_whole(name):
+    assert getattr(tiny_config(**{name: 1.5}), name) == 1.5
+
+
 def test_heads_of_odd_width_cannot_turn():
     config = tiny_config(head_dim=7, attn_use_rope=True)
     with pytest.raises(

@@ -134,7 +134,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     max_position_embeddings: int = 524288
     scale_emb: float | int = 1
     scale_depth: float | int | None = None
-    dim_model_base: int | None = None
+    dim_model_base: float | int | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     use_cache: bool = True
