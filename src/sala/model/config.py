@@ -28,7 +28,7 @@ LATENT_ROWS = ("latent-attention", "latent-minicpm4")
 # Fields of multi-head latent attention, by their names in a MiniCPM3 configuration.
 LATENT_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
-# Numbers that no network can be built from unless they are above zero.
+# Numbers that mean something only above zero.
 ABOVE_ZERO = (
     "vocab_size",
     "hidden_size",
