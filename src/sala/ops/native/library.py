@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from sala.cache import cache_folder
 from sala.errors import BackendError, nearest
 
 logger = logging.getLogger("sala")
@@ -199,11 +200,6 @@ def _find_compiler() -> tuple[str, str]:
     return path, version.partition("\n")[0].strip() or Path(path).name
 
 
-def _cache() -> Path:
-    base = os.environ.get("SALA_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "sala" / "native"
-
-
 def _build(level: str, compiler: str, version: str) -> Path:
     """Return the library's file, compiled unless the same sources were before with the same compiler and flags."""
     sources = sorted(SOURCES.glob("*.cpp"))
@@ -212,7 +208,7 @@ def _build(level: str, compiler: str, version: str) -> Path:
     content = hashlib.sha256("\0".join([version, platform.machine(), *flags]).encode())
     for path in [*sources, *sorted(SOURCES.glob("*.h"))]:
         content.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    folder = _cache()
+    folder = cache_folder("native")
     target = folder / f"{level}-{content.hexdigest()[:16]}.so"
     if target.exists():
         return target
