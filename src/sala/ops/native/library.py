@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from sala.cache import cache_folder
-from sala.errors import BackendError, nearest
+from sala.errors import BackendError, DiskError, nearest
 
 logger = logging.getLogger("sala")
 
@@ -208,12 +208,14 @@ def _build(level: str, compiler: str, version: str) -> Path:
     content = hashlib.sha256("\0".join([version, platform.machine(), *flags]).encode())
     for path in [*sources, *sorted(SOURCES.glob("*.h"))]:
         content.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    folder = cache_folder("native")
+    try:
+        folder = cache_folder("native")
+    except DiskError as error:
+        raise BuildError(str(error)) from error
     target = folder / f"{level}-{content.hexdigest()[:16]}.so"
     if target.exists():
         return target
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / f"{target.name}.lock"), tempfile.TemporaryDirectory(dir=folder) as work:
             if not target.exists():  # built by another process while this one waited
                 logger.warning("building the CPU kernels for %s with %s, once on this machine", level, version)
