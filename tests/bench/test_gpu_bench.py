@@ -31,6 +31,7 @@ from sala.bench.ops import _chosen
 from sala.bench.shapes import AttentionShape, ModelShape, twin_config
 from sala.cli.bench import bench as bench_app
 from sala.errors import InputError
+from sala.model.interface import named
 from sala.ops.infllm import SparseGeometry
 from sala.ops.lightning import lightning_attention
 
@@ -194,7 +195,7 @@ def test_a_prompt_in_chunks_is_the_same_through_the_twins_attention(monkeypatch:
         expected = model(ids).logits
         model.set_attn_implementation(twin_module.LOWER_RIGHT)
         cache = DynamicCache(config=config)
-        parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split((33, 36, 1), dim=1)]
+        parts = [model(part, **named(cache), use_cache=True).logits for part in ids.split((33, 36, 1), dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-5)
 
 

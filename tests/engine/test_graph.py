@@ -62,7 +62,7 @@ def check_against_the_model(
         logits.append(steps.logits_1X.clone())
         assert token == logits[-1].argmax()
     with torch.no_grad():
-        parts = [model(token, past_key_values=cache).logits for token in seen[:, prompt - 1 : -1].split(1, dim=1)]
+        parts = [model(token, cache=cache).logits for token in seen[:, prompt - 1 : -1].split(1, dim=1)]
     torch.testing.assert_close(torch.stack(logits, 1), torch.cat(parts, 1), atol=2e-4, rtol=1e-4)
 
 
@@ -89,10 +89,10 @@ def test_the_cache_goes_on_where_steps_ended() -> None:
     steps.finish()
     cache, own = steps.cache, new_cache(model.config)
     with torch.no_grad():
-        model(seen[:, :109], past_key_values=own)
+        model(seen[:, :109], cache=own)
         assert (cache.columns, cache.size_bytes) == (109, own.size_bytes)
         more = tokens(1, 30, seed=1)
-        after, expected = (model(more, past_key_values=c).logits for c in (cache, own))
+        after, expected = (model(more, cache=c).logits for c in (cache, own))
     torch.testing.assert_close(after, expected, atol=2e-4, rtol=1e-4)
 
 
@@ -100,7 +100,7 @@ def test_a_row_steps_as_in_a_batch() -> None:
     model, ids = tiny_model(), tokens(3, 70)
     with torch.inference_mode():
         cache = new_cache(model.config, reserve=80)
-        model(ids[:, :69], past_key_values=cache)
+        model(ids[:, :69], cache=cache)
         hidden = model.model.step(ids[:, 69:], torch.tensor([69]), cache, 80)
         expected = model.model(ids, use_cache=False).last_hidden_state[:, 69:]
     torch.testing.assert_close(hidden, expected, atol=2e-4, rtol=1e-4)

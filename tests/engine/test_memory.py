@@ -24,7 +24,7 @@ GIB = 2**30
 def test_weights_and_cache_are_counted_exactly():
     model, cache = tiny_model(), new_cache(tiny_config())
     with torch.no_grad():
-        model(tokens(1, 333), past_key_values=cache)
+        model(tokens(1, 333), cache=cache)
     need = estimate(model.config, torch.float32, 333, 64, num_parameters(model.config))
     assert need.weights == sum(parameter.numel() * 4 for parameter in model.parameters())
     assert need.cache == cache.size_bytes

@@ -37,14 +37,12 @@ class Scripted(nn.Module):
         self.calls: list[int] = []
         self.seen = torch.zeros(1, 0, dtype=torch.int64)
 
-    def forward(
-        self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False, logits_to_keep: Any = 0
-    ) -> Any:
-        if past_key_values is not None:
-            self.seen = self.seen[:, : past_key_values.columns]
+    def forward(self, input_ids: Tensor, cache: Any = None, use_cache: bool = False, logits_to_keep: Any = 0) -> Any:
+        if cache is not None:
+            self.seen = self.seen[:, : cache.columns]
         self.seen = torch.cat([self.seen, input_ids], dim=1) if use_cache else input_ids
-        if past_key_values is not None:
-            past_key_values.columns += input_ids.shape[1]
+        if cache is not None:
+            cache.columns += input_ids.shape[1]
         self.calls.append(input_ids.shape[1])
         predicted_BT = self.predict(self.seen)[:, -input_ids.shape[1] :]
         kept = slice(None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -26,7 +26,7 @@ def test_chunks_of_any_size_are_one_call(kind, chunks):
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
         cache = new_cache(model.config)
-        parts = [model(part, past_key_values=cache).logits for part in ids.split(chunks, dim=1)]
+        parts = [model(part, cache=cache).logits for part in ids.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-4, rtol=1e-4)
     assert cache.get_seq_length() == 150
 
@@ -83,11 +83,11 @@ def test_a_padded_batch_goes_on_token_by_token(kind):
         for row, length in enumerate(lengths):
             padded[row, 90 - length :], mask[row, 90 - length :] = ids[row, :length], 1
         cache = new_cache(model.config)
-        model(padded, attention_mask=mask[:, :90], past_key_values=cache)
+        model(padded, attention_mask=mask[:, :90], cache=cache)
         steps = []
         for step in range(10):
             new = torch.stack([ids[row, length + step] for row, length in enumerate(lengths)])[:, None]
-            steps.append(model(new, attention_mask=mask[:, : 91 + step], past_key_values=cache).logits)
+            steps.append(model(new, attention_mask=mask[:, : 91 + step], cache=cache).logits)
         for row, length in enumerate(lengths):
             alone = model(ids[row : row + 1, : length + 10]).logits[0, length:]
             torch.testing.assert_close(torch.cat(steps, dim=1)[row], alone, atol=2e-4, rtol=1e-4)
@@ -109,9 +109,9 @@ def test_compressed_keys_appear_when_their_window_completes():
     model, ids = tiny_model(), tokens(1, 90)
     with torch.no_grad():
         one, many = new_cache(model.config), new_cache(model.config)
-        model(ids, past_key_values=one)
+        model(ids, cache=one)
         for part in ids.split(1, dim=1):
-            model(part, past_key_values=many)
+            model(part, cache=many)
     for left, right in zip(one.layers[0].tiers, many.layers[0].tiers, strict=True):
         assert left.length == right.length > 0
         torch.testing.assert_close(left.filled, right.filled, atol=1e-5, rtol=1e-5)
@@ -121,7 +121,7 @@ def test_memory_taken_ahead_changes_nothing():
     model, ids = tiny_model(), tokens(1, 90)
     with torch.no_grad():
         cache = new_cache(model.config, reserve=200)
-        reserved = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(30, dim=1)], dim=1)
+        reserved = torch.cat([model(part, cache=cache).logits for part in ids.split(30, dim=1)], dim=1)
         torch.testing.assert_close(reserved, model(ids).logits, atol=2e-4, rtol=1e-4)
 
 
@@ -129,7 +129,7 @@ def test_size_counts_keys_values_tiers_and_states():
     model = tiny_model()
     cache = new_cache(model.config)
     with torch.no_grad():
-        model(tokens(1, 100), past_key_values=cache)
+        model(tokens(1, 100), cache=cache)
     kv = 100 * 2 * 2 * 16 * 4
     tiers = (num_windows(100, 8, 4) + num_windows(100, 32, 16)) * 2 * 16 * 4
     assert cache.size_bytes == 2 * kv + tiers + 2 * 4 * 16 * 16 * 4
@@ -139,10 +139,10 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated():
     model, ids = tiny_model(), tokens(2, 70)
     with torch.no_grad():
         cache = new_cache(model.config)
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(torch.tensor([3]))
-        after = model(ids[:1, :5], past_key_values=cache).logits
+        after = model(ids[:1, :5], cache=cache).logits
         expected = model(torch.cat([ids[1:], ids[:1, :5]], dim=1)).logits[:, -5:]
     torch.testing.assert_close(after, expected, atol=2e-4, rtol=1e-4)
 
@@ -178,11 +178,11 @@ def test_a_rewound_cache_has_forgotten(kind, batch):
 
     def going_on(cache, part):
         longer = torch.cat([mask, torch.ones_like(part)], dim=1)
-        return model(part, attention_mask=longer, past_key_values=cache).logits
+        return model(part, attention_mask=longer, cache=cache).logits
 
     with torch.no_grad():
         cache = new_cache(model.config)
-        model(body, attention_mask=mask, past_key_values=cache)
+        model(body, attention_mask=mask, cache=cache)
         mark, size = cache.mark(), cache.size_bytes
         wanted = going_on(cache, first)
         for part in (second, first):

@@ -48,7 +48,7 @@ def test_prefill_and_steps_send_and_ask_nothing(kind: str, chunk: int, monkeypat
         cache = new_cache(model.config)
         card.sent.clear()
         for part in (*ids[:, :300].split(chunk, dim=1), *ids[:, 300:].split(1, dim=1)):
-            model(part, past_key_values=cache, logits_to_keep=1)
+            model(part, cache=cache, logits_to_keep=1)
         assert card.sent == []
 
 
@@ -61,7 +61,7 @@ def test_a_padded_batch_sends_its_mask_once_a_call(kind: str, monkeypatch: pytes
         cache = new_cache(model.config)
         for start, end in ((0, 70), (70, 140), (140, 141)):
             card.sent.clear()
-            model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, logits_to_keep=1)
+            model(ids[:, start:end], attention_mask=mask[:, :end], cache=cache, logits_to_keep=1)
             assert card.sent == [2 * end]
 
 

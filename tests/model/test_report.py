@@ -31,7 +31,7 @@ def test_cache_bytes_are_those_of_the_cache(mixers, length):
     model = tiny_model(num_hidden_layers=2, mixer_types=mixers)
     cache = new_cache(model.config)
     with torch.no_grad():
-        model(tokens(1, length), past_key_values=cache)
+        model(tokens(1, length), cache=cache)
     assert cache_bytes(model.config, length, 4) == cache.size_bytes
 
 

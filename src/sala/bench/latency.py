@@ -102,7 +102,7 @@ def timed_answer(
 ) -> Timing:
     """Read a prompt into an empty cache and decode `steps` tokens, one at a time, each seen before the next is asked for.
 
-    model: any that takes input_ids, past_key_values, use_cache and logits_to_keep as those of transformers do.
+    model: any that takes input_ids, a cache, use_cache and logits_to_keep as those of transformers do.
     on_tokens: called after every chunk of the prompt with its number of tokens.
     recorded: decode by replaying a graph, as `sala generate` does on a GPU; of models of this package. The first two of
         the steps compile and record.

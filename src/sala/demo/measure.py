@@ -116,7 +116,7 @@ def measure_cache(models: Mapping[str, Any], ground: Ground, lengths: tuple[int,
         sizes = []
         for length in lengths:
             cache = new_cache(model.config)
-            model(torch.from_numpy(ground.text[:length])[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(torch.from_numpy(ground.text[:length])[None], cache=cache, use_cache=True, logits_to_keep=1)
             sizes.append(cache.size_bytes)
         a_token = (sizes[1] - sizes[0]) / (lengths[1] - lengths[0])
         rows.append({"model": name, "bytes_a_token": a_token, "bytes_at_any_length": sizes[0] - lengths[0] * a_token})

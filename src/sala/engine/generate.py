@@ -18,6 +18,7 @@ from sala.engine.sampling import Sampler, Sampling
 from sala.engine.transcript import Transcript
 from sala.errors import InputError
 from sala.model import MiniCPMSALAForCausalLM, SalaCache, new_cache
+from sala.model.interface import named
 
 DEFAULT_CHUNK = 2048
 
@@ -78,7 +79,7 @@ def prefill(
     if chunk < 1:
         raise InputError(f"chunk = {chunk}; right would be 1 or above")
     for part in ids_1T.split(chunk, dim=1):
-        logits_11X = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits_11X = model(part, **named(cache), use_cache=True, logits_to_keep=1).logits
         on_tokens(part.shape[1])
     return logits_11X[:, -1]
 
@@ -176,7 +177,7 @@ def draws(
             steps.finish()
     while True:
         length += 1
-        logits_1X = model(seen_1S[:, length - 1 : length], past_key_values=cache, use_cache=True).logits[:, -1]
+        logits_1X = model(seen_1S[:, length - 1 : length], **named(cache), use_cache=True).logits[:, -1]
         token_1 = sampler.draw(seen_1S[:, :length], logits_1X)
         seen_1S[:, length] = token_1
         yield int(token_1)

@@ -25,7 +25,7 @@ def logits_at(
     """Return the logits (N, X) after the tokens at `indices_N`, float32; no others are ever computed.
 
     Args:
-        model: called as `model(input_ids, past_key_values=, use_cache=, logits_to_keep=)`, with a `config` that
+        model: called as `model(input_ids, cache=, use_cache=, logits_to_keep=)`, with a `config` that
             `new_cache` takes.
         tokens_T: (T,) int64, appended to what `cache` holds.
         indices_N: (N,) int64, ascending, into `tokens_T`.
@@ -52,7 +52,7 @@ def logits_at(
     for start in range(0, length, chunk_size):
         end = min(start + chunk_size, length)
         kept = indices_N[(indices_N >= start) & (indices_N < end)] - start
-        output = model(input_ids=tokens_T[None, start:end], past_key_values=cache, use_cache=True, logits_to_keep=kept)
+        output = model(input_ids=tokens_T[None, start:end], cache=cache, use_cache=True, logits_to_keep=kept)
         parts.append(output.logits[0])
         on_chunk(end, length)
     return torch.cat(parts)

@@ -7,6 +7,7 @@ from typing import Any, get_args, get_origin
 from transformers import GenerationConfig, PreTrainedConfig
 
 from sala.errors import ConfigError, nearest
+from sala.model.interface import CACHE
 from sala.ops.infllm import SparseGeometry
 
 # Names a mixer goes by in released and re-saved configurations.
@@ -94,7 +95,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     """
 
     model_type = "minicpm_sala"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012 - Trainer adds a list to it
 
     vocab_size: int = 73448
     hidden_size: int = 4096

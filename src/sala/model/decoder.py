@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from sala.errors import InputError
 from sala.model.cache import LayerCache, SalaCache
 from sala.model.config import MiniCPMSALAConfig
+from sala.model.interface import CACHE, given, named
 from sala.model.mixers import MIXERS, new_cache
 from sala.model.norm import RMSNorm
 from sala.model.rope import inverse_frequencies, rotation_tables
@@ -59,7 +60,7 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012 - transformers' own convention
     _is_stateful = True
     _supports_sdpa = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
 
 
 class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
@@ -118,13 +119,14 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: SalaCache | None = None,
+        cache: SalaCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         context: Context | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: SalaCache | None = None,
     ) -> BaseModelOutputWithPast | tuple:
         """Run the layers.
 
@@ -142,27 +144,27 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
             raise InputError("give either input_ids or inputs_embeds")
         hidden = self.scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if past_key_values is None and use_cache and cu_seqlens is None:
-            past_key_values = new_cache(self.config)
-        if past_key_values is not None and not isinstance(past_key_values, SalaCache):
-            raise InputError(f"past_key_values is a {type(past_key_values).__name__}; right would be a SalaCache")
-        past = past_key_values.columns if past_key_values is not None else 0
+        cache = given(cache, past_key_values)
+        if cache is None and use_cache and cu_seqlens is None:
+            cache = new_cache(self.config)
+        if cache is not None and not isinstance(cache, SalaCache):
+            raise InputError(f"the cache is a {type(cache).__name__}; expected a SalaCache")
+        past = cache.columns if cache is not None else 0
         rows = self.place(hidden, past, attention_mask, cu_seqlens, context)
         _check_positions(position_ids, rows)
         seen = []
         for index, layer in enumerate(self.layers):
-            cache = None if past_key_values is None else past_key_values.layers[index]
             # else every layer's would be alive at once
             if output_hidden_states:
                 seen.append(hidden)
-            hidden = layer(hidden, rows, cache)
+            hidden = layer(hidden, rows, None if cache is None else cache.layers[index])
         hidden = self.norm(hidden)
-        if past_key_values is not None:
-            past_key_values.columns += hidden.shape[1]
+        if cache is not None:
+            cache.columns += hidden.shape[1]
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
             hidden_states=(*seen, hidden) if output_hidden_states else None,
+            **named(cache),
         )
         return output if return_dict in (None, True) else output.to_tuple()
 
@@ -185,7 +187,7 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: SalaCache | None = None,
+        cache: SalaCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -195,6 +197,7 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: SalaCache | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Return logits (B, T or logits_to_keep, X) float32 and, with labels (B, T; -100 is skipped), the next-token loss.
 
@@ -212,7 +215,7 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=given(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
@@ -226,7 +229,7 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
         )
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+            loss=loss, logits=logits, hidden_states=output.hidden_states, **named(output.get(CACHE))
         )
         return result if return_dict in (None, True) else result.to_tuple()
 
@@ -240,11 +243,11 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
             raise InputError(
                 f"cache_implementation = {generation_config.cache_implementation!r}; this model has one cache, its own"
             )
-        given = model_kwargs.get("past_key_values")
-        if given is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = new_cache(self.config)
-        elif given is not None:
-            given._is_user_defined = True
+        cache = model_kwargs.get(CACHE)
+        if cache is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = new_cache(self.config)
+        elif cache is not None:
+            cache._is_user_defined = True
 
 
 def _check_positions(position_ids: Tensor | None, rows: Rows) -> None:
