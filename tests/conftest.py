@@ -28,6 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if item.get_closest_marker("real") and not _fetched():
+            item.add_marker(pytest.mark.skip(reason="needs `sala fetch smollm2-135m-instruct`"))
+
+
+def _fetched() -> bool:
+    # not before the environment is as Triton and typer are to find it
+    from sala.model.fetch import FETCHABLE
+
+    return all(row.place.is_file() for row in FETCHABLE.values())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -84,6 +84,14 @@ def test_a_folder_with_brackets_is_shown_as_it_is(sala, hybrid, tmp_path):
     assert sala("plan", "--model", folder, "--memory", "1GiB").out.startswith(f"{folder}, ")
 
 
+def test_fetch_lists_what_there_is(sala, monkeypatch, tmp_path):
+    monkeypatch.setenv("SALA_CACHE", str(tmp_path))
+    outcome = sala("fetch")
+    assert outcome.code == 0 and "smollm2-135m-instruct" in outcome.out and " no " in outcome.out
+    outcome = sala("generate", "--model", "smollm2-135m-instruct", "--prompt", "hi")
+    assert outcome.code == 2 and "expected `sala fetch smollm2-135m-instruct` first" in outcome.err
+
+
 def test_select_prints_the_kept_layers_last(sala, tmp_path):
     recall = (0.9, 0.1, 0.8, 0.2)
     rows = [{"layer": i, "retrieval": {"avg": r}, "commonsense": {"avg": 0.5}} for i, r in enumerate(recall)]

@@ -125,7 +125,7 @@ def test_weights_that_do_not_fit_are_not_read(device, kind, folder, monkeypatch)
     [
         ({"dtype": "bfloat61"}, InputError, "did you mean 'bfloat16'"),
         ({"device": "gpu"}, InputError, "device 'gpu' is not on this machine"),
-        ({"name": "nope"}, CheckpointError, "no folder 'nope'"),
+        ({"name": "nope"}, CheckpointError, "no folder or GGUF file 'nope'"),
     ],
 )
 def test_what_is_not_there_is_refused(options, error, message, folder):

@@ -16,6 +16,7 @@ with loading():
     from sala.cli.convert import convert
     from sala.cli.data import data
     from sala.cli.demo import demo
+    from sala.cli.fetch import fetch
     from sala.cli.generate import generate
     from sala.cli.inspect import inspect
     from sala.cli.plan import plan
@@ -46,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (generate, inspect, plan, convert, data, train, train_plot, train_export, select, demo):
+for verb in (generate, inspect, plan, fetch, convert, data, train, train_plot, train_export, select, demo):
     app.command(verb.__name__.replace("_", " "))(verb)
 app.add_typer(bench)
 

@@ -13,7 +13,9 @@ from sala.cli.train import Settings, require_conversion
 def convert(
     teacher: Annotated[
         str,
-        typer.Option(help="A Llama, Qwen2, Qwen3 or MiniCPM checkpoint: a folder, a hub name, or one of the package."),
+        typer.Option(
+            help="A Llama, Mistral, Qwen2, Qwen3 or MiniCPM checkpoint: a folder, a GGUF file, a hub name, or one of the package."
+        ),
     ],
     recipe: Annotated[str, typer.Option(help="A recipe of the package by name, or a YAML file.")],
     out: Annotated[Path, typer.Option(help="A new folder for the hybrid; it appears once it is complete.")],

@@ -17,7 +17,8 @@ READING, SAMPLING, MACHINE = "What is read", "How the answer is drawn", "Machine
 
 def generate(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="A checkpoint folder, a hub name, or a model of the package.")
+        str,
+        typer.Option("--model", "-m", help="A checkpoint folder, a GGUF file, a hub name, or a model of the package."),
     ] = "embedded-hybrid",
     file: Annotated[
         list[str] | None,

@@ -27,7 +27,10 @@ SIGNS = {
 
 def inspect(
     directory: Annotated[
-        str, typer.Argument(metavar="DIR", help="A checkpoint folder, a hub name, or a model of the package.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A checkpoint folder, a GGUF file, a hub name, or a model of the package."
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[
-        str, typer.Option(help="A checkpoint folder, a hub name, a model of the package, or a named shape.")
+        str,
+        typer.Option(help="A checkpoint folder, a GGUF file, a hub name, a model of the package, or a named shape."),
     ],
     memory: Annotated[
         str | None, typer.Option(help="Such as 32GiB or 24GB; what machine or GPU have left when left out.")

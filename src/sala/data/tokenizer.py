@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from sala.data.gguf_tokenizer import gguf_tokenizer
 from sala.data.sources import Document
 from sala.errors import CheckpointError, InputError
+from sala.model.checkpoint import is_gguf
 
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 # Surface forms as they are typed: `[set] @amber @birch @cedar @delta`. The space before a symbol belongs to it, so
@@ -76,8 +78,10 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int = 1024) -> Pr
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """Read the tokenizer of a checkpoint folder; raise CheckpointError when it has none, or a damaged one."""
+    """Read the tokenizer of a checkpoint, a folder or a GGUF file; raise CheckpointError when it has none, or a damaged one."""
     folder = Path(folder)
+    if is_gguf(folder):
+        return gguf_tokenizer(folder)
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json; a checkpoint folder holds its tokenizer")
     try:

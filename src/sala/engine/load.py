@@ -11,7 +11,7 @@ from sala.data import load_tokenizer
 from sala.engine.memory import check_memory
 from sala.errors import InputError, nearest
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
-from sala.model.checkpoint import BUILTIN, find_checkpoint, read_json
+from sala.model.checkpoint import BUILTIN, find_checkpoint, read_generation
 from sala.model.families import load_config, load_model
 from sala.model.report import check_tensors, network_shapes
 
@@ -36,7 +36,7 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str | Path, dtype: str = AUTO, device: str = AUTO) -> Checkpoint:
-    """Read configuration, tokenizer and the shards' tables of contents of a folder, a hub name or a model of the package.
+    """Read configuration, tokenizer and the shards' tables of contents of a checkpoint (see `load_model`).
 
     dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own, float32 for the models of the package.
     device: any name of torch's, or "auto" for a GPU where there is one.
@@ -48,14 +48,13 @@ def open_checkpoint(name: str | Path, dtype: str = AUTO, device: str = AUTO) -> 
     folder = find_checkpoint(name)
     config = load_config(folder)
     check_tensors(folder, config)
-    path = folder / "generation_config.json"
     if dtype == AUTO and str(name) in BUILTIN:
         # they are stored in half the bytes for the package's size, and were trained and measured in float32
         dtype = "float32"
     return Checkpoint(
         folder=folder,
         config=config,
-        generation=GenerationConfig.from_dict(read_json(path)) if path.is_file() else GenerationConfig(),
+        generation=read_generation(folder, config),
         tokenizer=load_tokenizer(folder),
         dtype=_dtype(dtype, config),
         device=find_device(device),

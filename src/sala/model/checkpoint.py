@@ -1,4 +1,4 @@
-"""Checkpoint folders: read strictly, written whole or not at all."""
+"""Checkpoints, folders or GGUF files: read strictly. Folders are written whole or not at all."""
 
 import contextlib
 import json
@@ -10,9 +10,11 @@ from uuid import uuid4
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from sala.errors import CheckpointError, InputError, nearest, writing
+from sala.model.fetch import FETCHABLE
+from sala.model.gguf import SUFFIX, GGUFFile
 
 _EMBEDDED = Path(__file__).parent.parent / "embedded"
 BUILTIN = {"embedded-teacher": _EMBEDDED / "teacher", "embedded-hybrid": _EMBEDDED / "hybrid"}
@@ -20,7 +22,7 @@ FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def find_checkpoint(name: str | Path, files: Sequence[str] = FILES) -> Path:
-    """Return the folder of a checkpoint: an existing folder, a model that ships with the package, or a hub name.
+    """Return the folder or GGUF file of a checkpoint: one that exists, that ships with the package, was fetched, or of the hub.
 
     files: patterns of what is fetched from the hub.
 
@@ -30,8 +32,12 @@ def find_checkpoint(name: str | Path, files: Sequence[str] = FILES) -> Path:
     if str(name) in BUILTIN:
         return BUILTIN[str(name)]
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (is_gguf(folder) and folder.is_file()):
         return folder
+    if str(name) in FETCHABLE:
+        if (file := FETCHABLE[str(name)].place).is_file():
+            return file
+        raise CheckpointError(f"model {str(name)!r} is not on this machine; expected `sala fetch {name}` first")
     looks_like_path = folder.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1
     if not looks_like_path:
         from huggingface_hub import snapshot_download
@@ -44,8 +50,24 @@ def find_checkpoint(name: str | Path, files: Sequence[str] = FILES) -> Path:
                 f"model {str(name)!r} is neither a folder nor reachable on the hub ({type(error).__name__})"
             ) from error
     raise CheckpointError(
-        f"no folder {str(name)!r}; right would be a checkpoint folder, a hub name, or one of {', '.join(BUILTIN)}"
+        f"no folder or GGUF file {str(name)!r}; expected a checkpoint folder, a file that ends in {SUFFIX}, a hub name, or one "
+        f"of {', '.join((*BUILTIN, *FETCHABLE))}"
     )
+
+
+def is_gguf(place: Path) -> bool:
+    """Return whether a checkpoint is, by its name, a GGUF file and no folder."""
+    return place.suffix.lower() == SUFFIX and not place.is_dir()
+
+
+def is_on_hub(name: str) -> bool:
+    """Return whether a name that is a checkpoint's can only be one of the hub."""
+    return name not in BUILTIN and name not in FETCHABLE and not Path(name).expanduser().exists()
+
+
+def read_fields(place: Path) -> dict:
+    """Return the fields of a checkpoint's config.json, of a GGUF file those it amounts to."""
+    return GGUFFile(place).fields() if is_gguf(place) else read_json(place / "config.json")
 
 
 def read_json(path: Path) -> dict:
@@ -80,19 +102,52 @@ def shard_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of every shard.
+def read_tensors(place: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of every shard; of a GGUF file in float32.
 
     Raises:
         CheckpointError: a shard is missing, truncated or not safetensors.
     """
-    for path in shard_files(folder):
+    if is_gguf(place):
+        yield from GGUFFile(place).read()
+        return
+    for path in shard_files(place):
         try:
             with safe_open(path, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 - not a mapping
                     yield name, shard.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+def table_of_contents(place: Path) -> Iterator[tuple[Path, str, tuple[int, ...]]]:
+    """Yield (file, name, shape) of every tensor; none is read.
+
+    Raises:
+        CheckpointError: a shard is missing, truncated or not safetensors.
+    """
+    if is_gguf(place):
+        yield from ((place, name, shape) for name, shape in GGUFFile(place).shapes())
+        return
+    for path in shard_files(place):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                stored = [(name, tuple(shard.get_slice(name).get_shape())) for name in shard.keys()]  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+        yield from ((path, *row) for row in stored)
+
+
+def read_generation(place: Path, config: PreTrainedConfig) -> GenerationConfig:
+    """Return how a checkpoint wants to be sampled: its generation_config.json, else what its configuration says.
+
+    Raises:
+        CheckpointError: the file is no JSON object.
+    """
+    path = place / "generation_config.json"
+    if path.is_file():
+        return GenerationConfig.from_dict(read_json(path))
+    return GenerationConfig.from_model_config(config)
 
 
 def shapes_stored(model: PreTrainedModel) -> dict[str, torch.Size]:

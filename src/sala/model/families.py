@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig
 
 from sala.errors import CheckpointError, nearest
-from sala.model.checkpoint import find_checkpoint, has_place, read_json, read_tensors, require_all, shapes_stored
+from sala.model.checkpoint import (
+    find_checkpoint,
+    has_place,
+    is_gguf,
+    read_fields,
+    read_generation,
+    read_tensors,
+    require_all,
+    shapes_stored,
+)
 from sala.model.config import LATENT_FIELDS, MiniCPMSALAConfig
 from sala.model.decoder import MiniCPMSALAForCausalLM
 from sala.model.mixers import config_fields
@@ -139,6 +147,7 @@ def config_from(fields: dict[str, Any]) -> MiniCPMSALAConfig:
                 f"unknown field {name!r} = {fields[name]!r} in a {kind} configuration{nearest(name, known)}"
             )
     ours = {name: fields[name] for name in SHARED_FIELDS if name in fields and name not in family.derived}
+    ours["dtype"] = fields.get("dtype", fields.get("torch_dtype"))
     ours |= {new: fields[old] for old, new in family.own.items() if old in fields}
     layers, width = (_required(fields, name, kind) for name in ("num_hidden_layers", "hidden_size"))
     # the muP numbers of a network without muP; a family that has its own keeps them
@@ -156,8 +165,7 @@ def _required(fields: Mapping[str, Any], name: str, kind: str) -> int:
 
 def load_config(name: str | Path, **changes: Any) -> MiniCPMSALAConfig:
     """Return our configuration of any supported checkpoint, with `changes` applied; of the hub, that file alone is read."""
-    fields = read_json(find_checkpoint(name, ["config.json"]) / "config.json")
-    config = config_from(fields)
+    config = config_from(read_fields(find_checkpoint(name, ["config.json"])))
     if not changes:
         return config
     return MiniCPMSALAConfig(**{**config_fields(config), **changes})
@@ -172,9 +180,11 @@ def load_model(
 ) -> MiniCPMSALAForCausalLM:
     """Return a checkpoint as our network, in evaluation mode.
 
-    name: a folder, a hub name, or a model that ships with the package ("embedded-teacher", "embedded-hybrid").
+    name: a folder, a GGUF file, a hub name, a model that ships with the package ("embedded-teacher", "embedded-hybrid"), or
+        one that `sala fetch` brings.
     dtype: of the parameters; None means what the checkpoint's configuration says, or float32; "stored" leaves each tensor
-        in its own. On the CPU what is not converted is mapped from its file, and not read before it is used.
+        in its own (quantised ones, of a GGUF file, become bfloat16). On the CPU what is not converted is mapped from its
+        file, and not read before it is used.
     device: where the parameters go, one after the other: of another device's the CPU's memory never holds more than one.
     on_tensor: called with each tensor's name as it is read, for a progress display.
     changes: fields of the configuration to override.
@@ -184,7 +194,7 @@ def load_model(
     """
     folder = find_checkpoint(name)
     config = load_config(folder, **changes)
-    if dtype is None:
+    if dtype is None or (dtype == "stored" and is_gguf(folder)):
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     with torch.device("meta"):
         model = MiniCPMSALAForCausalLM(config)
@@ -197,6 +207,5 @@ def load_model(
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     model.config.dtype = model.dtype if dtype == "stored" else dtype
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = read_generation(folder, config)
     return model.eval()

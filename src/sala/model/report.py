@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from sala.errors import CheckpointError
 from sala.model.cache import AttentionCache, LayerCache, LightningCache, SparseCache, compression_tiers
-from sala.model.checkpoint import find_checkpoint, has_place, require_all, shapes_stored, shard_files
+from sala.model.checkpoint import find_checkpoint, has_place, require_all, shapes_stored, table_of_contents
 from sala.model.config import FULL_ROWS, LATENT_ROWS, MiniCPMSALAConfig
 from sala.model.decoder import MiniCPMSALAForCausalLM
 from sala.model.families import load_config
@@ -65,7 +63,7 @@ class Report:
 
 
 def inspect(name: str | Path) -> Report:
-    """Return the facts of a checkpoint folder, a hub name or a model of the package.
+    """Return the facts of a checkpoint: a folder, a GGUF file, a hub name or a model of the package.
 
     Raises:
         CheckpointError: files are missing or truncated, or a tensor has another name or shape than the network.
@@ -104,14 +102,7 @@ def check_tensors(folder: Path, config: MiniCPMSALAConfig) -> None:
         CheckpointError: a shard is missing or truncated; a tensor is missing, unknown or of another shape.
     """
     shapes = network_shapes(config)
-    found: set[str] = set()
-    for path in shard_files(folder):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                stored = {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
-        found |= {name for name, shape in stored.items() if has_place(name, shape, shapes, path)}
+    found = {name for path, name, shape in table_of_contents(folder) if has_place(name, shape, shapes, path)}
     require_all(found, shapes, folder)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sala.data import tokenizer_hash
 from sala.errors import InputError
-from sala.model.checkpoint import BUILTIN
+from sala.model.checkpoint import is_on_hub
 from sala.train.batches import Data
 
 START = "start"
@@ -29,8 +29,8 @@ class Origin:
 
     @classmethod
     def of(cls, name: str) -> "Origin":
-        """Return the origin of a checkpoint that a user calls so: a folder, one of the package, or one of the hub."""
-        return cls(name, on_hub=not Path(name).exists() and name not in BUILTIN)
+        """Return the origin of a checkpoint that a user calls so: a folder or file, one of the package, or one of the hub."""
+        return cls(name, on_hub=is_on_hub(name))
 
 
 def fingerprint(model: Any) -> str:
@@ -48,7 +48,7 @@ def start_of(model: Any, origin: Origin | None, tokenizer: PreTrainedTokenizerBa
     if model is not None:
         name = None if origin is None else origin.name
         # another command may stand in another folder
-        place = str(Path(name).resolve()) if name is not None and Path(name).is_dir() else name
+        place = str(Path(name).resolve()) if name is not None and Path(name).exists() else name
         on_hub = origin is not None and origin.on_hub
         checkpoint = {"name": name, "place": place, "on_hub": on_hub, "sha256": fingerprint(model)}
     words = {"name": str(tokenizer.name_or_path), "sha256": tokenizer_hash(tokenizer)}
