@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP_INSTALL := pip install --quiet --disable-pip-version-check
+# what a user meets of transformers: tests that run under other versions of it
+INTERFACE_TESTS := tests/model tests/engine tests/embedded tests/cli
 
-.PHONY: demo test real install clean
+.PHONY: demo test real test-with lock install clean
 
 # QUICK=1: the same in under two minutes, at lower quality
 demo: $(VENV)/.installed
@@ -17,19 +20,31 @@ real: $(VENV)/.installed-dev
 	$(BIN)/sala fetch smollm2-135m-instruct
 	$(BIN)/pytest -n 0 -m real
 
+# The interface tests under another version of transformers: TRANSFORMERS=5.24.0, or oldest for the oldest that
+# pyproject.toml allows, or newest for the newest versions that it allows of every package.
+test-with:
+	@test -n "$(TRANSFORMERS)" || { echo "TRANSFORMERS is empty; expected a version such as 5.24.0, oldest or newest"; exit 2; }
+	PYTHON=$(PYTHON) bash scripts/test_with.sh $(TRANSFORMERS) $(INTERFACE_TESTS)
+
 install: $(VENV)/.installed
+
+# the exact versions that the other targets install, for every platform and Python
+lock: | $(BIN)/python
+	$(BIN)/$(PIP_INSTALL) uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade --all-extras --no-emit-package sala \
+	    --no-annotate --custom-compile-command 'make lock' --output-file constraints.txt pyproject.toml
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sala needs Python 3.11 or newer; this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/$(PIP_INSTALL) --constraint constraints.txt -e .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/$(PIP_INSTALL) --constraint constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) report
+	rm -rf $(VENV) .venv-with-* report
