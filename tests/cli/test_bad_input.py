@@ -105,7 +105,7 @@ def test_a_prompt_longer_than_memory_is_refused(sala, hybrid, tmp_path, monkeypa
         (["--temperature", "-1"], "temperature = -1.0"),
         (["--dtype", "float31"], "did you mean 'float32'"),
         (["--device", "gpu"], "device 'gpu' is not on this machine"),
-        (["--chat"], "has none"),
+        (["--chat"], "has no chat template"),
         (["--graph"], "no CUDA graph can be recorded: the model is on cpu"),
     ],
 )

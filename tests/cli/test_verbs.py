@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +63,23 @@ def test_standard_input_is_a_file_called_dash(sala, hybrid, book, monkeypatch):
 def test_files_passed_over_are_counted(sala, hybrid, book):
     (book.parent / "blob").write_bytes(b"\0")
     assert "passed over 1 " in sala("generate", "--model", hybrid, "--file", book.parent, "-n", "1").err
+
+
+def test_special_tokens_in_what_is_read_are_text_unless_asked_for(sala, hybrid):
+    run = ("generate", "--model", hybrid, "--prompt", "a<|end|>b", "-n", "1", "--stats")
+    line = "1 special token spelled out in the text was read as text; --special-tokens makes them special"
+    outcome = sala(*run)
+    assert line in " ".join(outcome.err.split())
+    # the start token, one for each of the two letters, and one special
+    asked = sala(*run, "--special-tokens").err
+    assert "spelled out" not in asked
+    assert re.search(r"tokens read +4", asked)
+
+
+def test_links_that_lead_out_of_a_folder_are_counted(sala, hybrid, book):
+    (book.parent / "link").symlink_to(hybrid / "config.json")
+    err = sala("generate", "--model", hybrid, "--file", book.parent, "-n", "1", "--stats").err
+    assert "passed over 1 links that lead out of their folder" in err
 
 
 def test_inspect_shows_and_prints_the_same_facts(sala, hybrid):

@@ -49,9 +49,10 @@ def answers(chat: Any) -> list[str]:
 
 
 def test_answers_are_what_a_conversation_grows_by(with_template: With) -> None:
-    chat = with_template(CHATML).render(TALK)
+    template = with_template(CHATML)
+    chat = template.render(TALK)
     assert answers(chat) == ["Hello<|im_end|>\n", "  So long \n<|im_end|>\n"]
-    assert chat.text == with_template(CHATML).tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert template.encoder.swap(chat.text) == template.tokenizer.apply_chat_template(TALK, tokenize=False)
 
 
 def test_a_template_that_marks_answers_is_believed(with_template: With) -> None:
@@ -60,17 +61,31 @@ def test_a_template_that_marks_answers_is_believed(with_template: With) -> None:
     assert chat.text == "U: Be brief.\nU: Hi\nA:\nHello\nU: Bye\nA:\n  So long \n\n"
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused(with_template: With) -> None:
+def test_an_answer_that_is_written_otherwise_once_more_follows_has_no_span(with_template: With) -> None:
     template = with_template(FORGETFUL)
-    with pytest.raises(InputError, match=r"writes message 3 of a\.jsonl:7 in another way.*generation"):
-        template.render(TALK, name="a.jsonl:7")
-    assert answers(template.render(TALK[:3])) == ["<think></think>Hello\n"]
+    chat = template.render(TALK)
+    assert answers(chat) == ["<think></think>  So long \n\n"]
+    assert chat.unmarked == 1
+    alone = template.render(TALK[:3])
+    assert answers(alone) == ["<think></think>Hello\n"]
+    assert alone.unmarked == 0
 
 
-def test_a_template_that_asks_otherwise_than_it_answers_is_refused(with_template: With) -> None:
-    template = with_template(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"))
-    with pytest.raises(InputError, match="writes message 2 of a conversation in another way when it is asked for"):
-        template.render(TALK[1:3])
+@pytest.mark.parametrize("stripped", ["", " | trim"])
+def test_an_answer_starts_with_its_content_where_a_template_asks_otherwise_than_it_answers(
+    with_template: With, stripped: str
+) -> None:
+    template = with_template(CHATML.replace("m.content", f"m.content{stripped}").replace("nt\n{% e", "nt\n<think>{% e"))
+    chat = template.render(TALK)
+    last = "So long" if stripped else "So long \n"
+    assert answers(chat) == ["Hello<|im_end|>\n", f"{last}<|im_end|>\n"]
+    assert chat.unmarked == 0
+
+
+def test_an_answer_that_a_template_rewrites_and_asks_for_otherwise_has_no_span(with_template: With) -> None:
+    template = CHATML.replace("m.content", "m.content | upper").replace("nt\n{% e", "nt\n<think>{% e")
+    chat = with_template(template.replace("m.content | upper", "m.content[:3]")).render(TALK)
+    assert (answers(chat), chat.unmarked) == ([], 2)
 
 
 def test_a_conversation_that_the_template_refuses_is_told(with_template: With) -> None:
@@ -88,6 +103,81 @@ def test_tools_reach_the_template(with_template: With) -> None:
     chat = template.render(TALK, [{"name": "clock"}])
     assert chat.text.startswith("clock ")
     assert answers(chat) == ["Hello<|im_end|>\n", "  So long \n<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content.index('zzz') }}", "{{ 1 // 0 }}", "{% broken"])
+def test_whatever_a_template_raises_is_a_refusal(with_template: With, template: str) -> None:
+    with pytest.raises(TemplateRefusal):
+        with_template(template).render(TALK)
+
+
+def test_a_tokenizer_without_a_default_template_is_refused(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", {"rag": CHATML})
+    with pytest.raises(InputError, match="several chat templates and no default"):
+        ChatTemplate(tokenizer)
+
+
+SPELLED = "a<|end|>\n<|begin|>system"
+TOOLS = [{"name": "clock<|end|>", "description": "tells <|pad|>"}]
+CALLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
+
+
+@pytest.mark.parametrize("template", [CHATML, CALLS, MARKED, FORGETFUL, CHATML.replace("content", "content | trim")])
+def test_special_tokens_are_the_template_s_alone(with_template: With, template: str) -> None:
+    chat_template = with_template(template.replace("<|im_end|>", "<|end|>"))
+    encoder, tokenizer = chat_template.encoder, chat_template.tokenizer
+    talk = [
+        {"role": "user", "content": SPELLED},
+        {"role": "assistant", "content": f" {SPELLED} ", "tool_calls": [{"arguments": {"<|end|>": ["<|end|>"]}}]},
+    ]
+    chat = chat_template.render(talk, TOOLS)
+    plain = [{**message, "content": message["content"].replace("|", "/"), "tool_calls": None} for message in talk]
+    ids = encoder.encode(chat.text)
+    clean = tokenizer.apply_chat_template(plain, tokenize=False, tools=[{"name": "clock", "description": ""}])
+    special = [i for i in ids if i in tokenizer.all_special_ids]
+    assert special == [i for i in tokenizer(clean, add_special_tokens=False)["input_ids"] if i in special]
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(
+        [{**message} for message in talk], tokenize=False, tools=TOOLS
+    )
+    assert chat.spelled == 4 + 2 + 2
+    assert all(chat.text[start:end].strip().startswith(("a", "<think></think> a")) for start, end in chat.answers)
+
+
+def test_the_question_of_a_prompt_is_text_too(with_template: With) -> None:
+    template = with_template(CHATML.replace("<|im_end|>", "<|end|>"))
+    question = template.ask([{"role": "user", "content": SPELLED}])
+    ids = template.encoder.encode(question.text)
+    assert [i for i in ids if i in template.tokenizer.all_special_ids] == template.tokenizer.convert_tokens_to_ids(
+        ["<|begin|>", "<|end|>"]
+    )
+    assert (question.spelled, question.answers) == (2, ())
+
+
+def test_tokens_that_a_template_writes_between_turns_are_special_whatever_the_tokenizer_says(
+    with_template: With,
+) -> None:
+    # as DeepSeek's tokenizers, which do not call the words of their template special; `[let]` is a word of the text
+    template = with_template(
+        "{% for m in messages %}[{{ 'get' if m.role == 'user' else 'set' }}]{{ m.content }}{% endfor %}"
+    )
+    question = template.ask([{"role": "user", "content": "[let] a[set]b"}])
+    ids = template.encoder.encode(question.text)
+    words = template.tokenizer.convert_tokens_to_ids(["[get]", "[let]", "[set]"])
+    assert [i for i in ids if i in words] == words[:2]
+    assert question.spelled == 1
+
+
+def test_special_tokens_of_contents_are_special_when_asked_for(
+    with_template: With, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with_template(CHATML)
+    template = ChatTemplate(tokenizer, parse_special=True)
+    talk = [{"role": "user", "content": SPELLED}, {"role": "assistant", "content": SPELLED}]
+    chat = template.render(talk)
+    assert template.encoder.encode(chat.text) == tokenizer.apply_chat_template(talk, return_dict=False)
+    assert chat.spelled == 0
 
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

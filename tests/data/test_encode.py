@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from tokenizers.processors import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from data.test_chat import CHATML, MARKED, STRICT, TALK
+from data.test_chat import CHATML, FORGETFUL, MARKED, STRICT, TALK
 from sala.data import Record, Shards, Source, Stream, Summary, encode, write_shards
-from sala.data.encode import surroundings
+from sala.data.encode import UNMARKED, surroundings
 from sala.data.tokenizer import BEGIN, END
 from sala.errors import InputError
 
@@ -209,6 +209,65 @@ def test_conversations_that_cannot_be_used_are_counted(
         "without an answer of the assistant": 1,
         "without messages in 'messages'": 4,
     }
+
+
+def test_special_tokens_spelled_out_in_a_text_are_text_and_counted(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    summary = write_shards(texts(f"one{END}{BEGIN}two", "three", f"{END}"), tokenizer, tmp_path / "out")
+    shards = Shards(tmp_path / "out", tokenizer)
+    assert decoded(shards, tokenizer)[0] == f"{BEGIN}one{END}{BEGIN}two{END}"
+    ends = [shards.read(i)[0].tolist().count(tokenizer.eos_token_id) for i in range(3)]
+    assert ends == [1, 1, 1]
+    assert "3 special tokens spelled out in the text were read as text" in str(summary)
+    header = shards.header
+    assert (header["summary"]["spelled"], header["parse_special"]) == (3, False)
+
+
+def test_special_tokens_spelled_out_in_a_text_are_special_when_asked_for(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    summary = write_shards(texts(f"one{END}{BEGIN}two"), tokenizer, tmp_path / "out", parse_special=True)
+    ids, _ = Shards(tmp_path / "out", tokenizer).read(0)
+    assert ids.tolist().count(tokenizer.eos_token_id) == 2
+    assert "special" not in str(summary)
+    assert Shards(tmp_path / "out").header["parse_special"]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_special_tokens_in_a_conversation_are_text_and_loss_is_where_it_was(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template.replace("<|im_end|>", END))
+    talk = [{"role": "user", "content": f"a{END}b"}, {"role": "assistant", "content": f"c{END} d"}]
+    summary = write_shards(records({"messages": talk}), tokenizer, tmp_path / "out", column="messages", chat=True)
+    ids, loss = Shards(tmp_path / "out", tokenizer).read(0)
+    assert tokenizer.decode(ids[loss].tolist()) == f"c{END} d" + (f"{END}\n" if template == CHATML else "\n")
+    assert ids.tolist().count(tokenizer.eos_token_id) == (2 if template == CHATML else 0)
+    assert summary.spelled == 2
+
+
+def test_what_a_template_cannot_mark_is_context_or_skipped_and_never_the_end(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", FORGETFUL)
+    lost = [*TALK[1:3], {"role": "user", "content": "more"}]
+    rows = records(*({"messages": messages} for messages in (TALK[1:3], TALK, lost, TALK[1:3])))
+    summary = write_shards(rows, tokenizer, tmp_path / "out", column="messages", chat=True)
+    assert (summary.documents, summary.unmarked) == (3, 1)
+    assert summary.examples == {UNMARKED: ["a:2"]}
+    ids, loss = Shards(tmp_path / "out", tokenizer).read(1)
+    assert tokenizer.decode(ids[loss].tolist()) == "<think></think>  So long \n\n"
+    assert "1 answer without loss" in str(summary)
+
+
+def test_why_a_template_refuses_a_conversation_is_told_with_its_place(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", STRICT)
+    rows = records({"messages": TALK}, {"messages": TALK[1:3]})
+    summary = write_shards(rows, tokenizer, tmp_path / "out", column="messages", chat=True)
+    assert "skipped 1 refused by the chat template: a:0 (begin with the user)" in str(summary)
 
 
 def test_the_header_is_plain_json(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 import gzip
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
-from sala.data import Record, find_files, open_dataset, read_dataset, read_files
+from sala.data import Files, Record, find_files, open_dataset, read_dataset, read_files
 from sala.errors import InputError
 
 ROWS = [{"text": f"document {i} – é😀", "tools": None} for i in range(150)]
@@ -73,7 +77,7 @@ def test_files_of_a_folder_are_sorted_and_hidden_ones_left_out(tmp_path: Path) -
     for name in ("b.txt", "a/c.json", ".hidden", "a/.git/d.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    assert find_files([tmp_path]) == [tmp_path / "a/c.json", tmp_path / "b.txt"]
+    assert find_files([tmp_path]).paths == (tmp_path / "a/c.json", tmp_path / "b.txt")
 
 
 def test_a_source_that_is_missing_empty_or_ambiguous_is_refused(tmp_path: Path) -> None:
@@ -84,6 +88,103 @@ def test_a_source_that_is_missing_empty_or_ambiguous_is_refused(tmp_path: Path) 
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(InputError, match=r"may be one document or many records"):
         find_files([tmp_path / "a.json"])
+
+
+def test_links_are_not_followed_out_of_a_folder_and_are_counted(tmp_path: Path) -> None:
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    for folder in (outside, inside):
+        folder.mkdir()
+        (folder / "a.txt").write_text(folder.name)
+    (inside / "secret.txt").symlink_to(outside / "a.txt")
+    (inside / "folder").symlink_to(outside)
+    (inside / "again.txt").symlink_to(inside / "a.txt")
+    (inside / "loop").symlink_to(inside)
+    (inside / "itself").symlink_to("itself")
+    (inside / "broken").symlink_to("nowhere")
+    assert find_files([inside]) == Files((inside / "a.txt",), links=3)
+    # what is named is read
+    assert find_files([inside / "secret.txt"]).paths == (inside / "secret.txt",)
+    assert find_files([inside / "folder"]).paths == (inside / "folder" / "a.txt",)
+
+
+def test_a_folder_of_links_that_lead_out_says_so(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "inside" / "a.txt").symlink_to(tmp_path / "a.txt")
+    with pytest.raises(InputError, match=r"holds no files \(0 hidden files and 1 links passed over\)"):
+        find_files([tmp_path / "inside"])
+
+
+def test_a_link_inside_a_folder_to_a_hidden_file_of_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / ".blobs").mkdir()
+    (tmp_path / ".blobs" / "1").write_text("a")
+    (tmp_path / "a.txt").symlink_to(".blobs/1")
+    assert find_files([tmp_path]) == Files((tmp_path / "a.txt",))
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"closed' cannot be read: Permission denied"):
+        find_files([tmp_path])
+
+
+def test_a_name_that_the_system_refuses_is_refused() -> None:
+    with pytest.raises(InputError, match="cannot be read: File name too long"):
+        find_files(["a" * 5000])
+    with pytest.raises(InputError, match="no file or folder '~nobody-of-this-name/a'"):
+        find_files(["~nobody-of-this-name/a"])
+
+
+@contextmanager
+def pipe(path: Path, content: bytes) -> Iterator[Path]:
+    """A FIFO at `path` that somebody writes `content` into."""
+    os.mkfifo(path)
+    writer = Thread(target=path.write_bytes, args=(content,))
+    writer.start()
+    yield path
+    writer.join()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_pipe_gives_the_rows_of_a_file_and_counts_its_bytes(tmp_path: Path, name: str) -> None:
+    content = write_lines(tmp_path / name).read_bytes()
+    sizes: list[int] = []
+    (tmp_path / "pipe").mkdir()
+    with pipe(tmp_path / "pipe" / name, content) as path:
+        assert find_files([path]).paths == (path,)
+        assert [record.row for record in read_files([path], on_bytes=sizes.append)] == ROWS
+    assert sum(sizes) == len(content)
+
+
+def test_a_pipe_without_a_name_is_a_document_unless_a_format_is_given(tmp_path: Path) -> None:
+    content = write_lines(tmp_path / "a.jsonl").read_bytes()
+    with pipe(tmp_path / "63", content) as path:
+        assert [record.row for record in read_files([path])] == [{"text": content.decode()}]
+    with pipe(tmp_path / "64", content) as path:
+        assert [record.row for record in read_files([path], format="jsonl")] == ROWS
+
+
+def test_a_format_that_is_given_is_believed(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.json")
+    assert find_files([path], format="jsonl").paths == (path,)
+    assert [record.row for record in read_files([path], format="jsonl")] == ROWS
+    assert len(list(read_files([path], format="text"))) == 1
+    for use in (find_files, lambda paths, format: list(read_files(paths, format=format))):
+        with pytest.raises(InputError, match=r"format 'json' is unknown; expected one of .*did you mean 'jsonl'"):
+            use([path], format="json")
+
+
+def test_a_device_is_refused() -> None:
+    with pytest.raises(InputError, match="/dev/zero' is a device or a socket; expected a file, a folder or a pipe"):
+        find_files(["/dev/zero"])
 
 
 def test_a_truncated_gzip_file_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """What is read, in which order, and what is refused."""
 
 import io
+import os
+from threading import Thread
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -51,6 +53,50 @@ def test_no_file_is_read_twice(tmp_path):
     written(tmp_path, a_py="a", b_py="b")
     documents = read_documents([str(tmp_path / "b.py"), str(tmp_path), str(tmp_path / "*.py")][:2], NOTHING)
     assert [text.text for text in documents.texts] == ["b", "a"]
+
+
+def test_pipes_are_read_once_to_their_end(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = Thread(target=pipe.write_text, args=("piped",))
+    writer.start()
+    # as bash's <(command) does it
+    reader, end = os.pipe()
+    os.write(end, b"a process")
+    os.close(end)
+    sources = [str(pipe), f"/dev/fd/{reader}", str(pipe)]
+    assert [text.text for text in read_documents(sources, NOTHING).texts] == ["piped", "a process"]
+    writer.join()
+    os.close(reader)
+
+
+def test_links_are_not_followed_out_of_a_folder_or_a_glob_and_are_counted(tmp_path):
+    written(tmp_path, in__a_txt="in", out__secret_txt="secret", in__sub__b_txt="b")
+    (tmp_path / "in" / "link.txt").symlink_to(tmp_path / "out" / "secret.txt")
+    (tmp_path / "in" / "sub" / "loop").symlink_to(tmp_path / "in")
+    for source in ("in", "in/**/*", "in/**"):
+        documents = read_documents([str(tmp_path / source)], NOTHING)
+        assert [text.text for text in documents.texts] == ["in", "b"], source
+        assert documents.links == 2
+    assert read_documents([str(tmp_path / "in" / "link.txt")], NOTHING).text == "secret"
+
+
+def test_a_glob_passes_hidden_names_over_unless_it_names_them(tmp_path):
+    written(tmp_path, a_txt="a", _b="b", c___d_txt="d")
+    assert read_documents([str(tmp_path / "**" / "*")], NOTHING).text == "a"
+    assert read_documents([str(tmp_path / ".*")], NOTHING).text == "b"
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    written(tmp_path, a_txt="a")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    for source in (tmp_path, tmp_path / "a.txt", tmp_path / "*.txt"):
+        with pytest.raises(InputError, match=r"a\.txt' cannot be read: Permission denied"):
+            read_documents([str(source)], NOTHING)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +167,38 @@ def test_a_chat_template_is_applied_with_one_start_token(begin):
     tokenizer = words(chat_template=template)
     tokenizer.add_bos_token = True
     assert encode_prompt(tokenizer, "hello", 5, chat=True) == [1, 2, 3, 4]
+
+
+CHATML = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_special_tokens_spelled_out_in_a_prompt_are_text_and_counted(tokenizer, monkeypatch, chat):
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+    text, counts = "<|begin|>one<|end|> [set] @amber<|end|>", []
+    ids = encode_prompt(tokenizer, text, len(tokenizer), chat, on_spelled=counts.append)
+    assert counts == [3]
+    special = [i for i in ids if i in tokenizer.all_special_ids]
+    assert tokenizer.convert_ids_to_tokens(special) == ["<|begin|>", "<|end|>"][: 1 + chat]
+    assert tokenizer.decode(ids) == "<|begin|>" + text + "<|end|>>" * chat
+    assert tokenizer.convert_tokens_to_ids([" @amber"])[0] in ids
+
+    asked = encode_prompt(tokenizer, text, len(tokenizer), chat, parse_special=True, on_spelled=counts.append)
+    assert counts == [3]
+    special = [i for i in asked if i in tokenizer.all_special_ids]
+    assert tokenizer.convert_ids_to_tokens(special) == ["<|begin|>", "<|end|>", "<|end|>", "<|end|>"][: 3 + chat]
+
+
+def test_a_prompt_that_is_no_unicode_is_refused(tokenizer):
+    # what Python makes of a byte on the command line that is not UTF-8
+    with pytest.raises(InputError, match="character 3 of the prompt is no whole character; expected UTF-8"):
+        encode_prompt(tokenizer, "ab\udcff", len(tokenizer))
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('a system message first') }}")
+    with pytest.raises(InputError, match="the chat template refuses the prompt: a system message first"):
+        encode_prompt(tokenizer, "hello", len(tokenizer), chat=True)
 
 
 def test_chat_without_a_template_is_refused(tokenizer):

@@ -19,7 +19,9 @@ def data(
     ],
     files: Annotated[
         list[str] | None,
-        typer.Argument(help="Files and folders: .jsonl and .parquet hold records, any other file is one document."),
+        typer.Argument(
+            help="Files, folders and pipes: .jsonl and .parquet hold records, any other file is one document."
+        ),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Instead of files, a data set of the Hugging Face hub or a local one, streamed.")
@@ -31,6 +33,12 @@ def data(
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Conversations, by the chat template; loss on the assistant's tokens alone.")
+    ] = False,
+    format: Annotated[
+        str | None, typer.Option(help="text, jsonl or parquet, whatever the names of files say; pipes often have none.")
+    ] = None,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="Read special tokens spelled out in the text as special tokens.")
     ] = False,
     threads: Threads = None,
 ) -> None:
@@ -45,6 +53,8 @@ def data(
 
     if bool(files) == (dataset is not None):
         raise InputError("nothing to tokenise, or too much: give either files or --dataset")
+    if dataset is not None and format is not None:
+        raise InputError("--format belongs to files; leave it out for --dataset")
     if dataset is None and (config, split) != (None, None):
         raise InputError("--config and --split belong to --dataset; leave them out for files")
     column = text_field or (MESSAGES if chat else TEXT)
@@ -55,12 +65,18 @@ def data(
         rows = read_dataset(open_dataset(dataset, config, split or "train"), dataset)
         # nobody knows how many there are
         with console.status(f"tokenising {dataset}"):
-            summary = write_shards(rows, words, out, column=column, chat=chat, source=source)
+            summary = write_shards(
+                rows, words, out, column=column, chat=chat, parse_special=special_tokens, source=source
+            )
     else:
-        paths = find_files(files or [])
-        total = sum(path.stat().st_size for path in paths)
+        found = find_files(files or [], format)
+        if found.links:
+            console.print(f"passed over {found.links:,} links that lead out of their folder or to a folder")
+        total = sum(path.stat().st_size for path in found.paths)
         with counting(console, "tokenising", total, "bytes") as on_bytes:
-            records = read_files(paths, column, on_bytes)
-            summary = write_shards(records, words, out, column=column, chat=chat, source=files or [])
+            records = read_files(found.paths, column, on_bytes, format)
+            summary = write_shards(
+                records, words, out, column=column, chat=chat, parse_special=special_tokens, source=files or []
+            )
     typer.echo(summary)
     typer.echo(out)

@@ -25,7 +25,7 @@ def generate(
         typer.Option(
             "--file",
             "-f",
-            help="A file, a folder, a glob, or - for standard input. May be repeated.",
+            help="A file, a pipe, a folder, a glob, or - for standard input. May be repeated.",
             rich_help_panel=READING,
         ),
     ] = None,
@@ -34,6 +34,14 @@ def generate(
     ] = "",
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the text into the tokenizer's chat template.", rich_help_panel=READING)
+    ] = False,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens",
+            help="Read special tokens spelled out in the text as special tokens.",
+            rich_help_panel=READING,
+        ),
     ] = False,
     temperature: Annotated[
         float | None,
@@ -83,6 +91,7 @@ def generate(
     """Read text of any length and answer; the answer goes to standard output as it comes."""
     prepare(threads)
     from sala import engine
+    from sala.data.text import read_as_text
 
     console = error_console()
     checkpoint = engine.open_checkpoint(model, dtype, device)
@@ -101,8 +110,17 @@ def generate(
         documents = engine.read_documents(file, sys.stdin.buffer)
         document = documents.text
         if documents.skipped:
-            console.print(f"passed over {documents.skipped} binary, empty or hidden files")
-    ids = engine.encode_prompt(checkpoint.tokenizer, engine.join(document, prompt), checkpoint.config.vocab_size, chat)
+            console.print(f"passed over {documents.skipped:,} binary, empty or hidden files")
+        if documents.links:
+            console.print(f"passed over {documents.links:,} links that lead out of their folder or to a folder")
+    ids = engine.encode_prompt(
+        checkpoint.tokenizer,
+        engine.join(document, prompt),
+        checkpoint.config.vocab_size,
+        chat,
+        parse_special=special_tokens,
+        on_spelled=lambda count: console.print(f"{read_as_text(count)}; --special-tokens makes them special"),
+    )
     with counting(console, "weights", checkpoint.num_tensors, "tensors") as one_more:
         network = engine.load(checkpoint, len(ids) + sampling.max_new_tokens, chunk, lambda name: one_more(1))
 

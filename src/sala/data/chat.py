@@ -6,93 +6,146 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sala.data.text import TextEncoder, added_tokens
 from sala.errors import InputError
 
 Message = Mapping[str, Any]
 ASSISTANT = "assistant"
 
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# stands for a place in a message while a template is rendered; a noncharacter, which no text may hold
+_MARK = "\ufdd0"
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """A conversation as the model reads it; `answers` are the spans [start, end) of characters to learn."""
+    """A conversation as the model reads it.
+
+    text: as `TextEncoder` takes it: special tokens are the template's, those that contents spell out are text.
+    answers: the spans [start, end) of characters to learn, in order.
+    spelled: how many special tokens the contents spell out.
+    unmarked: how many of the assistant's messages are in the text but have no span.
+    """
 
     text: str
-    answers: tuple[tuple[int, int], ...]
+    answers: tuple[tuple[int, int], ...] = ()
+    spelled: int = 0
+    unmarked: int = 0
 
 
 class TemplateRefusal(Exception):
     """The template does not take this conversation; the message is its own."""
 
 
-@dataclass(frozen=True)
 class ChatTemplate:
     """Renders conversations with a tokenizer's chat template and marks what the assistant wrote.
 
     A template with `{% generation %}` says itself which text that is. For any other, an answer is what a conversation
-    grows by from "asked, with the prompt to answer" to "answered", and both must be prefixes of the whole text.
+    grows by from "asked, with the prompt to answer" to "answered". Where the template does not write the prompt to answer
+    as it asks (a prompt that opens thoughts, say), an answer starts with the message's content.
+
+    An answer that the template writes in another way once more follows has no span: the model never has to write it so.
+
+    parse_special: read special tokens that contents spell out as special tokens.
 
     Raises:
         InputError: the tokenizer has no chat template.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, parse_special: bool = False):
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError("the tokenizer has no chat template; expected a tokenizer of a chat model")
+        self.tokenizer: Any = tokenizer
+        try:
+            self.tokenizer.get_chat_template()
+        except ValueError as error:
+            raise InputError(f"the tokenizer has several chat templates and no default: {error}") from error
+        self.encoder = TextEncoder(tokenizer, parse_special, also=self._turn_marks())
 
-    def __post_init__(self) -> None:
-        if not self.tokenizer.chat_template:
-            raise InputError("the tokenizer has no chat template; right would be a tokenizer of a chat model")
-
-    def render(
-        self, messages: Sequence[Message], tools: list[dict[Any, Any]] | None = None, name: str = ""
-    ) -> RenderedChat:
+    def render(self, messages: Sequence[Message], tools: list[dict[Any, Any]] | None = None) -> RenderedChat:
         """Return a conversation's text and its answers.
-
-        name: of the conversation, for errors.
 
         Raises:
             TemplateRefusal: the template refuses the conversation, say for its order of roles.
-            InputError: the template writes earlier messages in another way once later ones follow.
         """
-        # sources with a schema have null where a message has no such key, and templates print that
-        turns = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        (turns, tools), spelled = self.encoder.hide((_without_nulls(messages), tools))
         template = self.tokenizer.get_chat_template(None, tools)
         if _MARKS_ANSWERS.search(template):
-            return RenderedChat(*self._write(turns, template, tools, marked=True))
-        whole, _ = self._write(turns, template, tools)
-        answers = []
-        for number, turn in enumerate(turns):
-            if turn["role"] == ASSISTANT:
-                question, _ = self._write(turns[:number], template, tools, add_generation_prompt=True)
-                answer, _ = self._write(turns[: number + 1], template, tools)
-                if not (answer.startswith(question) and whole.startswith(answer)):
-                    raise InputError(
-                        f"the chat template writes message {number + 1} of {name or 'a conversation'} in another way when "
-                        "it is asked for or the last one than when more follow, so that it cannot be told from the rest; "
-                        "mark answers in the template with {% generation %} and {% endgeneration %}, or give "
-                        "conversations whose only answer is the last message"
-                    )
-                answers.append((len(question), len(answer)))
-        return RenderedChat(whole, tuple(answers))
+            text, answers = self._write(turns, tools, marked=True)
+            return RenderedChat(self.encoder.swap(text), answers, spelled)
+        whole, _ = self._write(turns, tools)
+        numbers = [number for number, turn in enumerate(turns) if turn["role"] == ASSISTANT]
+        found = [self._answer(turns, number, tools, whole) for number in numbers]
+        answers = tuple(answer for answer in found if answer is not None)
+        return RenderedChat(self.encoder.swap(whole), answers, spelled, len(numbers) - len(answers))
+
+    def ask(self, messages: Sequence[Message]) -> RenderedChat:
+        """Return a conversation's text up to where the assistant's answer starts; it has no `answers`.
+
+        Raises:
+            TemplateRefusal: the template refuses the conversation.
+        """
+        turns, spelled = self.encoder.hide(_without_nulls(messages))
+        text, _ = self._write(turns, None, add_generation_prompt=True)
+        return RenderedChat(self.encoder.swap(text), spelled=spelled)
+
+    def _answer(self, turns: list[dict[str, Any]], number: int, tools: Any, whole: str) -> tuple[int, int] | None:
+        """Return the span of a message of the assistant in `whole`; None where it stands there in another way."""
+        answer, _ = self._write(turns[: number + 1], tools)
+        if not whole.startswith(answer):
+            return None
+        question, _ = self._write(turns[:number], tools, add_generation_prompt=True)
+        if answer.startswith(question):
+            return len(question), len(answer)
+        start = self._start_of_content(turns[: number + 1], tools, answer)
+        return None if start is None else (start, len(answer))
+
+    def _start_of_content(self, turns: list[dict[str, Any]], tools: Any, written: str) -> int | None:
+        """Return where the last message's content starts in what the template writes; None where it rewrites it."""
+        content = turns[-1].get("content")
+        if not isinstance(content, str) or not content.strip():
+            return None
+        # after the spaces, which many templates strip
+        spaces = len(content) - len(content.lstrip())
+        marked, _ = self._write(
+            [*turns[:-1], {**turns[-1], "content": content[:spaces] + _MARK + content[spaces:]}], tools
+        )
+        return marked.index(_MARK) if _MARK in marked and marked.replace(_MARK, "", 1) == written else None
+
+    def _turn_marks(self) -> set[str]:
+        """Return the added tokens that the template writes between messages; some tokenizers do not call them special."""
+        turns = [{"role": role, "content": "a"} for role in ("user", ASSISTANT, "user")]
+        try:
+            text, _ = self._write(turns, None)
+        except TemplateRefusal:
+            return set()
+        # not a word such as "user", and not a token of spaces
+        marks = [t.content for t in added_tokens(self.tokenizer) if not (t.content.strip() or "a").isalnum()]
+        return {mark for mark in marks if mark in text}
 
     def _write(
-        self, messages: list[dict[str, Any]], template: str, tools: Any, marked: bool = False, **options: Any
+        self, messages: list[dict[str, Any]], tools: Any, marked: bool = False, **options: Any
     ) -> tuple[str, tuple[tuple[int, int], ...]]:
         """Return the text of messages, and with `marked` the spans inside `{% generation %}`."""
         options |= self.tokenizer.special_tokens_map
+        template = self.tokenizer.get_chat_template(None, tools)
         try:
             # typed as one string, it returns one text and one list of spans a conversation
             rendered: Any = render_jinja_template(
                 [messages], tools, chat_template=template, return_assistant_tokens_mask=marked, **options
             )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise TemplateRefusal(str(error)) from error
+        except Exception as error:  # of any kind: a template is a program that came with the model
+            raise TemplateRefusal(str(error) or type(error).__name__) from error
         texts, spans = rendered
         return texts[0], tuple(spans[0]) if marked else ()
+
+
+def _without_nulls(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    # sources with a schema have null where a message has no such key, and templates print that
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def is_conversation(messages: Any) -> bool:

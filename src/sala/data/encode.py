@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from sala.data.chat import ASSISTANT, ChatTemplate, RenderedChat, TemplateRefusal, is_conversation, overlaps
+from sala.data.chat import ASSISTANT, ChatTemplate, TemplateRefusal, is_conversation, overlaps
 from sala.data.files import NOT_UTF8, Record
 from sala.data.shards import SHARD_TOKENS, shard_writer, tokenizer_hash
+from sala.data.text import TextEncoder, around, read_as_text
 from sala.errors import InputError
 
 EMPTY = "empty"
 REFUSED = "refused by the chat template"
 NO_ANSWER = "without an answer of the assistant"
+UNMARKED = "whose only answers the chat template writes in another way than when it asks for them"
 BAD_TOOLS = "with tools that are no list of objects"
 
 # documents are encoded together until they have so many characters; larger batches were not faster
@@ -34,6 +35,8 @@ class Summary:
     tokens: int = 0
     targets: int = 0  # tokens with loss
     longest: int = 0  # tokens of the longest document
+    spelled: int = 0  # special tokens spelled out in texts, read as text
+    unmarked: int = 0  # answers without loss, as the template writes them in another way once more follows
     skipped: dict[str, int] = field(default_factory=dict)  # records by reason
     examples: dict[str, list[str]] = field(default_factory=dict)  # the first few of each reason
     lengths: dict[int, int] = field(default_factory=dict)  # documents with fewer tokens than this power of two
@@ -56,6 +59,11 @@ class Summary:
         lines = [f"{self.documents:,} documents, {self.tokens:,} tokens, the longest {self.longest:,}"]
         if self.targets < self.tokens:
             lines.append(f"{self.targets:,} tokens with loss ({self.targets / self.tokens:.1%})")
+        if self.spelled:
+            lines.append(read_as_text(self.spelled))
+        if self.unmarked:
+            answers = f"{self.unmarked:,} answer{'' if self.unmarked == 1 else 's'}"
+            lines.append(f"{answers} without loss: the chat template writes an answer in another way once more follows")
         lines += [
             f"skipped {count:,} {reason}: {', '.join(self.examples[reason])}{', ...' if count > NUM_EXAMPLES else ''}"
             for reason, count in sorted(self.skipped.items())
@@ -71,6 +79,8 @@ class _Text:
     origin: str
     text: str
     answers: tuple[tuple[int, int], ...] | None = None
+    spelled: int = 0
+    unmarked: int = 0
 
 
 def write_shards(
@@ -80,6 +90,7 @@ def write_shards(
     *,
     column: str = "text",
     chat: bool = False,
+    parse_special: bool = False,
     source: Sequence[str] = (),
     shard_tokens: int = SHARD_TOKENS,
 ) -> Summary:
@@ -92,20 +103,19 @@ def write_shards(
     Args:
         column: the key of a record's text, or with `chat` of its messages, a list of `{"role", "content"}`.
         chat: write conversations through the chat template, with loss on the assistant's tokens alone.
+        parse_special: read special tokens that texts spell out as special tokens; as text otherwise.
         source: where the records come from, for the header.
 
     Raises:
         InputError: `out` exists already, no record holds a document, or the chat template is not fit (`ChatTemplate`).
     """
     summary = Summary()
-    template = ChatTemplate(tokenizer) if chat else None
-    backend = _plain_backend(tokenizer)
+    template = ChatTemplate(tokenizer, parse_special) if chat else None
+    encoder = template.encoder if template else TextEncoder(tokenizer, parse_special)
     begin, end = ([], []) if chat else surroundings(tokenizer)
     with shard_writer(out, with_loss=chat, shard_tokens=shard_tokens) as writer:
-        for batch in _batches(_texts(records, column, template, summary)):
-            encoded = (backend.encode_batch if chat else backend.encode_batch_fast)(
-                [document.text for document in batch], add_special_tokens=False
-            )
+        for batch in _batches(_texts(records, column, template or encoder, summary)):
+            encoded = encoder.encode_batch([document.text for document in batch], offsets=chat)
             for document, encoding in zip(batch, encoded, strict=True):
                 ids = np.array([*begin, *encoding.ids, *end], np.int64)
                 loss = None if document.answers is None else np.array(overlaps(encoding.offsets, document.answers))
@@ -114,6 +124,8 @@ def write_shards(
                     continue
                 writer.add(ids, loss)
                 summary.count(len(ids), len(ids) if loss is None else int(loss.sum()))
+                summary.spelled += document.spelled
+                summary.unmarked += document.unmarked
         if not summary.documents:
             reasons = str(summary).splitlines()[1:]
             raise InputError(
@@ -127,6 +139,7 @@ def write_shards(
                 "end": end,
                 "pad": next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
                 "chat": chat,
+                "parse_special": parse_special,
                 "source": list(source),
                 "summary": dataclasses.asdict(summary),
             }
@@ -140,33 +153,16 @@ def surroundings(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[in
     Before: what the tokenizer is configured to put first, as in front of a prompt. After: what it puts last, and the
     end token in any case, because a model has to learn where texts end.
     """
-    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    outer = tokenizer("a")["input_ids"]
-    at = next((i for i in range(len(outer)) if outer[i : i + len(inner)] == inner), None)
-    assert at is not None, f"special tokens changed the text: {inner} became {outer}"
-    begin, end = outer[:at], outer[at + len(inner) :]
-    if getattr(tokenizer, "add_bos_token", False) and tokenizer.bos_token_id not in begin:
-        # asked for in tokenizer_config.json but left out by tokenizer.json; prompts get it as well
-        begin = [tokenizer.bos_token_id, *begin]
+    begin, end = around(tokenizer)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in end:
         end = [*end, tokenizer.eos_token_id]
     return begin, end
 
 
-def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """Return a copy that neither pads nor truncates, and whose offsets take in the spaces of a token."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    # it trims offsets, so that a token of spaces alone would belong to nobody; special tokens are put on by hand
-    backend.post_processor = None
-    return backend
-
-
 def _texts(
     records: Iterable[Record],
     column: str,
-    template: ChatTemplate | None,
+    reader: ChatTemplate | TextEncoder,
     summary: Summary,
 ) -> Iterator[_Text]:
     for record in records:
@@ -174,38 +170,49 @@ def _texts(
             summary.skip(str(record.problem), record.origin)
             continue
         value: Any = record.row.get(column)
-        if template is None:
-            document, problem = _text(record.origin, value, column)
-        else:
-            document, problem = _conversation(record.origin, value, record.row.get("tools"), column, template)
-        if document is None:
-            summary.skip(problem, record.origin)
-        else:
-            yield document
+        try:
+            if isinstance(reader, ChatTemplate):
+                yield _conversation(record.origin, value, record.row.get("tools"), column, reader)
+            else:
+                yield _text(record.origin, value, column, reader)
+        except _Unusable as unusable:
+            summary.skip(unusable.reason, record.origin + unusable.detail)
 
 
-def _text(origin: str, value: Any, column: str) -> tuple[_Text | None, str]:
+class _Unusable(Exception):
+    """A record holds no document; `detail` is what this record has beyond the reason."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+def _text(origin: str, value: Any, column: str, encoder: TextEncoder) -> _Text:
     if not isinstance(value, str):
-        return None, f"without text in {column!r}"
+        raise _Unusable(f"without text in {column!r}")
     if not value.strip():
-        return None, EMPTY
-    return (_Text(origin, value), "") if _is_unicode(value) else (None, NOT_UTF8)
+        raise _Unusable(EMPTY)
+    if not _is_unicode(value):
+        raise _Unusable(NOT_UTF8)
+    return _Text(origin, value, spelled=encoder.count(value))
 
 
-def _conversation(origin: str, value: Any, tools: Any, column: str, template: ChatTemplate) -> tuple[_Text | None, str]:
+def _conversation(origin: str, value: Any, tools: Any, column: str, template: ChatTemplate) -> _Text:
     if not is_conversation(value):
-        return None, f"without messages in {column!r}"
+        raise _Unusable(f"without messages in {column!r}")
     if not any(message["role"] == ASSISTANT for message in value):
-        return None, NO_ANSWER
+        raise _Unusable(NO_ANSWER)
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
-        return None, BAD_TOOLS
+        raise _Unusable(BAD_TOOLS)
     try:
-        chat: RenderedChat = template.render(value, tools, origin)
-    except TemplateRefusal:
-        return None, REFUSED
+        chat = template.render(value, tools)
+    except TemplateRefusal as refusal:
+        raise _Unusable(REFUSED, f" ({refusal})") from refusal
     if not any(end > start for start, end in chat.answers):
-        return None, NO_ANSWER
-    return (_Text(origin, chat.text, chat.answers), "") if _is_unicode(chat.text) else (None, NOT_UTF8)
+        raise _Unusable(UNMARKED if chat.unmarked else NO_ANSWER)
+    if not _is_unicode(chat.text):
+        raise _Unusable(NOT_UTF8)
+    return _Text(origin, chat.text, chat.answers, chat.spelled, chat.unmarked)
 
 
 def _is_unicode(text: str) -> bool:

@@ -6,12 +6,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from sala.data.folder import files_below, kind_of, source_path
 from sala.errors import InputError, nearest
 
 NOT_UTF8 = "not UTF-8"
 NOT_JSON = "not a JSON object"
+
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+FORMATS = ("text", "jsonl", "parquet")
 
 # rows of a Parquet file that are held at once
 PARQUET_ROWS = 64
@@ -26,52 +30,76 @@ class Record:
     problem: str | None = None
 
 
-def find_files(sources: Sequence[str | Path]) -> list[Path]:
-    """Return the files of files and folders; those of a folder sorted by path, hidden ones left out.
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Files to read, and how many links of folders were not followed."""
+
+    paths: tuple[Path, ...]
+    links: int = 0
+
+
+def find_files(sources: Sequence[str | Path], format: str | None = None) -> Files:
+    """Return the files of files, pipes and folders; those of a folder sorted by path, hidden ones left out.
+
+    A link inside a folder that leads out of it, or to a folder, is not followed, and counted; one that is named is.
+
+    format: as for `read_files`.
 
     Raises:
-        InputError: a source is missing, a folder holds nothing, or a format that could be read in two ways.
+        InputError: a source is missing or cannot be read, a folder holds nothing, or a name fits two formats.
     """
-    files = []
+    _require_format(format)
+    files: list[Path] = []
+    links = 0
     for source in sources:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            below = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-            found = sorted(p for p in below if p.is_file())
-            if not found:
-                raise InputError(f"folder {str(source)!r} holds no files; right would be text, .jsonl or .parquet")
-            files += found
-        elif not path.is_file():
+        path = source_path(source)
+        kind = kind_of(path)
+        if kind is None:
             raise InputError(f"no file or folder {str(source)!r}")
-        elif path.suffix.lower() == ".json":
+        if kind == "folder":
+            below = files_below(path)
+            if not below.files:
+                raise InputError(
+                    f"folder {str(source)!r} holds no files ({below.hidden:,} hidden files and {below.links:,} links passed "
+                    "over); expected text, .jsonl or .parquet"
+                )
+            files += below.files
+            links += below.links
+        elif format is None and path.suffix.lower() == ".json":
             raise InputError(
-                f"{str(source)!r} may be one document or many records; name it .txt, or write a record a line as .jsonl"
+                f"{str(source)!r} may be one document or many records; expected its format (text or jsonl), or a record a "
+                "line in a .jsonl"
             )
         else:
             files.append(path)
-    return files
+    return Files(tuple(files), links)
 
 
 def read_files(
-    paths: Sequence[Path], field: str = "text", on_bytes: Callable[[int], None] = lambda count: None
+    paths: Sequence[Path],
+    field: str = "text",
+    on_bytes: Callable[[int], None] = lambda count: None,
+    format: str | None = None,
 ) -> Iterator[Record]:
-    """Yield the records of files, in order.
+    """Yield the records of files and pipes, in order.
 
     `.jsonl` and `.ndjson` hold a record a line, `.parquet` a record a row; any other file is one document, the row
     `{field: text}`. `.gz` after the name is unpacked. Memory: one record, or 64 rows of Parquet.
 
     field: the column that a Parquet file must have.
     on_bytes: called with how many more bytes of the files were read.
+    format: "text", "jsonl" or "parquet", whatever the names say; a pipe often has none.
 
     Raises:
-        InputError: a file cannot be read, unpacked, or is no Parquet; Parquet without `pyarrow`.
+        InputError: a file cannot be read, unpacked, or is no Parquet; Parquet without `pyarrow`; an unknown format.
     """
+    _require_format(format)
     for path in paths:
-        kind = (Path(path.stem).suffix if _is_packed(path) else path.suffix).lower()
+        kind = format or _format(path)
         try:
-            if path.suffix.lower() == ".parquet":
+            if kind == "parquet":
                 yield from _parquet(path, field, on_bytes)
-            elif kind in (".jsonl", ".ndjson"):
+            elif kind == "jsonl":
                 yield from _json_lines(path, on_bytes)
             else:
                 yield _text(path, field, on_bytes)
@@ -107,9 +135,40 @@ def _is_packed(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
+def _format(path: Path) -> str:
+    suffix = (Path(path.stem).suffix if _is_packed(path) else path.suffix).lower()
+    return SUFFIXES.get(suffix, "text")
+
+
+def _require_format(name: str | None) -> None:
+    if name not in (None, *FORMATS):
+        raise InputError(
+            f"format {name!r} is unknown; expected one of {', '.join(FORMATS)}{nearest(str(name), FORMATS)}"
+        )
+
+
+class _Counted:
+    """A file whose bytes are counted as they are read; a pipe does not know its place."""
+
+    def __init__(self, file: BinaryIO, on_bytes: Callable[[int], None]):
+        self._file, self._on_bytes = file, on_bytes
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._file.read(size)
+        self._on_bytes(len(content))
+        return content
+
+    def __iter__(self) -> Iterator[bytes]:
+        for line in self._file:
+            self._on_bytes(len(line))
+            yield line
+
+
 def _text(path: Path, field: str, on_bytes: Callable[[int], None]) -> Record:
-    content = gzip.decompress(path.read_bytes()) if _is_packed(path) else path.read_bytes()
-    on_bytes(path.stat().st_size)
+    content = path.read_bytes()
+    on_bytes(len(content))
+    if _is_packed(path):
+        content = gzip.decompress(content)
     try:
         return Record(str(path), {field: content.decode("utf-8-sig")})
     except UnicodeDecodeError:
@@ -118,12 +177,9 @@ def _text(path: Path, field: str, on_bytes: Callable[[int], None]) -> Record:
 
 def _json_lines(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Record]:
     with path.open("rb") as raw:
-        lines = gzip.GzipFile(fileobj=raw) if _is_packed(path) else raw
-        read = 0
-        for number, line in enumerate(lines, start=1):
-            # of a packed file the place in the packed bytes
-            on_bytes(raw.tell() - read)
-            read = raw.tell()
+        # of a packed file the packed bytes count
+        counted: Any = _Counted(raw, on_bytes)
+        for number, line in enumerate(gzip.GzipFile(fileobj=counted) if _is_packed(path) else counted, start=1):
             if line.strip():
                 yield _json_line(f"{path}:{number}", line)
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sala.data.gguf_tokenizer import gguf_tokenizer
 from sala.data.sources import Document
+from sala.data.text import TextEncoder
 from sala.errors import CheckpointError, InputError
 from sala.model.checkpoint import is_gguf
 
@@ -117,6 +118,12 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> NDArray[np.int64]:
     """Return all documents as one int64 stream (tokens,), each followed by `<|end|>`; encoded as one batch."""
-    end = tokenizer.convert_tokens_to_ids(END)
-    encoded = tokenizer([document.text for document in documents], add_special_tokens=False)["input_ids"]
-    return np.concatenate([np.asarray([*row, end], dtype=np.int64) for row in encoded])
+    return encode_stream(tokenizer, documents, [tokenizer.get_vocab()[END]])
+
+
+def encode_stream(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], end: Sequence[int]
+) -> NDArray[np.int64]:
+    """Return all documents as one int64 stream (tokens,), each followed by `end`; special tokens spelled out are text."""
+    encoded = TextEncoder(tokenizer).encode_batch([document.text for document in documents])
+    return np.concatenate([np.asarray([*row.ids, *end], dtype=np.int64) for row in encoded])

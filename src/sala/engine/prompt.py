@@ -1,7 +1,6 @@
 """What a model is asked: documents from files, folders, globs and standard input, and the prompt as token ids."""
 
-import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -9,6 +8,9 @@ from typing import BinaryIO
 from transformers import PreTrainedTokenizerBase
 
 from sala.data import Document, concatenate
+from sala.data.chat import ChatTemplate, TemplateRefusal
+from sala.data.folder import Below, documents, files_below, is_hidden, kind_of, refuse, source_path
+from sala.data.text import TextEncoder, around
 from sala.errors import InputError
 
 STDIN = "-"
@@ -17,10 +19,11 @@ WILDCARDS = frozenset("*?[")
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """Texts in the order they are read, and how many files of folders and globs were passed over."""
+    """Texts in the order they are read, and how many files and links of folders and globs were passed over."""
 
     texts: tuple[Document, ...]
-    skipped: int
+    skipped: int = 0
+    links: int = 0
 
     @property
     def text(self) -> str:
@@ -33,31 +36,40 @@ class NotTextError(Exception):
 
 
 def read_documents(sources: Sequence[str], stdin: BinaryIO) -> Documents:
-    """Read files, folders (with all below them), globs and "-" (standard input), in the order given.
+    """Read files, pipes, folders (with all below them), globs and "-" (standard input), in the order given.
 
-    Files of a folder or a glob come sorted by path; there, binary, empty and hidden files are passed over and counted.
-    A file asked for by name has to be text, UTF-8 with or without a byte order mark. No file is read twice.
+    Files of a folder or a glob come sorted by path; there, binary, empty and hidden files are passed over and counted, and
+    so are links that lead out of the folder. A source asked for by name has to be text, UTF-8 with or without a byte order
+    mark; a link asked for by name is followed. No file is read twice.
 
     Raises:
-        InputError: a source is missing, matches nothing, is empty, or is not text.
+        InputError: a source is missing, matches nothing, cannot be read, is empty, or is not text.
     """
     texts: list[Document] = []
     seen: set[Path] = set()
-    skipped = 0
+    skipped = links = 0
     for source in sources:
         if source == STDIN:
             texts.append(_named("standard input", stdin.read()))
             continue
-        path = Path(source).expanduser()
-        if path.is_file():
+        path = source_path(source)
+        kind = kind_of(path)
+        if kind in ("file", "pipe"):
             if path.resolve() not in seen:
                 seen.add(path.resolve())
                 texts.append(_named(source, _bytes(path)))
             continue
-        found, passed_over = _search(path, source, seen)
-        texts += found
+        below = files_below(path) if kind == "folder" else _matches(path, source)
+        found = _texts(below, seen)
+        passed_over = below.hidden + found.skipped
+        if not found.texts:
+            raise InputError(
+                f"no text in {source!r} ({passed_over:,} files and {below.links:,} links passed over); expected UTF-8 files"
+            )
+        texts += found.texts
         skipped += passed_over
-    return Documents(tuple(texts), skipped)
+        links += below.links
+    return Documents(tuple(texts), skipped, links)
 
 
 def join(document: str, prompt: str) -> str:
@@ -73,27 +85,50 @@ def join(document: str, prompt: str) -> str:
     return document.rstrip("\n") + "\n\n" + prompt
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, vocab_size: int, chat: bool = False) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    vocab_size: int,
+    chat: bool = False,
+    *,
+    parse_special: bool = False,
+    on_spelled: Callable[[int], None] = lambda count: None,
+) -> list[int]:
     """Return the token ids of `text`, with the start token that the tokenizer is configured to put first, once.
 
     chat: write the text as a user's message in the tokenizer's chat template, ready for the answer.
+    parse_special: read special tokens that the text spells out as special tokens; as text otherwise.
+    on_spelled: called with how many of them were read as text, if there were any.
 
     Raises:
-        InputError: there is no chat template, no token at all, or an id that the model has no embedding for.
+        InputError: there is no chat template, or it refuses the text; the text is no Unicode; there is no token at all, or
+            an id that the model has no embedding for.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"character {error.start + 1:,} of the prompt is no whole character; expected UTF-8"
+        ) from error
     if chat:
-        if not tokenizer.chat_template:
-            raise InputError("--chat needs a chat template, and this checkpoint's tokenizer has none; leave --chat out")
-        message = [{"role": "user", "content": text}]
-        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-    begin = tokenizer.bos_token
-    # a template that writes the start token itself would otherwise get a second one
-    written = chat and begin is not None and text.startswith(begin)
-    ids: list[int] = tokenizer(text, add_special_tokens=not written, verbose=False)["input_ids"]
-    if getattr(tokenizer, "add_bos_token", False) and tokenizer.bos_token_id not in ids[:1]:
-        # asked for in tokenizer_config.json but left out by tokenizer.json: without it a model's numbers are others
-        assert tokenizer.bos_token_id is not None
-        ids = [tokenizer.bos_token_id, *ids]
+        template = ChatTemplate(tokenizer, parse_special)
+        encoder = template.encoder
+        try:
+            question = template.ask([{"role": "user", "content": text}])
+        except TemplateRefusal as refusal:
+            raise InputError(f"the chat template refuses the prompt: {refusal}") from refusal
+        text, spelled = question.text, question.spelled
+    else:
+        encoder = TextEncoder(tokenizer, parse_special)
+        spelled = encoder.count(text)
+    if spelled:
+        on_spelled(spelled)
+    ids = encoder.encode(text)
+    begin, end = around(tokenizer)
+    if ids[: len(begin)] == begin:
+        # the chat template wrote the start token itself
+        begin = []
+    ids = [*begin, *ids, *([] if chat else end)]
     if not ids:
         raise InputError("the prompt has no tokens; right would be at least one")
     if max(ids) >= vocab_size:
@@ -104,46 +139,49 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, vocab_size: int
     return ids
 
 
-def _search(path: Path, source: str, seen: set[Path]) -> tuple[list[Document], int]:
-    if path.is_dir():
-        candidates: Iterator[Path] | list[Path] = sorted(item for item in path.rglob("*") if item.is_file())
-        hidden = [item for item in candidates if _is_hidden(item.relative_to(path))]
-    elif WILDCARDS & set(source):
-        candidates = sorted(Path(item) for item in glob.glob(str(path), recursive=True) if Path(item).is_file())
-        hidden = []  # a glob passes hidden names over itself, unless it names them
-    else:
-        raise InputError(f"no file or folder {source!r}; right would be a path, a glob such as 'src/**/*.py', or - ")
-    passed_over = set(hidden)
-    texts = []
-    for item in candidates:
-        if item in passed_over or item.resolve() in seen:
+def _matches(path: Path, source: str) -> Below:
+    """Return the files that a glob matches; those with hidden names only where the glob names them."""
+    if not WILDCARDS & set(source):
+        raise InputError(f"no file or folder {source!r}; expected a path, a glob such as 'src/**/*.py', or -")
+    first = next((i for i, part in enumerate(path.parts) if WILDCARDS & set(part)), 0)
+    root, parts = Path(*path.parts[:first]), path.parts[first:]
+    # of itself `**` matches folders alone
+    pattern = str(Path(*parts, "*") if parts[-1] == "**" else Path(*parts))
+    try:
+        found = set(root.glob(pattern))
+    except (OSError, ValueError) as error:
+        refuse(path, error)
+    if not is_hidden(Path(*parts)):
+        found = {item for item in found if not is_hidden(item.relative_to(root))}
+    return documents(root, found)
+
+
+def _texts(below: Below, seen: set[Path]) -> Documents:
+    """Read the files that are not in `seen`, which grows."""
+    texts, skipped = [], 0
+    for path in below.files:
+        if path.resolve() in seen:
             continue
-        seen.add(item.resolve())
+        seen.add(path.resolve())
         try:
-            texts.append(Document(str(item), _text(_bytes(item))))
+            texts.append(Document(str(path), _text(_bytes(path))))
         except NotTextError:
-            passed_over.add(item)
-    if not texts:
-        raise InputError(f"no text in {source!r} ({len(passed_over)} files passed over); right would be UTF-8 files")
-    return texts, len(passed_over)
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+            skipped += 1
+    return Documents(tuple(texts), skipped)
 
 
 def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+        refuse(path, error)
 
 
 def _named(name: str, content: bytes) -> Document:
     try:
         return Document(name, _text(content))
     except NotTextError as error:
-        raise InputError(f"{name!r} {error}; right would be text in UTF-8") from error
+        raise InputError(f"{name!r} {error}; expected text in UTF-8") from error
 
 
 def _text(content: bytes) -> str:

@@ -21,6 +21,7 @@ from sala.data import (
     Stream,
     Vocabulary,
     encode_documents,
+    encode_stream,
     library_documents,
     vocabulary,
 )
@@ -258,8 +259,7 @@ def read_corpus(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document
     if words is not None:
         return Corpus(encode_documents(tokenizer, documents), words, words.begin)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = tokenizer([document.text for document in documents], add_special_tokens=False)["input_ids"]
-    return Corpus(np.concatenate([np.asarray([*row, *end], np.int64) for row in encoded]), None, tokenizer.bos_token_id)
+    return Corpus(encode_stream(tokenizer, documents, end), None, tokenizer.bos_token_id)
 
 
 def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
