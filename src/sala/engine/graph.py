@@ -68,13 +68,15 @@ class Steps:
         """
         if self.length > self.capacity:
             self._grow()
-            self._run_aside()
+            run = self._run_aside
         elif self.recorder is None:
-            self._run()
+            run = self._run
         else:
             self.graph = self.graph or self._record(self.recorder)
-            self.graph.replay()
-        self.length += 1
+            run = self.graph.replay
+        with self.cache.step():
+            run()
+            self.length += 1
         return self.token_1
 
     def finish(self) -> None:

@@ -1,5 +1,7 @@
 """What each kind of layer remembers between calls, as one `transformers` cache."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,74 +10,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sala.errors import InputError
 from sala.model.config import MiniCPMSALAConfig
+from sala.model.growing import GrowingTensor
 from sala.model.rows import Rows
 from sala.ops.infllm import SparseGeometry, compress, num_windows
-
-
-class GrowingTensor:
-    """A tensor (B, S, ...) that grows along S without copying at every append.
-
-    Memory is reserved ahead and reads zero until it is written: what lies past a row's end is masked, never skipped,
-    and a stray NaN there would survive the mask.
-    """
-
-    def __init__(self, reserve: int = 0):
-        self.buffer: Tensor | None = None
-        self.length = 0
-        self.reserve = reserve
-
-    def extend_to(self, length: int, like: Tensor) -> Tensor:
-        """Return the first `length` places (B, length, ...), of the dtype, device and other widths of `like`."""
-        if self.buffer is None or self.capacity < length:
-            self._move_to(max(length, self.reserve, 2 * self.length if self.buffer is not None else length), like)
-        assert self.buffer is not None
-        self.length = max(self.length, length)
-        return self.buffer[:, :length]
-
-    @property
-    def capacity(self) -> int:
-        """Places there are, written or not."""
-        return 0 if self.buffer is None else self.buffer.shape[1]
-
-    def hold(self, capacity: int) -> None:
-        """Have memory for at least `capacity` places; where there is too little, all moves to memory for just as many."""
-        if self.buffer is not None and self.capacity < capacity:
-            self._move_to(capacity, self.buffer)
-
-    def put(self, index_T: Tensor, new_BT: Tensor) -> None:
-        """Write at places that only the device knows, int64 (T,); `length` is for the caller to say."""
-        assert self.buffer is not None
-        self.buffer.index_copy_(1, index_T, new_BT)
-
-    def first(self, places: int) -> Tensor:
-        """Return the first `places`, written or not."""
-        assert self.buffer is not None
-        return self.buffer[:, :places]
-
-    def _move_to(self, capacity: int, like: Tensor) -> None:
-        grown = like.new_zeros((like.shape[0], capacity, *like.shape[2:]))
-        if self.buffer is not None:
-            grown[:, : self.length] = self.buffer[:, : self.length]
-        self.buffer = grown
-
-    @property
-    def filled(self) -> Tensor | None:
-        return None if self.buffer is None else self.buffer[:, : self.length]
-
-    def select(self, rows: Tensor) -> None:
-        if self.buffer is not None:
-            self.buffer = self.buffer.index_select(0, rows.to(self.buffer.device))
-
-    def cut(self, length: int) -> None:
-        """Forget everything from place `length` on."""
-        if self.buffer is not None:
-            self.buffer[:, length : self.length] = 0
-        self.length = length
-
-    @property
-    def size_bytes(self) -> int:
-        filled = self.filled
-        return 0 if filled is None else filled.numel() * filled.element_size()
 
 
 class LayerCache(CacheLayerMixin):
@@ -118,9 +55,15 @@ class LayerCache(CacheLayerMixin):
     def count(self, tokens: int) -> None:
         """Take note that steps whose positions only the device knew have made the sequence so many tokens long."""
 
-    def mark(self) -> Any:
-        """Return what `rewind` needs to come back to this moment."""
+    def mark(self, *, copied: bool = True) -> Any:
+        """Return what `rewind` needs to come back to this moment.
+
+        copied: False where states are replaced from here on, not changed in place: nothing is copied then.
+        """
         return [tensor.length for tensor in self.tensors()]
+
+    def erase(self, rows: Rows) -> None:
+        """Clear what an interrupted call has written below the lengths that a mark holds."""
 
     def rewind(self, mark: Any) -> None:
         for tensor, length in zip(self.tensors(), mark, strict=True):
@@ -168,7 +111,12 @@ class AttentionCache(LayerCache):
             return self.key_places.first(rows.capacity), self.value_places.first(rows.capacity)
         end = rows.start + k_BTGK.shape[1] if rows.start is not None else max(rows.ends)
         end = max(end, self.key_places.length)
-        return _write(self.key_places, k_BTGK, rows, end), _write(self.value_places, v_BTGV, rows, end)
+        return self.key_places.write(k_BTGK, rows, end), self.value_places.write(v_BTGV, rows, end)
+
+    def erase(self, rows: Rows) -> None:
+        # compressed keys are computed again
+        self.key_places.erase(rows)
+        self.value_places.erase(rows)
 
     def hold(self, tokens: int) -> None:
         self.key_places.hold(tokens)
@@ -243,8 +191,8 @@ class SparseCache(AttentionCache):
         super().reset()
         self.shortest = 0
 
-    def mark(self) -> Any:
-        return super().mark(), self.shortest
+    def mark(self, *, copied: bool = True) -> Any:
+        return super().mark(copied=copied), self.shortest
 
     def rewind(self, mark: Any) -> None:
         lengths, self.shortest = mark
@@ -283,8 +231,8 @@ class LightningCache(LayerCache):
     def reset(self) -> None:
         self.state_BHKV = None
 
-    def mark(self) -> Any:
-        return None if self.state_BHKV is None else self.state_BHKV.clone()
+    def mark(self, *, copied: bool = True) -> Any:
+        return self.state_BHKV.clone() if copied and self.state_BHKV is not None else self.state_BHKV
 
     def rewind(self, mark: Any) -> None:
         self.state_BHKV = None if mark is None else mark.clone()
@@ -296,9 +244,43 @@ class SalaCache(Cache):
     def __init__(self, layers: list[LayerCache]):
         super().__init__(layers=list(layers))
         self.columns = 0
+        self.torn = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Run a block that changes states in place: unless it ends without an exception, the cache is torn and refused.
+
+        Raises:
+            InputError: an exception has left the cache in the middle of an earlier step.
+        """
+        if self.torn:
+            raise InputError(
+                "this cache was left in the middle of a step by an exception; expected a new cache, or `rewind` to a mark"
+            )
+        self.torn = True
+        yield
+        self.torn = False
+
+    @contextmanager
+    def all_or_nothing(self, rows: Rows) -> Iterator[None]:
+        """Run a block that reads `rows`: an exception in it leaves the cache as it was before.
+
+        Raises:
+            InputError: as in `step`.
+        """
+        with self.step():
+            mark = self.mark(copied=False)
+            try:
+                yield
+            except BaseException:
+                for layer in self.layers:
+                    assert isinstance(layer, LayerCache)
+                    layer.erase(rows)
+                self.rewind(mark)
+                raise
 
     def place_step(self, position_1: Tensor, batch: int, capacity: int) -> Rows:
         """Return the places of one new token a row, at the position, int64 (1,), that only the device knows.
@@ -327,14 +309,14 @@ class SalaCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.columns = 0
+        self.columns, self.torn = 0, False
 
-    def mark(self) -> Any:
+    def mark(self, *, copied: bool = True) -> Any:
         """Return a mark of this moment for `rewind`: lengths, and a copy of the recurrent states (keys are not copied).
 
-        The batch rows must stay the same ones in between.
+        The batch rows must stay the same ones in between. copied: as in `LayerCache.mark`.
         """
-        return self.columns, [layer.mark() for layer in self.layers if isinstance(layer, LayerCache)]
+        return self.columns, [layer.mark(copied=copied) for layer in self.layers if isinstance(layer, LayerCache)]
 
     def rewind(self, mark: Any) -> None:
         """Forget everything that was read after `mark`; the mark can be used again."""
@@ -342,6 +324,7 @@ class SalaCache(Cache):
         for layer, own in zip(self.layers, marks, strict=True):
             assert isinstance(layer, LayerCache)
             layer.rewind(own)
+        self.torn = False
 
     @property
     def size_bytes(self) -> int:
@@ -352,14 +335,3 @@ class SalaCache(Cache):
 def compression_tiers(geometry: SparseGeometry) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return (window size, stride) of the fine and of the coarse tier."""
     return (geometry.kernel_size, geometry.kernel_stride), (geometry.coarse_size, geometry.coarse_stride)
-
-
-def _write(places: GrowingTensor, new_BT: Tensor, rows: Rows, end: int) -> Tensor:
-    everything = places.extend_to(end, new_BT)
-    if rows.start is not None:
-        everything[:, rows.start : rows.start + new_BT.shape[1]] = new_BT
-    else:
-        assert rows.real is not None
-        row_N, column_N, position_N = rows.real
-        everything[row_N, position_N] = new_BT[row_N, column_N]
-    return everything

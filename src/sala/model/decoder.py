@@ -1,12 +1,15 @@
 """The decoder: embedding, layers of (mixer, MLP), head. It has no `if` on the kind of layer."""
 
 import dataclasses
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 
 from sala.errors import InputError
 from sala.model.cache import LayerCache, SalaCache
@@ -17,6 +20,8 @@ from sala.model.norm import RMSNorm
 from sala.model.rope import inverse_frequencies, rotation_tables
 from sala.model.rows import Context, Rows, place_rows
 from sala.ops.pointwise import add_rms_norm, add_scaled, silu_mul
+
+log = logging.get_logger(__name__)
 
 
 class MLP(nn.Module):
@@ -114,6 +119,21 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
             hidden = layer(hidden, rows, layer_cache)
         return self.norm(hidden)
 
+    def cache_of_call(self, cache: SalaCache | None, use_cache: bool | None, packed: bool) -> SalaCache | None:
+        """Return the cache that a call reads and writes: the one given, a new one, or None."""
+        if cache is not None and not isinstance(cache, SalaCache):
+            raise InputError(f"the cache is a {type(cache).__name__}; expected a SalaCache")
+        wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if (wanted or cache is not None) and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # a layer that is computed again would read what it has written itself
+            if cache is not None and cache.columns:
+                raise InputError(
+                    f"a cache of {cache.columns} tokens under gradient checkpointing; expected a call without a cache"
+                )
+            log.warning_once("gradient checkpointing: no cache is kept, use_cache=False is taken")
+            return None
+        return new_cache(self.config) if cache is None and wanted and not packed else cache
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -143,24 +163,20 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give either input_ids or inputs_embeds")
         hidden = self.scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        cache = given(cache, past_key_values)
-        if cache is None and use_cache and cu_seqlens is None:
-            cache = new_cache(self.config)
-        if cache is not None and not isinstance(cache, SalaCache):
-            raise InputError(f"the cache is a {type(cache).__name__}; expected a SalaCache")
+        cache = self.cache_of_call(given(cache, past_key_values), use_cache, cu_seqlens is not None)
         past = cache.columns if cache is not None else 0
         rows = self.place(hidden, past, attention_mask, cu_seqlens, context)
         _check_positions(position_ids, rows)
         seen = []
-        for index, layer in enumerate(self.layers):
-            # else every layer's would be alive at once
-            if output_hidden_states:
-                seen.append(hidden)
-            hidden = layer(hidden, rows, None if cache is None else cache.layers[index])
-        hidden = self.norm(hidden)
-        if cache is not None:
-            cache.columns += hidden.shape[1]
+        with nullcontext() if cache is None else cache.all_or_nothing(rows):
+            for index, layer in enumerate(self.layers):
+                # else every layer's would be alive at once
+                if output_hidden_states:
+                    seen.append(hidden)
+                hidden = layer(hidden, rows, None if cache is None else cache.layers[index])
+            hidden = self.norm(hidden)
+            if cache is not None:
+                cache.columns += hidden.shape[1]
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
             hidden_states=(*seen, hidden) if output_hidden_states else None,
