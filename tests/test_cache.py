@@ -57,7 +57,7 @@ def test_nobody_else_may_write_what_is_made_whatever_the_umask():
         made = cache_folder("x")
     finally:
         os.umask(before)
-    assert mode(made) == mode(made.parent) == 0o700
+    assert mode(made) == mode(made.parent) == 0o755
 
 
 def test_without_a_home_a_temporary_folder_is_used_and_said_once(monkeypatch, tmp_path, caplog):
@@ -71,7 +71,7 @@ def test_without_a_home_a_temporary_folder_is_used_and_said_once(monkeypatch, tm
         made = cache_folder("x")
         assert cache_folder("x") == made
     assert made == tmp_path / f"temporary/sala-{os.geteuid()}/x"
-    assert mode(made.parent) == 0o700
+    assert mode(made.parent) == 0o755
     (record,) = caplog.records
     assert "SALA_CACHE" in record.message and str(made.parent) in record.message
 

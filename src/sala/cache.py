@@ -26,7 +26,7 @@ def cache_folder(kind: str) -> Path:
     cache = _cache()
     for folder in (cache, cache / kind):
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
             why_not = distrust(folder.lstat())
         except OSError as error:
             raise DiskError(
@@ -62,7 +62,7 @@ def _cache() -> Path:
         return Path(standard, "sala")
     try:
         cache = Path.home() / ".cache" / "sala"
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        cache.mkdir(mode=0o755, parents=True, exist_ok=True)
     except (RuntimeError, OSError) as error:
         return _without_home(str(error).rstrip("."))
     return cache

@@ -1,11 +1,13 @@
 """Time and memory against length, and where they were measured."""
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
 
 from sala.bench import environment, latency, peak_memory
+from sala.bench.environment import commit
 from sala.errors import InputError
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 
@@ -70,6 +72,13 @@ def test_memory_that_was_freed_before_counts_again() -> None:
         pytest.skip("this system does not tell a process's peak")
     assert memory.added_bytes >= 28 * MIB
     del in_use
+
+
+def test_a_commit_that_is_empty_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    for named, found in (("", None), ("abc", "abc")):
+        monkeypatch.setenv("SALA_COMMIT", named)
+        assert commit() == found
 
 
 def test_the_environment_says_where_and_with_what() -> None:

@@ -111,7 +111,7 @@ def test_options_without_effect_are_refused(sala, tmp_path, little_text):
 def test_the_first_process_of_a_machine_speaks_first(sala, tmp_path, monkeypatch):
     waited = []
     monkeypatch.setattr("sala.cli.time.sleep", waited.append)
-    for rank in ("0", "1"):
+    for rank in ("0", "", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)
         outcome = sala("train", "smok", "--out", tmp_path / "run")
         assert outcome.code == 2 and "did you mean 'smoke'" in outcome.err

@@ -1,4 +1,4 @@
-"""What holds for every kernel that Triton's interpreter runs: it keeps to its tensors, and its programs to their parts."""
+"""Processes that have not built the native library; and of every kernel that Triton's interpreter runs, that it keeps to its tensors."""
 
 from collections.abc import Iterator
 from importlib import import_module
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from devices import GPU
 from sala.ops import gpu
+from sala.ops.native import library
 
 
 def spans(value: Any) -> Iterator[tuple[int, int]]:
@@ -63,3 +64,23 @@ def kernels_keep_to_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "__call__", run_watched)
     monkeypatch.setattr(builder, "create_masked_load", load_watched)
     monkeypatch.setattr(builder, "create_masked_store", store_watched)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A process that has not looked for the library yet, with a cache of its own."""
+    monkeypatch.setattr(library, "_library", None)
+    monkeypatch.setattr(library, "_loaded", {})
+    monkeypatch.setenv("SALA_CACHE", str(tmp_path))
+    monkeypatch.delenv("SALA_CPU_LEVEL", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def small(fresh, monkeypatch, tmp_path_factory):
+    """The same with one small source, so that building takes no time."""
+    sources = tmp_path_factory.mktemp("sources")
+    for name in ("prepare.cpp", "parallel.h"):
+        (sources / name).write_bytes((library.SOURCES / name).read_bytes())
+    monkeypatch.setattr(library, "SOURCES", sources)
+    return fresh

@@ -13,7 +13,7 @@ import torch
 from sala.errors import BackendError
 from sala.ops import native
 from sala.ops.native import library
-from sala.ops.native.library import LEVELS, BuildError
+from sala.ops.native.library import LEVELS
 
 PROGRAM = """
 import logging, torch
@@ -23,26 +23,6 @@ q = torch.ones(1, 3, 2, 8)
 out, _ = lightning_attention(q, q, q, log_decay(2), scale=1.0)
 print(out.sum().item() > 0)
 """
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """A process that has not looked for the library yet, with a cache of its own."""
-    monkeypatch.setattr(library, "_library", None)
-    monkeypatch.setattr(library, "_loaded", {})
-    monkeypatch.setenv("SALA_CACHE", str(tmp_path))
-    monkeypatch.delenv("SALA_CPU_LEVEL", raising=False)
-    return tmp_path
-
-
-@pytest.fixture
-def small(fresh, monkeypatch, tmp_path_factory):
-    """The same with one small source, so that building takes no time."""
-    sources = tmp_path_factory.mktemp("sources")
-    for name in ("prepare.cpp", "parallel.h"):
-        (sources / name).write_bytes((library.SOURCES / name).read_bytes())
-    monkeypatch.setattr(library, "SOURCES", sources)
-    return fresh
 
 
 def run(**environment: str) -> subprocess.CompletedProcess:
@@ -124,37 +104,6 @@ def test_a_broken_compiler_leaves_plain_torch_and_no_half_library(small, monkeyp
     monkeypatch.setenv("CXX", str(compiler))
     assert "internal compiler error" in native.unavailable()
     assert not list(small.glob("sala/native/*.so"))
-
-
-def test_a_cache_that_cannot_be_written_says_which_variable_to_set(small, monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("SALA_CACHE", str(tmp_path / "file"))
-    assert "SALA_CACHE" in native.unavailable()
-
-
-def test_a_file_that_is_no_library_is_named(small):
-    built = library._build("portable", *library._find_compiler())
-    built.write_bytes(b"not a library")
-    with pytest.raises(BuildError, match=f"{built.name} cannot be loaded.*delete it"):
-        library._load("portable")
-
-
-def test_two_processes_build_one_library(small, tmp_path):
-    program = f"""
-import sys
-from pathlib import Path
-from sala.ops.native import library
-library.SOURCES = Path({str(library.SOURCES)!r})
-print(library.unavailable())
-"""
-    processes = [
-        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate() for process in processes]
-    assert [out.strip() for out, _ in outputs] == ["None", "None"], outputs
-    assert sum("building" in err for _, err in outputs) == 1
-    assert len(list(small.glob("sala/native/*.so"))) == 1
 
 
 def test_threads_are_those_of_torch():

@@ -85,5 +85,14 @@ def slow_main(world: World, folder: Path) -> str:
     return found
 
 
+def test_variables_that_are_empty_mean_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "RANK"):
+        monkeypatch.setenv(name, "")
+    # products in bfloat16 need a group, of one process too
+    for precision in ("float32", "bfloat16"):
+        with start_world(precision) as world:
+            assert (world.rank, world.ranks) == (0, 1)
+
+
 def test_ranks_wait_for_what_one_measures(tmp_path: Path) -> None:
     assert ranks.spawn(2, slow_main, tmp_path, tmp_path) == ["found", "found"]

@@ -51,7 +51,7 @@ def commit() -> str | None:
 
     Outside a repository, of a copy of its files say, it is what SALA_COMMIT says, or None.
     """
-    return _commit_of_repository() or os.environ.get("SALA_COMMIT")
+    return _commit_of_repository() or os.environ.get("SALA_COMMIT") or None
 
 
 def _commit_of_repository() -> str | None:

@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _first_here() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return (os.environ.get("LOCAL_RANK") or "0") == "0"
 
 
 def _require_turn(error: SalaError) -> None:

@@ -113,17 +113,17 @@ def start_world(precision: str = "float32") -> Iterator[World]:
     precision: of the recipe. One process on a CPU needs a group only when parameters and products differ in precision.
     """
     cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = int(os.environ.get("LOCAL_RANK") or 0)
     device = torch.device("cuda", local) if cuda else CPU
     if cuda:
         torch.cuda.set_device(device)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = int(os.environ.get("WORLD_SIZE") or 1)
     if ranks == 1 and not cuda and precision == "float32":
         yield World()
         return
     # objects, flags and checkpoints travel by gloo, tensors on GPUs by nccl
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
+    if os.environ.get("RANK"):
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

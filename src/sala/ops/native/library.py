@@ -6,23 +6,19 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from sala.cache import cache_folder
 from sala.errors import BackendError, DiskError, nearest
+from sala.ops.native.compiler import BuildError, CannotBuildError, find_compiler
+from sala.ops.native.store import Built, Store
 
 logger = logging.getLogger("sala")
 
 SOURCES = Path(__file__).parent
-COMPILERS = ("c++", "g++", "clang++")
 # no -ffast-math: infinities and NaN keep their meaning
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
@@ -55,15 +51,13 @@ LEVELS = {
 }
 
 
-class BuildError(Exception):
-    """The library cannot be built or used here; the message says why, and what would help."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Library:
     level: str
     compiler: str
     loaded: ctypes.CDLL
+    # open as long as the library: debuggers find it by a path through its folder
+    store: Store
 
 
 class Function:
@@ -127,7 +121,7 @@ def at_level(level: str) -> Iterator[None]:
     if level not in levels_here():
         raise BackendError(f"level {level!r} does not run here; {', '.join(levels_here())} do{nearest(level, LEVELS)}")
     global _library
-    before, _library = _library, _load(level)
+    before, _library = _library, _load(level, _store())
     try:
         yield
     finally:
@@ -152,110 +146,96 @@ def _active() -> _Library:
 
 
 def _best() -> _Library:
-    """Load the best level that can be built: an old compiler may not know the newest instructions."""
+    """Load the best level that is built or can be: an old compiler may not know the newest instructions."""
     wanted = os.environ.get("SALA_CPU_LEVEL")
     if wanted == "none":
         raise BuildError("SALA_CPU_LEVEL=none switches them off")
-    if wanted is not None and wanted not in levels_here():
+    if wanted and wanted not in levels_here():
         raise BuildError(f"SALA_CPU_LEVEL={wanted} is not one of {', '.join(levels_here())}, which this processor runs")
+    store = _store()
     levels = [wanted] if wanted else [name for name in levels_here() if LEVELS[name].automatic]
-    _find_compiler()  # with none at all, no level can be built: one complaint, not one a level
     for level in levels[:-1]:
         try:
-            return _load(level)
+            return _load(level, store)
+        except CannotBuildError:
+            # said once, of the last: of the levels between, one may have been built before
+            continue
         except BuildError as error:
             logger.warning("the C++ kernels for %s are not used: %s", level, error)
-    return _load(levels[-1])
+    return _load(levels[-1], store)
+
+
+def _store() -> Store:
+    try:
+        return Store()
+    except DiskError as error:
+        raise BuildError(str(error)) from error
 
 
 _loaded: dict[str, _Library] = {}
 
 
-def _load(level: str) -> _Library:
+def _load(level: str, store: Store) -> _Library:
     if level not in _loaded:
-        compiler = _find_compiler()
-        path = _build(level, *compiler)
+        built = _built(level, store)
         try:
-            loaded = ctypes.CDLL(str(path))
+            loaded = ctypes.CDLL(built.path)
         except OSError as error:
-            raise BuildError(f"{path} cannot be loaded: {error}; delete it to have it built again") from error
+            raise BuildError(f"the library for {level} in {str(store.folder)!r} cannot be loaded: {error}") from error
         loaded.sala_prepare.argtypes, loaded.sala_prepare.restype = [ctypes.c_void_p], ctypes.c_int
         if loaded.sala_prepare(_torch_parallel()):
             raise BuildError("the system does not allow the tile registers of AMX; a newer kernel does")
         logger.info("CPU kernels: %s", level)
-        _loaded[level] = _Library(level, compiler[1], loaded)
+        _loaded[level] = _Library(level, built.compiler, loaded, store)
     return _loaded[level]
 
 
-def _find_compiler() -> tuple[str, str]:
-    """Return the compiler's path and the first line of its version."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
-    path = next((found for name in names if (found := shutil.which(name))), None)
-    if path is None:
-        raise BuildError(
-            f"no C++ compiler ({', '.join(names)}) is installed; install g++ or clang++ "
-            "(Debian, Ubuntu: g++; Fedora: gcc-c++; macOS: the command line tools)"
-        )
-    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    return path, version.partition("\n")[0].strip() or Path(path).name
+def _built(level: str, store: Store) -> Built:
+    """Return a level's library: the one of this compiler, built unless it is there; without a compiler, any one's.
 
-
-def _build(level: str, compiler: str, version: str) -> Path:
-    """Return the library's file, compiled unless the same sources were before with the same compiler and flags."""
+    Its name tells what it was made of (sources, flags, kind of processor), then by whom.
+    """
     sources = sorted(SOURCES.glob("*.cpp"))
     # more of them from the environment: sanitizers, debugging
     flags = [*FLAGS, *LEVELS[level].flags, *os.environ.get("SALA_CXXFLAGS", "").split()]
-    content = hashlib.sha256("\0".join([version, platform.machine(), *flags]).encode())
+    content = hashlib.sha256("\0".join([platform.machine(), *flags]).encode())
     for path in [*sources, *sorted(SOURCES.glob("*.h"))]:
         content.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    start = f"{level}-{content.hexdigest()[:16]}-"
     try:
-        folder = cache_folder("native")
-    except DiskError as error:
-        raise BuildError(str(error)) from error
-    target = folder / f"{level}-{content.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
+        compiler = find_compiler()
+    except CannotBuildError as error:
+        return _built_before(store, start, error)
+    name = start + hashlib.sha256("\0".join([*compiler.command, compiler.version]).encode()).hexdigest()[:8]
+    with contextlib.suppress(DiskError):
+        if built := store.find(name):
+            return built
     try:
-        with _lock(folder / f"{target.name}.lock"), tempfile.TemporaryDirectory(dir=folder) as work:
-            if not target.exists():  # built by another process while this one waited
-                logger.warning("building the CPU kernels for %s with %s, once on this machine", level, version)
-                _compile([compiler, *flags], sources, Path(work), target)
+        with store.lock(name):
+            # another process may have built it while this one waited
+            if built := _found(store, name):
+                return built
+            logger.warning("building the CPU kernels for %s with %s, once on this machine", level, compiler.version)
+            return store.add(name, compiler.build(sources, flags), compiler.version)
     except OSError as error:
-        raise BuildError(f"{folder} cannot be written: {error}; set SALA_CACHE to a folder that can") from error
-    return target
+        why_not = f"{str(store.folder)!r} cannot be written: {error.strerror}; set SALA_CACHE to a folder that can"
+        return _built_before(store, start, CannotBuildError(why_not))
 
 
-def _compile(command: list[str], sources: list[Path], work: Path, target: Path) -> None:
-    objects = [work / f"{source.stem}.o" for source in sources]
-    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(
-            _run, [[*command, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
-        ):
-            pass
-    built = work / "library.so"
-    _run([*command, "-shared", *map(str, objects), "-o", str(built)])
-    # in one step, so that nobody loads half a library
-    built.replace(target)
-
-
-def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()[-1:]
-        raise BuildError(f"{Path(command[0]).name} failed: {errors[0] if errors else result.returncode}")
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Let one process at a time build, where the system has file locks; elsewhere the last one to finish wins."""
+def _found(store: Store, name: str) -> Built | None:
     try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        return store.find(name)
+    except DiskError as error:
+        logger.warning("a built library is not loaded: %s", error)
+        return None
+
+
+def _built_before(store: Store, start: str, why_not: CannotBuildError) -> Built:
+    """Return the newest library whose name begins so; where there is none, raise why it cannot be built."""
+    for name in store.names(start):
+        if built := _found(store, name):
+            return built
+    raise why_not
 
 
 def _processor_features() -> frozenset[str]:
