@@ -4,6 +4,9 @@ import json
 import re
 
 import pytest
+import torch
+
+from sala.model.families import load_model
 
 
 def test_a_plan_shows_bf16_and_int4_side_by_side(sala):
@@ -49,7 +52,14 @@ def test_json_has_the_numbers_of_a_checkpoint(sala, hybrid):
 
 def test_a_model_of_the_package_is_planned_on_this_machine_s_memory(sala):
     outcome = sala("plan", "--model", "embedded-hybrid", "--length", "16K", "--json")
-    assert [row["precision"] for row in json.loads(outcome.out)["plans"]] == ["bf16", "int4"]
+    assert [row["precision"] for row in json.loads(outcome.out)["plans"]] == ["fp32", "int4"]
+
+
+def test_a_checkpoint_is_planned_in_the_dtype_that_it_is_stored_in(sala, teacher, tmp_path):
+    load_model(teacher).to(torch.float16).save_pretrained(tmp_path / "half")
+    outcome = sala("plan", "--model", tmp_path / "half", "--length", "16K", "--json")
+    assert [row["precision"] for row in json.loads(outcome.out)["plans"]] == ["fp16", "int4"]
+    assert json.loads(sala("inspect", tmp_path / "half", "--json").out)["dtype"] == "float16"
 
 
 @pytest.mark.parametrize(

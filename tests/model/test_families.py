@@ -4,10 +4,21 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from sala.errors import CheckpointError
 from sala.model.families import load_config, load_model
+from sala.model.report import inspect, network_shapes
 from tolerances import assert_close
 
 SIZES = {
@@ -35,6 +46,7 @@ SOURCES = {
     "llama-biases-untied": (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
     "llama3-rope": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=LLAMA3)),
     "llama-wide-heads": (LlamaForCausalLM, LlamaConfig(**SIZES, head_dim=16, tie_word_embeddings=True)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16)),
 }
@@ -145,3 +157,60 @@ def test_of_the_hub_a_configuration_is_fetched_alone(monkeypatch, tmp_path):
     )
     assert load_config("someone/model").num_hidden_layers == load_model("someone/model").config.num_hidden_layers
     assert asked[0] == ["config.json"] and "*.safetensors" in asked[1]
+
+
+def test_a_head_of_its_own_is_used_whatever_the_file_says_of_tying(tmp_path):
+    theirs = source("llama")  # with a head of its own
+    theirs.save_pretrained(tmp_path)
+    rewrite(tmp_path, tie_word_embeddings=True)
+    ours, again = load_model(tmp_path), LlamaForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(0, 64, (1, 9))
+    with torch.no_grad():
+        assert_close(ours(ids).logits, theirs(ids).logits)
+        assert_close(again(ids).logits, theirs(ids).logits)
+    assert not load_config(tmp_path).tie_word_embeddings
+    assert "lm_head.weight" in network_shapes(ours.config) and inspect(tmp_path).total_parameters == num(theirs)
+    ours.save_pretrained(tmp_path / "saved")
+    assert load_model(tmp_path / "saved").lm_head.weight is not load_model(tmp_path / "saved").model.embed_tokens.weight
+
+
+def num(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_copy_of_a_tied_head_is_left_out(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    table = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
+    save_file({**tensors, **table, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+    ours = load_model(tmp_path)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight and load_config(tmp_path).tie_word_embeddings
+
+
+def test_one_file_goes_before_an_index_as_in_transformers(tmp_path):
+    source("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    newer = LlamaForCausalLM(LlamaConfig(**SIZES))
+    save_file({name: tensor.clone() for name, tensor in newer.state_dict().items()}, tmp_path / "model.safetensors")
+    ids = torch.randint(0, 64, (1, 9))
+    with torch.no_grad():
+        expected = LlamaForCausalLM.from_pretrained(tmp_path)(ids).logits
+        assert_close(expected, newer(ids).logits)
+        assert_close(load_model(tmp_path)(ids).logits, expected)
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    # transformers would add it to them
+    source("llama").save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for read in (load_model, inspect):
+        with pytest.raises(CheckpointError, match=r"adapter_config.json.*; expected merged weights"):
+            read(tmp_path)
+
+
+def test_a_configuration_alone_needs_no_weights(tmp_path):
+    source("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    assert load_config(tmp_path).num_hidden_layers == 3

@@ -27,7 +27,8 @@ def plan(
     length: Annotated[str, typer.Option(help="Tokens, such as 16K or 1M.")] = "1M",
     chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens of one forward pass.")] = 2048,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="bf16, int4, fp32 or fp16; may be repeated. bf16 and int4 when left out.")
+        list[str] | None,
+        typer.Option(help="bf16, int4, fp32 or fp16; may be repeated. The checkpoint's own and int4 when left out."),
     ] = None,
     device: Annotated[
         str, typer.Option(help="cpu, cuda (counted, not measured), or auto for a GPU where there is one.")
@@ -38,7 +39,7 @@ def plan(
     prepare(threads=None)
     from sala.bench.length import parse_length
     from sala.bench.shapes import HYBRIDS, hybrid_config
-    from sala.engine.plan import memory_of, parse_bytes, plan_memory
+    from sala.engine.plan import memory_of, parse_bytes, plan_memory, stored_precision
     from sala.model.families import load_config
 
     tokens = parse_length(length)
@@ -46,7 +47,7 @@ def plan(
     config = hybrid_config(model) if model in HYBRIDS else load_config(model)
     plans = [
         plan_memory(config, name, tokens, chunk, process=process, available=available, device=kind)
-        for name in dict.fromkeys(dtype or ("bf16", "int4"))
+        for name in dict.fromkeys(dtype or (stored_precision(config), "int4"))
     ]
     if as_json:
         rows = [asdict(row) | {"total": row.total, "fits": row.fits} for row in plans]

@@ -57,6 +57,12 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
 )
 
 
+def stored_precision(config: MiniCPMSALAConfig) -> str:
+    """Return the precision that a checkpoint is stored in; bf16 for a shape without one."""
+    plain = (name for name, row in PRECISIONS.items() if row.linear_bytes is None and row.dtype == config.dtype)
+    return next(plain, "bf16")
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Bytes at the peak of reading `length` tokens in chunks of `chunk`.

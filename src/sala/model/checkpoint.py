@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -18,6 +19,9 @@ from sala.model.gguf import SUFFIX, GGUFFile
 
 _EMBEDDED = Path(__file__).parent.parent / "embedded"
 BUILTIN = {"embedded-teacher": _EMBEDDED / "teacher", "embedded-hybrid": _EMBEDDED / "hybrid"}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+ADAPTER = "adapter_config.json"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -84,22 +88,41 @@ def read_json(path: Path) -> dict:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint, in the order of the index; all of them exist.
+    """Return the safetensors files of a checkpoint, as transformers finds them: one for all, else those of the index.
 
     Raises:
-        CheckpointError: there are none, or the index names one that is not there.
+        CheckpointError: there are none, the index names one that is not there, or an adapter is to be added to them.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    else:
-        names = ["model.safetensors"]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
+    files = _named_shards(folder)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
         raise CheckpointError(
-            f"{folder} lacks {', '.join(missing) or 'weights'}; right would be safetensors files, all of the index"
+            f"{folder} lacks {', '.join(missing)}; right would be safetensors files, all of the index"
         )
+    if (folder / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder} has an {ADAPTER}, whose adapter is not in the weights; expected merged weights"
+        )
+    return files
+
+
+def _named_shards(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single]
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    if not names:
+        raise CheckpointError(f"{index} names no files; expected a weight_map")
     return [folder / name for name in names]
+
+
+@contextlib.contextmanager
+def _shard(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
 def read_tensors(place: Path) -> Iterator[tuple[str, Tensor]]:
@@ -112,12 +135,9 @@ def read_tensors(place: Path) -> Iterator[tuple[str, Tensor]]:
         yield from GGUFFile(place).read()
         return
     for path in shard_files(place):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - not a mapping
-                    yield name, shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+        with _shard(path) as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a mapping
+                yield name, shard.get_tensor(name)
 
 
 def table_of_contents(place: Path) -> Iterator[tuple[Path, str, tuple[int, ...]]]:
@@ -130,12 +150,28 @@ def table_of_contents(place: Path) -> Iterator[tuple[Path, str, tuple[int, ...]]
         yield from ((place, name, shape) for name, shape in GGUFFile(place).shapes())
         return
     for path in shard_files(place):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                stored = [(name, tuple(shard.get_slice(name).get_shape())) for name in shard.keys()]  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
-        yield from ((path, *row) for row in stored)
+        with _shard(path) as shard:
+            for name in shard.keys():  # noqa: SIM118
+                yield path, name, tuple(shard.get_slice(name).get_shape())
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """Return the dtype of the first numbers in a folder's files; None where no file has come yet."""
+    for path in filter(Path.is_file, _named_shards(folder)):
+        with _shard(path) as shard:
+            for name in shard.keys():  # noqa: SIM118
+                if dtype := FLOATS.get(shard.get_slice(name).get_dtype()):
+                    return dtype
+    return None
+
+
+def has_own_head(folder: Path) -> bool:
+    """Return whether a folder's files have a head beside the embedding, with other numbers."""
+    found: dict[str, Tensor] = {}
+    for path in filter(Path.is_file, _named_shards(folder)):
+        with _shard(path) as shard:
+            found |= {name: shard.get_tensor(name) for name in {HEAD, EMBEDDING} & set(shard.keys())}
+    return len(found) == 2 and not torch.equal(found[HEAD], found[EMBEDDING])
 
 
 def read_generation(place: Path, config: PreTrainedConfig) -> GenerationConfig:
@@ -154,12 +190,12 @@ def shapes_stored(model: PreTrainedModel) -> dict[str, torch.Size]:
     """Return the name and shape of every tensor that a checkpoint of the model stores."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+        del shapes[HEAD]
     return shapes
 
 
 def has_place(name: str, shape: Sequence[int], shapes: Mapping[str, torch.Size], where: Path) -> bool:
-    """Return whether a stored tensor is read: of tables of rotation and of tied heads, which old files have, none is.
+    """Return whether a stored tensor is read: tables of rotation and copies of a tied head, which old files have, are not.
 
     shapes: of the network, by name (`shapes_stored`).
 
@@ -167,7 +203,8 @@ def has_place(name: str, shape: Sequence[int], shapes: Mapping[str, torch.Size],
         CheckpointError: the network has no tensor of that name, or one of another shape.
     """
     if name not in shapes:
-        if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight":
+        # transformers computes the first anew too; of a head with other numbers `load_config` says that it is not tied
+        if name.endswith("rotary_emb.inv_freq") or name == HEAD:
             return False
         raise CheckpointError(f"tensor {name!r} in {where} has no place in the network{nearest(name, shapes)}")
     if tuple(shape) != tuple(shapes[name]):

@@ -1,12 +1,13 @@
 """The configuration of the one network: every field of the released `config.json`, and the switches of its source families."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args, get_origin
 
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from sala.errors import ConfigError, nearest
+from sala.model.fields import COMMON, ONE_VALUE, QUANTISATION, check_fields, check_rope
 from sala.model.interface import CACHE
 from sala.ops.infllm import SparseGeometry
 
@@ -48,24 +49,7 @@ ABOVE_ZERO = (
     "rope_theta",
 )
 
-# Fields seen in checkpoints that change nothing in the forward pass.
-IGNORED_FIELDS = frozenset(
-    {
-        "auto_map",
-        "mup_denominator",  # present in the released file, read by no implementation
-        "pretraining_tp",
-        "rand_init",
-        "shift_labels",
-        "transformers_version",
-        "model_type",
-        "_name_or_path",
-        "_attn_implementation_autoset",
-        "layer_types",  # derived from `mixer_types`
-        "quantization_config",
-    }
-)
-
-# Read by the base class of transformers.
+# Taken by the base class of transformers, which keeps some of them.
 INHERITED_FIELDS = frozenset(
     {
         "torch_dtype",
@@ -77,6 +61,11 @@ INHERITED_FIELDS = frozenset(
         "_commit_hash",
     }
 )
+
+# Attributes that a user or a tool has set on a configuration, by name: kept in the file beside ours, and taken back from it.
+USER_FIELDS = "user_fields"
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 LIGHTNING_SCALES = {"1/sqrt(d)": lambda width: width**-0.5, "1/d": lambda width: 1.0 / width, "1": lambda width: 1.0}
 
@@ -146,6 +135,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     def __post_init__(self, **fields: Any) -> None:
         self._refuse_unknown(fields)
         self._accept_rope_parameters(fields)
+        self._accept_dtype(fields)
         self._refuse_other_types()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -167,8 +157,8 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         if not self.mixer_types:
             self.mixer_types = ["attention"] * self.num_hidden_layers
         self.mixer_types = [_canonical_mixer(name) for name in self.mixer_types]
-        self._validate()
-        super().__post_init__(**{k: v for k, v in fields.items() if k not in IGNORED_FIELDS})
+        self._validate(fields.get("layer_types"))
+        super().__post_init__(**self._for_base(fields))
 
     @property
     def layer_types(self) -> list[str]:
@@ -186,8 +176,11 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         return LIGHTNING_SCALES[self.lightning_scale](self.lightning_head_dim)
 
     def to_dict(self) -> dict[str, Any]:
-        """As the base class has it; a native checkpoint stays free of fields that say it has no latents."""
-        return {k: v for k, v in super().to_dict().items() if k not in LATENT_FIELDS or v is not None}
+        """As the base class has it, with the names of what a user has set; free of fields that say there are no latents."""
+        fields = {k: v for k, v in super().to_dict().items() if k not in LATENT_FIELDS or v is not None}
+        ours = {*self.__dataclass_fields__, *INHERITED_FIELDS, *COMMON}
+        of_user = _of_user(name for name in self.__dict__ if name in fields and name not in ours)
+        return {**fields, USER_FIELDS: sorted(of_user)} if of_user else fields
 
     @property
     def sparse_geometry(self) -> SparseGeometry:
@@ -199,14 +192,15 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         return SparseGeometry(**{k: v for k, v in self.sparse_config.items() if k != "use_nope"})
 
     def _refuse_unknown(self, fields: dict[str, Any]) -> None:
-        generation = set(GenerationConfig._get_default_generation_params())
-        accepted = IGNORED_FIELDS | INHERITED_FIELDS | generation | {"rope_parameters"}
-        known = set(self.__dataclass_fields__)
-        for name in fields:
-            if name not in accepted:
-                raise ConfigError(
-                    f"unknown field {name!r} = {fields[name]!r} in the model configuration{nearest(name, known)}"
-                )
+        of_user = _of_user(fields.get(USER_FIELDS) or ())
+        known = {*self.__dataclass_fields__, *INHERITED_FIELDS, USER_FIELDS, "rope_parameters", "layer_types"}
+        theirs = {name: value for name, value in fields.items() if name not in of_user}
+        check_fields(theirs, known, "the model configuration", ConfigError)
+
+    def _for_base(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields that the base class takes or keeps; of the others that passed none has a meaning."""
+        kept = INHERITED_FIELDS | _of_user(fields.get(USER_FIELDS) or ())
+        return {name: value for name, value in fields.items() if name in kept}
 
     def _refuse_other_types(self) -> None:
         for name, hint in MiniCPMSALAConfig.__annotations__.items():
@@ -216,19 +210,33 @@ class MiniCPMSALAConfig(PreTrainedConfig):
             if name in ABOVE_ZERO and value is not None and not value > 0:
                 raise ConfigError(f"{name} = {value}; right would be a number above 0")
 
+    def _accept_dtype(self, fields: dict[str, Any]) -> None:
+        dtype = self.dtype or fields.pop("torch_dtype", None)
+        name = str(dtype).removeprefix("torch.")
+        if dtype is not None and name not in DTYPES:
+            raise ConfigError(f"dtype = {dtype!r}; expected one of {', '.join(DTYPES)}")
+        self.dtype = None if dtype is None else name
+
     def _accept_rope_parameters(self, fields: dict[str, Any]) -> None:
         # the layout transformers 5 writes: both values in one dictionary
-        parameters = fields.pop("rope_parameters", None)
-        if parameters:
-            scaling = dict(parameters)
-            self.rope_theta = scaling.pop("rope_theta", self.rope_theta)
-            self.rope_scaling = None if scaling.get("rope_type", "default") == "default" else scaling
+        parameters = fields.pop("rope_parameters", None) or self.rope_scaling
+        if not isinstance(parameters, dict):
+            return
+        check_rope(parameters, "rope_scaling", ConfigError)
+        scaling = {name: value for name, value in parameters.items() if name != "partial_rotary_factor"}
+        self.rope_theta = scaling.pop("rope_theta", self.rope_theta)
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        self.rope_scaling = None if kind == "default" else scaling
 
-    def _validate(self) -> None:
+    def _validate(self, layer_types: Sequence[str] | None) -> None:
         layers, mixers = self.num_hidden_layers, self.mixer_types
         if len(mixers) != layers:
             raise ConfigError(
                 f"mixer_types has {len(mixers)} entries, num_hidden_layers is {layers}; right would be one a layer"
+            )
+        if layer_types and list(layer_types) != self.layer_types:
+            raise ConfigError(
+                f"layer_types = {layer_types} contradict mixer_types; expected {self.layer_types}, or null"
             )
         for heads, groups in (("num_attention_heads", "num_key_value_heads"), ("lightning_nh", "lightning_nkv")):
             count, group = getattr(self, heads), getattr(self, groups)
@@ -296,6 +304,11 @@ class MiniCPMSALAConfig(PreTrainedConfig):
                 "sparse_config.use_nope = True is not supported; right would be False (the released value)"
             )
         _ = self.sparse_geometry
+
+
+def _of_user(names: Iterable[str]) -> frozenset[str]:
+    """Return the names that may be a user's: not those that say how weights are stored or what a network does."""
+    return frozenset(name for name in names if name not in ONE_VALUE and not name.startswith("_")) - {QUANTISATION}
 
 
 def _is_one_of(value: Any, kinds: Sequence[type]) -> bool:
