@@ -68,6 +68,11 @@ class MemoryLimitError(SalaError):
     """Work that would not fit into the machine's memory."""
 
 
+def shortened(text: str, size: int = 40) -> str:
+    """Return `text`, of a long one its start: an error is one line whatever was given."""
+    return text if len(text) <= size else f"{text[:size]}..."
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the closest known name, or `""` when none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)

@@ -113,6 +113,77 @@ def test_options_without_meaning_are_refused(options, message, sala, hybrid):
     assert_refused(sala("generate", "--model", hybrid, "--prompt", "x", *options), message)
 
 
+OVER = "1" + "0" * 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", OVER], "seed = 1"),
+        (["--seed", "-1"], "seed = -1; expected 0 to 18446744073709551615"),
+        (["--temperature", "inf"], "temperature = inf; expected 0 (the likeliest token)"),
+        (["--temperature", "nan"], "temperature = nan"),
+        (["--temperature", "1e-40"], "temperature = 1e-40"),
+        (["--top-p", "0", "--temperature", "1"], "top_p = 0.0"),
+        (["--top-p", "nan", "--temperature", "1"], "top_p = nan"),
+        (["--top-k", "-1", "--temperature", "1"], "top_k = -1"),
+        (["--repetition-penalty", "inf"], "repetition_penalty = inf"),
+        (["--repetition-penalty", "1e-320"], "repetition_penalty = 1e-320"),
+        (["-n", "0"], "max_new_tokens = 0"),
+        (["-n", OVER], "tokens fit"),
+        (["--threads", OVER], "expected 1 to 1,024"),
+        (["--device", "meta"], "device 'meta' is not on this machine"),
+        (["--file", ""], "a source is ''"),
+        (["--file", "a" * 5000], "cannot be read: File name too long"),
+        (["--prompt", "\udcff"], "character 1 of the prompt is no whole character"),
+    ],
+)
+def test_options_at_their_extremes_are_one_line(options, message, sala, hybrid):
+    assert_refused(sala("generate", "--model", hybrid, "--prompt", "x", *options), message)
+
+
+def test_a_chunk_longer_than_any_prompt_changes_nothing(sala, hybrid):
+    run = ("generate", "--model", hybrid, "--prompt", "x", "-n", "2")
+    assert sala(*run, "--chunk", OVER).out == sala(*run).out
+
+
+@pytest.mark.parametrize(
+    ("verb", "message"),
+    [
+        (["plan", "--model", "embedded-hybrid", "--length", "9" * 5000], "at most 1,099,511,627,776"),
+        (["plan", "--model", "embedded-hybrid", "--memory", "1e300"], "at most 1EiB"),
+        (["bench", "ops", "--length", OVER], "at most 1,099,511,627,776"),
+        (["bench", "latency", "--length", OVER], "at most 1,099,511,627,776"),
+        (["bench", "train", "--tokens", OVER], "at most 1,099,511,627,776"),
+        (["bench", "train", "--blocks-length", OVER], "at most 1,099,511,627,776"),
+        (["bench", "ops", "--threads", OVER], "expected 1 to 1,024"),
+        (["bench", "ops", "--device", "meta"], "device 'meta' is not on this machine"),
+        (["train", "smoke", "--dry-run", "--threads", OVER], "expected 1 to 1,024"),
+        (["data", "", "--tokenizer", "embedded-teacher", "--out", "out"], "a source is ''"),
+        (
+            ["data", __file__, "--tokenizer", "embedded-teacher", "--out", "a" * 5000],
+            "cannot be written: File name too long",
+        ),
+        (
+            ["data", __file__, "--tokenizer", "embedded-teacher", "--out", "out", "--threads", OVER],
+            "expected 1 to 1,024",
+        ),
+        (["select", "--scores", "scores.json", "--keep", "1", "--plot", ""], "right would be 'layers.png'"),
+    ],
+)
+def test_extremes_of_other_verbs_are_one_line(verb, message, sala, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(sala(*verb), message)
+
+
+@pytest.mark.parametrize("option", ["--limit", "--once"])
+@pytest.mark.parametrize("value", ["nan", "-1"])
+def test_a_time_that_is_none_is_refused(option, value, sala):
+    outcome = sala("bench", "latency", f"{option}={value}")
+    assert outcome.code == 2
+    assert f"Invalid value for '{option}'" in outcome.err
+
+
 def test_an_unknown_option_exits_with_two(sala):
     assert sala("generate", "--promt", "x").code == 2
 

@@ -76,6 +76,24 @@ def test_a_stop_string_ends_the_answer_before_it(model, tokenizer, prompt):
     assert result.text == whole[: whole.index(stop)]
 
 
+def test_a_special_token_among_the_stop_strings_ends_the_answer(model, tokenizer, prompt, monkeypatch):
+    # the text of an answer never has it, so that no string in it would stop
+    whole = answer(model, tokenizer, prompt)
+    ended = tokenizer.decode([whole.tokens[3]])
+    at = whole.tokens.index(whole.tokens[3])
+    monkeypatch.setattr(type(tokenizer), "all_special_tokens", [ended])
+    result = answer(model, tokenizer, prompt, stop=(ended, "something else"))
+    assert result.finish == "stop"
+    assert result.tokens == whole.tokens[: at + 1]
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="holds the special token .*expected the token alone"):
+        answer(model, tokenizer, prompt, stop=("a<|end|>",))
+
+
+def test_a_chunk_longer_than_any_prompt_is_the_whole_prompt(model, tokenizer, prompt):
+    assert answer(model, tokenizer, prompt, chunk=10**20).tokens == answer(model, tokenizer, prompt).tokens
+
+
 def test_any_of_the_end_tokens_ends_the_answer(model, tokenizer, prompt, monkeypatch):
     tokens = answer(model, tokenizer, prompt).tokens
     monkeypatch.setattr(model.generation_config, "eos_token_id", [3, tokens[2]])
@@ -125,6 +143,10 @@ def test_weights_that_do_not_fit_are_not_read(device, kind, folder, monkeypatch)
     [
         ({"dtype": "bfloat61"}, InputError, "did you mean 'bfloat16'"),
         ({"device": "gpu"}, InputError, "device 'gpu' is not on this machine"),
+        ({"device": "meta"}, InputError, "device 'meta' is not on this machine"),
+        ({"device": "privateuseone"}, InputError, "device 'privateuseone' is not on this machine"),
+        ({"name": "a" * 5000}, CheckpointError, "no folder or GGUF file"),
+        ({"name": "~nobody-of-this-name"}, CheckpointError, "no folder or GGUF file"),
         ({"name": "nope"}, CheckpointError, "no folder or GGUF file 'nope'"),
     ],
 )

@@ -49,7 +49,7 @@ def ops(
     clock: Annotated[
         str, typer.Option(help="wall, or cpu: the process's own time, for a machine that others use.")
     ] = "wall",
-    limit: Annotated[float, typer.Option(help="Seconds that one sample may take.")] = 300.0,
+    limit: Annotated[float, typer.Option(min=0, help="Seconds that one sample may take.")] = 300.0,
     device: Device = "auto",
     threads: Threads = None,
     out: Out = None,
@@ -87,8 +87,8 @@ def latency(
     chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens of one forward pass.")] = 2048,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after the prompt.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each model at each length, in turns.")] = 3,
-    once: Annotated[float, typer.Option(help="Seconds from which on a run is made once.")] = math.inf,
-    limit: Annotated[float, typer.Option(help="Seconds for one model at one length.")] = 600.0,
+    once: Annotated[float, typer.Option(min=0, help="Seconds from which on a run is made once.")] = math.inf,
+    limit: Annotated[float, typer.Option(min=0, help="Seconds for one model at one length.")] = 600.0,
     device: Device = "auto",
     threads: Threads = None,
     out: Out = None,

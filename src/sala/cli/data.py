@@ -43,10 +43,10 @@ def data(
     threads: Threads = None,
 ) -> None:
     """Tokenise documents into memory-mapped shards."""
+    prepare(threads)
     if threads is not None:
         # tokenizers starts its threads when it first encodes
         os.environ["RAYON_NUM_THREADS"] = str(threads)
-    prepare(threads)
     from sala.data import find_files, load_tokenizer, open_dataset, read_dataset, read_files, write_shards
     from sala.errors import InputError
     from sala.model.checkpoint import find_checkpoint

@@ -6,6 +6,11 @@ from typing import Annotated
 
 import typer
 
+from sala.errors import InputError
+
+# more than machines have cores; every thread takes memory of its own
+MOST_THREADS = 1024
+
 Threads = Annotated[
     int | None,
     typer.Option(min=1, help="CPU threads; as many as there are cores when left out.", rich_help_panel="Machine"),
@@ -23,4 +28,6 @@ def prepare(threads: int | None) -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(torch|transformers)\b")
     if threads is not None:
+        if threads > MOST_THREADS:
+            raise InputError(f"--threads {threads}; expected 1 to {MOST_THREADS:,}, as many as there are cores at most")
         torch.set_num_threads(threads)

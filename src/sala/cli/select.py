@@ -26,9 +26,8 @@ def select(
     from sala.errors import InputError
 
     if plot is not None and plot.suffix != ".png":
-        raise InputError(
-            f"--plot {str(plot)!r}: the picture is a PNG; right would be {str(plot.with_suffix('.png'))!r}"
-        )
+        right = str(plot.with_suffix(".png")) if plot.name else "layers.png"
+        raise InputError(f"--plot {str(plot)!r}: the picture is a PNG; right would be {right!r}")
     table = read_scores(scores, model)
     selection = Selection(
         num_layers=table.num_layers,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from sala.errors import InputError
+from sala.errors import InputError, shortened
 
 Kind = Literal["file", "folder", "pipe"]
 
@@ -25,11 +25,15 @@ class Below:
 
 
 def source_path(source: str | Path) -> Path:
-    """Return the path that a person wrote, with `~` as their home; as it is where there is no such home."""
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:
-        return Path(source)
+    """Return the path that a person wrote, with `~` as their home; as it is where there is no such home.
+
+    Raises:
+        InputError: it is empty, as of a variable that is not set; `Path("")` is the current folder.
+    """
+    if not str(source):
+        raise InputError("a source is ''; expected a file, a folder or a pipe")
+    # not Path's own, which raises for a home of nobody
+    return Path(os.path.expanduser(source))
 
 
 def kind_of(path: Path) -> Kind | None:
@@ -92,7 +96,9 @@ def is_hidden(path: Path) -> bool:
 
 def refuse(path: Path, error: OSError | ValueError) -> NoReturn:
     """Raise InputError for what the system said when `path` was read."""
-    raise InputError(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    raise InputError(
+        f"{shortened(str(path), 200)!r} cannot be read: {getattr(error, 'strerror', None) or error}"
+    ) from error
 
 
 def _is_inside(path: Path, folder: Path) -> bool:

@@ -77,8 +77,8 @@ def prefill(
     on_tokens: called after every chunk with the number of tokens read in it.
     """
     if chunk < 1:
-        raise InputError(f"chunk = {chunk}; right would be 1 or above")
-    for part in ids_1T.split(chunk, dim=1):
+        raise InputError(f"chunk = {chunk}; expected 1 or above")
+    for part in ids_1T.split(min(chunk, ids_1T.shape[1]), dim=1):
         logits_11X = model(part, **named(cache), use_cache=True, logits_to_keep=1).logits
         on_tokens(part.shape[1])
     return logits_11X[:, -1]
@@ -104,14 +104,14 @@ def generate(
     on_text: called with every piece of text that is certain.
 
     Raises:
-        InputError: a graph is asked for and cannot be recorded here.
+        InputError: a graph is asked for and cannot be recorded here, or a stop string holds more than a special token.
     """
     recorded = _records(model, graph)
     device = model.device
     cache = new_cache(model.config, reserve=len(prompt) + sampling.max_new_tokens)
     seen_1T = torch.empty(1, len(prompt) + sampling.max_new_tokens, dtype=torch.long, device=device)
     seen_1T[0, : len(prompt)] = torch.tensor(prompt, device=device)
-    ends = end_tokens(model, tokenizer)
+    ends, stops = end_tokens(model, tokenizer), stop_tokens(tokenizer, sampling.stop)
     sampler, transcript = Sampler(sampling, device), Transcript(tokenizer, sampling.stop)
     finish: Literal["end", "stop", "length"] = "length"
     started = time.perf_counter()
@@ -129,7 +129,7 @@ def generate(
                 break
             tokens.append(token)
             _pass_on(transcript.add(token), on_text)
-            if transcript.stopped:
+            if transcript.stopped or token in stops:
                 finish = "stop"
                 break
     _pass_on(transcript.finish(), on_text)
@@ -189,6 +189,21 @@ def end_tokens(model: MiniCPMSALAForCausalLM, tokenizer: PreTrainedTokenizerBase
         if ids is not None:
             return frozenset([ids] if isinstance(ids, int) else ids)
     return frozenset()
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> frozenset[int]:
+    """Return the ids of those stop strings that are special tokens, which the text of an answer never has in it.
+
+    Raises:
+        InputError: a stop string has a special token and something else in it.
+    """
+    special: list[str] = tokenizer.all_special_tokens
+    for text in stop:
+        if text not in special and (held := [token for token in special if token in text]):
+            raise InputError(
+                f"stop string {text!r} holds the special token {held[0]!r}; expected the token alone, or text"
+            )
+    return frozenset(tokenizer.get_vocab()[text] for text in stop if text in special)
 
 
 def _pass_on(piece: str, on_text: Callable[[str], None]) -> None:

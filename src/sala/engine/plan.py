@@ -8,11 +8,12 @@ import torch
 
 from sala.engine.load import find_device
 from sala.engine.memory import available_bytes, estimate, longest_that_fits, process_bytes
-from sala.errors import InputError, nearest
+from sala.errors import InputError, nearest, shortened
 from sala.model import MiniCPMSALAConfig
 from sala.model.report import cache_parts, network_shapes
 
 INT4_GROUP = 128
+MOST_BYTES = 2**60
 UNITS = {
     "": 1,
     "KIB": 2**10,
@@ -174,6 +175,6 @@ def parse_bytes(text: str) -> int:
         size = float(digits) * UNITS[unit]
     except (KeyError, ValueError):
         size = 0.0
-    if not 1 <= size < float("inf"):
-        raise InputError(f"memory {text!r}; right would be a size such as 32GiB, 24GB or 512MiB")
+    if not 1 <= size <= MOST_BYTES:
+        raise InputError(f"memory {shortened(text)!r}; expected a size such as 32GiB, 24GB or 512MiB, at most 1EiB")
     return int(size)

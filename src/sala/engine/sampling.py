@@ -1,5 +1,6 @@
 """How the next token is drawn: options, the checkpoint's own defaults, and the draw."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,6 +18,10 @@ from transformers import (
 from sala.errors import InputError
 
 DEFAULT_NEW_TOKENS = 256
+# logits are divided by a temperature and a penalty: by less than this some leave float32
+SMALLEST = 1e-6
+# what torch's generators tell apart
+NUM_SEEDS = 2**64
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +45,23 @@ class Sampling:
 
     def __post_init__(self) -> None:
         ranges = {
-            "temperature": (self.temperature >= 0, "0 (the likeliest token) or above"),
+            "temperature": (
+                self.temperature == 0 or SMALLEST <= self.temperature < math.inf,
+                f"0 (the likeliest token), or {SMALLEST:g} and above, finite",
+            ),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "top_k": (self.top_k >= 0, "0 (all) or above"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 changes nothing"),
+            "repetition_penalty": (
+                SMALLEST <= self.repetition_penalty <= 1 / SMALLEST,
+                f"{SMALLEST:g} to {1 / SMALLEST:g}; 1 changes nothing",
+            ),
+            "seed": (self.seed is None or 0 <= self.seed < NUM_SEEDS, f"0 to {NUM_SEEDS - 1}"),
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or above"),
             "stop": (all(self.stop), "no empty string"),
         }
         for name, (fits, right) in ranges.items():
             if not fits:
-                raise InputError(f"{name} = {getattr(self, name)}; right would be {right}")
+                raise InputError(f"{name} = {getattr(self, name)}; expected {right}")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):
             cut = "top_p" if self.top_p < 1 else "top_k"
             raise InputError(

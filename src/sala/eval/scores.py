@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sala.data import Document, Vocabulary, encode_documents, library_documents, retrieval_document, vocabulary
+from sala.data import (
+    Document,
+    Vocabulary,
+    encode_documents,
+    encode_stream,
+    library_documents,
+    retrieval_document,
+    vocabulary,
+)
 from sala.errors import InputError
 from sala.eval.language import text_windows
 from sala.eval.retrieval import NEEDLES
@@ -61,8 +69,7 @@ def layer_scorers(
     try:
         words = vocabulary(tokenizer)
     except InputError:
-        rows = tokenizer([document.text for document in documents], add_special_tokens=False)["input_ids"]
-        text = np.concatenate([np.asarray(row, np.int64) for row in rows])
+        text = encode_stream(tokenizer, documents, [])
         readings = _sentences(tokenizer, text, length, questions)
     else:
         text = encode_documents(tokenizer, documents)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,8 +36,9 @@ def find_checkpoint(name: str | Path, files: Sequence[str] = FILES) -> Path:
     """
     if str(name) in BUILTIN:
         return BUILTIN[str(name)]
-    folder = Path(name).expanduser()
-    if folder.is_dir() or (is_gguf(folder) and folder.is_file()):
+    # not Path's own, which raises for a name that is too long and for the home of nobody
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder) or (is_gguf(folder) and folder.is_file()):
         return folder
     if str(name) in FETCHABLE:
         if (file := FETCHABLE[str(name)].place).is_file():
@@ -61,7 +63,7 @@ def find_checkpoint(name: str | Path, files: Sequence[str] = FILES) -> Path:
 
 def is_gguf(place: Path) -> bool:
     """Return whether a checkpoint is, by its name, a GGUF file and no folder."""
-    return place.suffix.lower() == SUFFIX and not place.is_dir()
+    return place.suffix.lower() == SUFFIX and not os.path.isdir(place)
 
 
 def is_on_hub(name: str) -> bool:
@@ -231,9 +233,9 @@ def output_folder(path: str | Path) -> Iterator[Path]:
         DiskError: it cannot be written, at the start or in the block.
     """
     target = Path(path).expanduser()
-    if target.exists():
-        raise InputError(f"output {str(target)!r} exists already; right would be a new folder")
     with writing(target):
+        if target.exists():
+            raise InputError(f"output {str(target)!r} exists already; right would be a new folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         working = target.parent / f".{target.name}.{uuid4().hex}"
         working.mkdir()
