@@ -1,7 +1,9 @@
 """The configuration of the one network: every field of the released `config.json`, and the switches of its source families."""
 
 import math
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from transformers import PreTrainedConfig
@@ -64,6 +66,19 @@ INHERITED_FIELDS = frozenset(
 
 # Attributes that a user or a tool has set on a configuration, by name: kept in the file beside ours, and taken back from it.
 USER_FIELDS = "user_fields"
+
+# What a saved folder has for programs that do not import `sala`: transformers runs it with trust_remote_code=True.
+REMOTE_CODE = "modeling_sala.py"
+REMOTE_CODE_TEXT = """# The code of this model is the package `sala`. transformers reads this file with trust_remote_code=True.
+from sala import MiniCPMSALAConfig, MiniCPMSALAForCausalLM, MiniCPMSALAModel
+
+__all__ = ["MiniCPMSALAConfig", "MiniCPMSALAForCausalLM", "MiniCPMSALAModel"]
+"""
+AUTO_MAP = {
+    "AutoConfig": "modeling_sala.MiniCPMSALAConfig",
+    "AutoModel": "modeling_sala.MiniCPMSALAModel",
+    "AutoModelForCausalLM": "modeling_sala.MiniCPMSALAForCausalLM",
+}
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -175,9 +190,19 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     def lightning_scale_value(self) -> float:
         return LIGHTNING_SCALES[self.lightning_scale](self.lightning_head_dim)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: transformers would copy this module into saved folders, which have `REMOTE_CODE` instead."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write config.json, and beside it the module that lets transformers load the folder where nobody imports `sala`."""
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        (Path(save_directory) / REMOTE_CODE).write_text(REMOTE_CODE_TEXT, encoding="utf-8")
+
     def to_dict(self) -> dict[str, Any]:
-        """As the base class has it, with the names of what a user has set; free of fields that say there are no latents."""
+        """As the base class has it, with `auto_map` and the names of what a user has set, and without latents that are None."""
         fields = {k: v for k, v in super().to_dict().items() if k not in LATENT_FIELDS or v is not None}
+        fields["auto_map"] = dict(AUTO_MAP)
         ours = {*self.__dataclass_fields__, *INHERITED_FIELDS, *COMMON}
         of_user = _of_user(name for name in self.__dict__ if name in fields and name not in ours)
         return {**fields, USER_FIELDS: sorted(of_user)} if of_user else fields

@@ -67,6 +67,10 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _skip_keys_device_placement = [CACHE]  # noqa: RUF012
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing, as `MiniCPMSALAConfig.register_for_auto_class`."""
+
 
 class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
     """Token ids to the last hidden state."""
