@@ -1,9 +1,11 @@
 """Every error a user can cause: one line with what was wrong, the value, and what would be right."""
 
 import difflib
+import errno
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +58,10 @@ class InputError(SalaError):
     """Text, files, options or tensors that a verb cannot work on."""
 
 
+class TokenizerError(InputError):
+    """A tokenizer that is not the one of the data or of the model."""
+
+
 class DiskError(SalaError):
     """A file or folder that the system does not let us write or read: a full disk, a quota, missing rights."""
 
@@ -81,7 +87,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Make an error of the system about `path`, or about a file that stands in for it, a DiskError that names it."""
+    """Make an error of the system about `path`, a folder on its way or a file that stands in for it a DiskError about it."""
     try:
         yield
     except SalaError:
@@ -90,6 +96,26 @@ def writing(path: Path) -> Iterator[None]:
         found = _OF_RUST.search(str(error))
         number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
         about = getattr(error, "filename", None)
-        if number is None or (about is not None and not Path(about).is_relative_to(path.parent)):
+        if number is None or (about is not None and not _on_the_way(Path(about), path.parent)):
             raise
+        if number == errno.EEXIST and about is not None and Path(about) in path.parents:
+            # a file, where a folder is to be made
+            number = errno.ENOTDIR
         raise DiskError(f"{str(path)!r} cannot be written: {os.strerror(number)}") from error
+
+
+def _on_the_way(about: Path, folder: Path) -> bool:
+    return about.is_relative_to(folder) or folder.is_relative_to(about)
+
+
+def require_writable(path: Path) -> None:
+    """Raise DiskError unless a file can be written at `path`: asked before the hours of work whose result it will hold.
+
+    Its folder is made where there is none.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass

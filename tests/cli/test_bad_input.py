@@ -1,6 +1,7 @@
 """Bad input gets one clear line and exit code 2, and leaves nothing half-written."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -69,6 +70,15 @@ def test_a_broken_checkpoint_is_refused(case, sala, broken):
     damage, message = CHECKPOINTS[case]
     damage(broken)
     assert_refused(sala("generate", "--model", broken, "--prompt", "x"), message)
+
+
+@pytest.mark.parametrize("options", [[], ["--temperature", "1"]])
+def test_weights_that_are_not_finite_are_no_answer(options, sala, broken):
+    state = load_file(broken / "model.safetensors")
+    state["model.layers.0.mlp.up_proj.weight"][3, 1] = math.inf
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    outcome = sala("generate", "--model", broken, "--prompt", "x", *options)
+    assert_refused(outcome, "tensor 'model.layers.0.mlp.up_proj.weight' holds infinity; expected finite weights")
 
 
 @pytest.mark.parametrize("case", [case for case in CHECKPOINTS if case != "no tokenizer"])
@@ -206,16 +216,16 @@ def test_an_output_that_exists_is_refused(sala, teacher, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
     assert_refused(
-        sala("convert", "--teacher", teacher, "--recipe", "smoke", "--out", tmp_path / "out"), "exists already"
+        sala("convert", "--teacher", teacher, "--recipe", "smoke", "--out", tmp_path / "out"), "is no folder of a run"
     )
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
 
 
 def test_recipes_without_what_they_start_from_are_refused(sala, teacher, tmp_path):
     train = ("train", "--out", tmp_path / "out")
-    assert_refused(sala(*train, "smoke"), "converts a teacher; right would be --teacher CHECKPOINT alone")
+    assert_refused(sala(*train, "smoke"), "converts a teacher; expected --teacher CHECKPOINT alone")
     assert_refused(sala(*train, "smoke", "--teacher", teacher, "--model", teacher), "--teacher CHECKPOINT alone")
-    assert_refused(sala(*train, "teacher", "--teacher", teacher), "has no teacher; right would be --model CHECKPOINT")
+    assert_refused(sala(*train, "teacher", "--teacher", teacher), "has no teacher; expected --model CHECKPOINT")
     assert_refused(sala(*train, "teacher", "--model", teacher), "describes a new model")
     assert not (tmp_path / "out").exists()
     assert_refused(

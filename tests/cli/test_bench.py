@@ -48,6 +48,19 @@ def test_what_cannot_be_measured_is_one_line(options, message, sala):
     assert len(outcome.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("verb", "work"), [("ops", "run_ops"), ("latency", "run_latency"), ("train", "run_train")])
+def test_a_file_that_cannot_be_written_is_told_before_the_measuring(verb, work, sala, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"sala.bench.{work}", lambda *_, **__: pytest.fail("something was measured"))
+    (tmp_path / "file").touch()
+    for out, message in (
+        (tmp_path / "file" / "results.json", "Not a directory"),
+        (tmp_path / "file" / "below" / "results.json", "Not a directory"),
+        (tmp_path, "Is a directory"),
+    ):
+        outcome = sala("bench", verb, "--out", out)
+        assert (outcome.code, outcome.err) == (2, f"sala: '{out}' cannot be written: {message}\n")
+
+
 def test_latency_prints_a_table_and_writes_what_it_measured(sala, tmp_path):
     out = tmp_path / "latency.json"
     options = ("--shape", "sala-10m", "--length", "64", "--repeats", "1", "--new-tokens", "1", "--dtype", "float32")

@@ -66,6 +66,15 @@ def test_names_are_shown_as_they_are(sala) -> None:
     assert outcome.out.count("\n[align] ") == 3
 
 
+@pytest.mark.parametrize(("name", "gpus"), [("halo-qwen3-1.7b", 1), ("halo-qwen3-1.7b", 4), ("minicpm-sala", 1)])
+def test_the_mesh_that_a_plan_asks_for_is_one(sala, name, gpus) -> None:
+    plan, told = ("train", name, "--dry-run", "--gpus", gpus), []
+    while (outcome := sala(*plan, *told)).code:
+        assert "GPUs do not divide into copies of" in outcome.err and len(told) < 40, outcome.err
+        told += outcome.err.partition("one copy over all of them: ")[2].split()
+    assert told and "GPU-hours" in outcome.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -75,7 +84,6 @@ def test_names_are_shown_as_they_are(sala) -> None:
         (("demo", "--dry-run", "--gpus", "3"), "windows a batch do not divide over 3 data-parallel ranks"),
         (("demo", "--dry-run", "--out", "x"), "--out has no effect with --dry-run"),
         (("demo", "--dry-run", "--keep", "3"), "--keep has no effect with --dry-run"),
-        (("demo", "--dry-run", "--tokenizer", "embedded-teacher"), "--tokenizer has no effect with --dry-run"),
         (("demo", "--dry-run", "--model", "embedded-teacher"), "--teacher CHECKPOINT alone"),
         (("teacher", "--dry-run", "--teacher", "embedded-teacher"), "has no teacher"),
         (("teacher", "--dry-run", "--set", "model=null", "--set", "init={}"), "needs --model CHECKPOINT"),

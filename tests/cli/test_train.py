@@ -1,9 +1,12 @@
 """`sala train` stops, goes on and exports; who speaks when many processes fail."""
 
+import math
 import os
+import shutil
 import signal
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from sala.cli.progress import Display
 from sala.data import Document, train_tokenizer
@@ -53,7 +56,8 @@ def test_a_signal_saves_in_one_line_and_the_same_command_goes_on(
     outcome = sala("train", recipe, "--out", tmp_path / "run")
     assert outcome.code == 0 and outcome.out.strip() == str(tmp_path / "run" / "final")
     outcome = sala("train", recipe, "--out", tmp_path / "run")
-    assert outcome.code == 2 and "is finished" in outcome.err
+    assert outcome.code == 0 and outcome.out.strip() == str(tmp_path / "run" / "final")
+    assert outcome.err == f"the run in '{tmp_path}/run' is finished: its model is '{tmp_path}/run/final'\n"
 
 
 def test_a_checkpoint_that_a_run_replaces_while_it_is_exported_is_one_line(
@@ -74,6 +78,26 @@ def test_a_checkpoint_that_a_run_replaces_while_it_is_exported_is_one_line(
     outcome = sala(*export, tmp_path / "model")
     assert outcome.code == 2 and "replaced" in outcome.err and outcome.err.count("\n") == 1
     assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(sala, recipe, tmp_path, little_text, monkeypatch):
+    assert sala("train", recipe, "--out", tmp_path / "run", "--set", "stages.short.steps=1").code == 0
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Checkpoints, "load", lambda *_: pytest.fail("a model was made"))
+    monkeypatch.setattr("sala.train.run.run_stage", lambda *_, **__: pytest.fail("a stage was trained"))
+    monkeypatch.setattr("sala.data.encode._texts", lambda *_: pytest.fail("a document was read"))
+    words = ("--tokenizer", "embedded-teacher")
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "below" / "out"):
+        for verb in (
+            ("train", recipe),
+            ("convert", "--teacher", "embedded-teacher", "--recipe", "smoke"),
+            ("train", "export", tmp_path / "run"),
+            ("data", recipe, *words),
+            ("demo", "--quick"),
+        ):
+            outcome = sala(*verb, "--out", out)
+            assert outcome.code == 2 and "Not a directory" in outcome.err, outcome
+            assert outcome.err.count("\n") == 1
 
 
 def test_the_model_is_named_below_the_display(sala, recipe, tmp_path, little_text, monkeypatch):
@@ -129,7 +153,7 @@ def test_the_first_process_of_a_machine_speaks_first(sala, tmp_path, monkeypatch
         (["stages.short.steps=null", "stages.short.tokens=1000"], "right would be 896 (steps 7) or 1,024 (steps 8)"),
         (["stages.short.learning_rate.peak=1e999"], "peak: Input should be a finite number"),
         (["seed=-1"], "seed: Input should be greater than or equal to 0"),
-        (["model.vocab_size=10"], "the model a vocab_size of 10; right would be"),
+        (["model.vocab_size=10"], "the model a vocab_size of 10; expected the model's own"),
         (["stages.short.trainable=linear_attention"], "chooses nothing in a model with mixers attention"),
         (["stages.short.sparse=true"], "sparse_config is None"),
     ],
@@ -142,6 +166,8 @@ def test_a_recipe_that_cannot_be_is_one_line_and_leaves_no_folder(
     assert outcome.code == 2 and message in outcome.err
     assert len(outcome.err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+    # what a dry run says is what the run says
+    assert sala("train", recipe, "--dry-run", *options) == outcome
 
 
 LINEAR, NO_FRACTION = "stages.distill.trainable=linear_attention", "conversion.keep.fraction=null"
@@ -159,8 +185,9 @@ LINEAR, NO_FRACTION = "stages.distill.trainable=linear_attention", "conversion.k
 )
 def test_a_conversion_that_cannot_be_leaves_no_folder(settings, message, sala, teacher, tmp_path):
     options = [word for setting in settings for word in ("--set", setting)]
-    for verb in (("train", "smoke"), ("convert", "--recipe", "smoke")):
-        outcome = sala(*verb, "--teacher", teacher, "--out", tmp_path / "run", *options)
+    out = ("--out", tmp_path / "run")
+    for verb in (("train", "smoke", *out), ("convert", "--recipe", "smoke", *out), ("train", "smoke", "--dry-run")):
+        outcome = sala(*verb, "--teacher", teacher, *options)
         assert outcome.code == 2 and message in outcome.err
         assert len(outcome.err.splitlines()) == 1
         assert not (tmp_path / "run").exists()
@@ -169,6 +196,45 @@ def test_a_conversion_that_cannot_be_leaves_no_folder(settings, message, sala, t
 def test_a_hybrid_is_no_teacher(sala, hybrid, tmp_path):
     outcome = sala("train", "smoke", "--teacher", hybrid, "--out", tmp_path / "run")
     assert outcome.code == 2 and "a conversion starts from 'attention' in every layer" in outcome.err
+    assert not (tmp_path / "run").exists()
+    assert sala("train", "smoke", "--teacher", hybrid, "--dry-run") == outcome
+
+
+def test_a_dry_run_refuses_weights_that_are_not_there(sala, teacher, tmp_path):
+    torn = shutil.copytree(teacher, tmp_path / "torn")
+    (torn / "model.safetensors").unlink()
+    for rest in (("--out", tmp_path / "run"), ("--dry-run",)):
+        outcome = sala("train", "smoke", "--teacher", torn, *rest)
+        assert outcome.code == 2 and "lacks model.safetensors" in outcome.err
+
+
+def test_a_conversion_is_one_run_by_either_verb(sala, teacher, tmp_path, little_text):
+    uniform, run = ("--teacher", teacher, "--set", "conversion.keep.method=uniform"), tmp_path / "run"
+    convert = ("convert", "--recipe", "smoke", "--out", run, *uniform)
+    outcome = sala(*convert, "--save-every", 1)
+    assert outcome.code == 0 and outcome.out == f"{run / 'final'}\n"
+    assert list((run / "checkpoints").glob("step-*"))
+    for again in (convert, ("train", "smoke", "--out", run, *uniform)):
+        outcome = sala(*again)
+        assert outcome.code == 0 and outcome.out == f"{run / 'final'}\n" and "is finished" in outcome.err
+    shutil.rmtree(run / "final")
+    assert sala(*convert, "--resume", "previous").code == 0
+    assert (run / "final" / "model.safetensors").is_file()
+    outcome = sala(*convert, "--set", "seed=1")
+    assert outcome.code == 2 and "has seed = 0, this recipe 1" in outcome.err
+    assert "no effect with --save-every" in sala(*convert, "--save-every", 3, "--save-minutes", 2).err
+
+
+def test_weights_that_are_not_finite_are_named_and_no_rate_is_blamed(sala, teacher, tmp_path, little_text):
+    broken = shutil.copytree(teacher, tmp_path / "broken")
+    state = load_file(broken / "model.safetensors")
+    state["model.layers.2.mlp.down_proj.weight"][1, 1] = math.nan
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    outcome = sala("convert", "--teacher", broken, "--recipe", "smoke", "--out", tmp_path / "run")
+    assert outcome.code == 2
+    assert outcome.err == (
+        f"sala: the teacher '{broken}': tensor 'model.layers.2.mlp.down_proj.weight' holds nan; expected finite weights\n"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -189,6 +255,28 @@ def test_shards_are_counted_and_those_of_another_tokenizer_refused(sala, recipe,
     outcome = sala(*train, shards)
     assert outcome.code == 0
     assert "1 documents are longer than 64 and are cut" in outcome.err
+
+
+def test_shards_of_ones_own_tokenizer_ask_for_it_by_the_option(sala, recipe, tmp_path):
+    train_tokenizer([Document("a.py", TEXT)], vocab_size=300).save_pretrained(tmp_path / "words")
+    (tmp_path / "long.txt").write_text(TEXT)
+    outcome = sala("data", tmp_path / "long.txt", "--out", tmp_path / "web", "--tokenizer", tmp_path / "words")
+    assert outcome.code == 0
+    shards = ("--set", "stages.short.data={web: 1}", "--set", f"sources={{web: {{shards: {tmp_path / 'web'}}}}}")
+    mine, run, plan = ("--tokenizer", tmp_path / "words"), ("--out", tmp_path / "run"), ("--dry-run",)
+    for what in (run, plan):
+        outcome = sala("train", recipe, *what, *shards)
+        assert outcome.code == 2 and outcome.err.endswith(
+            "It is the tokenizer of embedded-teacher, for none was named; expected --tokenizer CHECKPOINT\n"
+        )
+    assert not (tmp_path / "run").exists()
+    assert sala("train", recipe, *plan, *shards, *mine).code == 0
+    assert sala("train", recipe, *run, *shards, *mine).code == 0
+    # a teacher's tokenizer is the teacher's
+    for what in (("--out", tmp_path / "hybrid"), plan):
+        sources = ("--set", f"sources={{text: {{shards: {tmp_path / 'web'}}}}}")
+        outcome = sala("train", "smoke", "--teacher", "embedded-teacher", *what, *sources)
+        assert outcome.code == 2 and "another tokenizer" in outcome.err and "--tokenizer" not in outcome.err
 
 
 def test_a_folder_that_is_no_run_of_ours_is_one_line(sala, recipe, tmp_path, little_text):

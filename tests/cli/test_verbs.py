@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sala as package
 from sala.cli.inspect import layer_strip, ranges
@@ -108,6 +110,45 @@ def test_fetch_lists_what_there_is(sala, monkeypatch, tmp_path):
     assert outcome.code == 0 and "smollm2-135m-instruct" in outcome.out and " no " in outcome.out
     outcome = sala("generate", "--model", "smollm2-135m-instruct", "--prompt", "hi")
     assert outcome.code == 2 and "expected `sala fetch smollm2-135m-instruct` first" in outcome.err
+
+
+def test_a_prompt_beyond_the_trained_positions_gets_one_line(sala, tmp_path, teacher, hybrid, caplog):
+    short = shutil.copytree(teacher, tmp_path / "short")
+    fields = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(fields | {"max_position_embeddings": 8}))
+    prompt = ("--prompt", "def area(radius): return 3.14 * radius ** 2", "-n", "1")
+    for model, told in ((short, 1), (teacher, 0), (hybrid, 0)):
+        caplog.clear()
+        assert sala("generate", "--model", model, *prompt).code == 0
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(warnings) == told
+        assert all("more than the 8 positions that the model was trained on" in line for line in warnings)
+
+
+def test_a_selection_without_evidence_says_so(sala, tmp_path):
+    rows = [{"layer": layer, "recall": 0.0, "language": 0.1 * layer} for layer in range(4)]
+    (tmp_path / "selection.json").write_text(json.dumps({"layers": rows}))
+    outcome = sala("select", "--scores", tmp_path / "selection.json", "--keep", "1")
+    assert outcome.code == 0 and outcome.out.splitlines()[-1] == "3"
+    assert outcome.err.startswith("1 of 4 equal layers are kept, an arbitrary choice: recall is 0 whichever layer is")
+
+
+def test_a_teacher_of_another_architecture_is_not_sglangs_minicpm(sala, tmp_path, teacher):
+    mine = shutil.copytree(teacher, tmp_path / "llama")
+    config = LlamaConfig(
+        vocab_size=1159,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(mine)
+    outcome = sala("inspect", mine)
+    assert outcome.code == 0 and "can load it" not in outcome.out
+    assert "config.json says 'llama', for another model of SGLang" in outcome.out
 
 
 def test_select_prints_the_kept_layers_last(sala, tmp_path):
@@ -271,9 +312,9 @@ def test_verbs_load_nothing_heavy_before_they_run():
 
 
 def test_convert_makes_a_hybrid_that_generates(sala, teacher, tmp_path):
-    out = tmp_path / "hybrid"
+    out = tmp_path / "run" / "final"
     uniform = ("--set", "conversion.keep.method=uniform")
-    outcome = sala("convert", "--teacher", teacher, "--recipe", "smoke", "--out", out, *uniform)
+    outcome = sala("convert", "--teacher", teacher, "--recipe", "smoke", "--out", out.parent, *uniform)
     assert (outcome.code, outcome.out) == (0, f"{out}\n")
     assert "align: step 2 of 2" in outcome.err
     assert (out / "recipe.yaml").is_file()

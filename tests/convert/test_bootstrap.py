@@ -1,5 +1,7 @@
 """Choices on items that were drawn again."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -22,13 +24,19 @@ def test_a_resample_is_a_selection_on_its_own_items(method: str, first_last: boo
     table, rng, times = outcomes(), np.random.default_rng(3), 50
     drawn = [rng.multinomial(size, np.full(size, 1 / size), size=times) for size in (QUESTIONS, PIECES)]
     counts = np.zeros(LAYERS)
+    # of equal layers the higher ones are taken: in all orders together each gets its share
+    inner = range(1, LAYERS - 1) if first_last else range(LAYERS)
+    ends = ([0], [LAYERS - 1]) if first_last else ([], [])
+    orders = [[*ends[0], *order, *ends[1]] for order in itertools.permutations(inner)]
     for questions, pieces in zip(*drawn, strict=True):
         recall = np.repeat(table.recall, questions, axis=1).mean(axis=1)
         language = np.repeat(table.language, pieces, axis=1).mean(axis=1)
-        scores = LayerScores(tuple(recall), tuple(language))
-        counts[list(select(LAYERS, 3, method=method, scores=scores, epsilon=0.01, first_last=first_last))] += 1
+        for order in orders:
+            scores = LayerScores(tuple(recall[order]), tuple(language[order]))
+            kept = select(LAYERS, 3, method=method, scores=scores, epsilon=0.01, first_last=first_last)
+            counts[[order[place] for place in kept]] += 1 / len(orders)
     found = bootstrap(table, 3, method=method, epsilon=0.01, first_last=first_last, resamples=times, seed=3)
-    assert found.frequency == tuple(counts / times)
+    assert found.frequency == pytest.approx(counts / times)
     assert sum(found.frequency) == pytest.approx(3)
     assert min(found.frequency[1:-1]) > 0 or first_last, "the items are few enough for the choice to move"
 
@@ -53,6 +61,12 @@ def test_a_choice_that_hangs_on_nothing_is_certain() -> None:
     clear = np.ones((4, 20))
     clear[2] = 0
     assert bootstrap(Outcomes(clear, np.full((4, 10), 0.5)), 1).frequency == (0, 0, 1, 0)
+
+
+def test_layers_that_nothing_tells_apart_are_kept_as_often() -> None:
+    nothing = Outcomes(np.zeros((4, 20)), outcomes().language[:4])
+    assert bootstrap(nothing, 1).frequency == (0.25, 0.25, 0.25, 0.25)
+    assert bootstrap(nothing, 3, first_last=True).frequency == (1, 0.5, 0.5, 1)
 
 
 def test_the_seed_decides_the_resamples() -> None:

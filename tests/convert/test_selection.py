@@ -10,8 +10,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from sala.convert.bootstrap import Outcomes, bootstrap
-from sala.convert.select import importance, read_scores, select
-from sala.convert.selection import KEPT, LINEAR, Selection, plot_selection
+from sala.convert.select import LayerScores, importance, read_scores, select
+from sala.convert.selection import KEPT, LINEAR, Selection, _legend, plot_selection
 
 LAYERS = 6
 
@@ -88,3 +88,50 @@ def test_an_epsilon_below_the_noise_is_told() -> None:
     assert above.warning is None
     assert dataclasses.replace(below, method="recall_drop").warning is None, "it has no epsilon"
     assert dataclasses.replace(below, bootstrap=None).warning is None, "its noise is not known"
+
+
+def equal(recall: tuple[float, ...], keep: int, first_last: bool = False) -> Selection:
+    scores = LayerScores(recall, tuple(0.1 * layer for layer in range(len(recall))))
+    return Selection(
+        num_layers=len(recall),
+        method="halo",
+        epsilon=1e-3,
+        first_last=first_last,
+        kept=select(len(recall), keep, scores=scores, first_last=first_last),
+        scores=scores,
+        importance=importance(scores),
+    )
+
+
+@pytest.mark.parametrize(
+    ("recall", "keep", "message"),
+    [
+        ((0.0, 0.0, 0.0, 0.0), 1, "1 of 4 equal layers are kept, an arbitrary choice: recall is 0 whichever layer is"),
+        (
+            (0.5, 0.5, 0.5, 0.5),
+            3,
+            "3 of 4 equal layers are kept, an arbitrary choice: recall is 0.5 whichever layer is",
+        ),
+        ((0.5, 0.1, 0.5, 0.5), 2, "1 of 3 equal layers are kept, an arbitrary choice (the higher layers)"),
+        ((0.5, 0.1, 0.5, 0.5), 1, None),
+        ((0.5, 0.5, 0.5, 0.5), 4, None),
+    ],
+)
+def test_a_choice_among_equals_says_that_it_is_arbitrary(
+    recall: tuple[float, ...], keep: int, message: str | None, tmp_path: Path
+) -> None:
+    selection = equal(recall, keep)
+    selection.write(tmp_path)
+    table = json.loads((tmp_path / "selection.json").read_text())
+    if message is None:
+        assert selection.warning is None and "warning" not in table
+        return
+    assert selection.warning is not None and selection.warning.startswith(message)
+    assert table["warning"] == selection.warning
+    assert selection.arbitrary in _legend(selection)
+
+
+def test_layers_that_are_kept_unasked_are_no_choice() -> None:
+    ends = equal((0.0, 0.0, 0.0, 0.0), 2, first_last=True)
+    assert ends.kept == (0, 3) and ends.warning is None
+    assert equal((0.0, 0.0, 0.0, 0.0), 3, first_last=True).equals == (1, 2)

@@ -10,7 +10,7 @@ import torch
 from sala.convert import halo
 from sala.data import Document, train_tokenizer
 from sala.model.families import load_model
-from sala.train import Scorers, load_recipe, read_corpus, run_conversion
+from sala.train import Scorers, load_recipe, read_corpus, train
 
 TEXT = "def read(path):\n    return open(path).read()\n" * 40
 
@@ -24,25 +24,27 @@ def test_a_conversion_writes_what_it_returns(
     teacher = teacher_of(family, vocab_size=len(tokenizer))
     recipe = load_recipe("smoke")
     seen: list[tuple[str, int]] = []
-    hybrid, report = run_conversion(
+    hybrid = train(
         recipe,
-        teacher,
-        tmp_path / "hybrid",
+        tmp_path / "run",
+        model=teacher,
         scorers=Scorers(halo, lambda model: 0.5, lambda model: 0.5),
         tokenizer=tokenizer,
         data=read_corpus(tokenizer, [Document("a.py", TEXT)]),
         observer=lambda progress: seen.append((progress.stage, progress.step)),
     )
     assert seen == [("align", 1), ("align", 2), ("distill", 1), ("distill", 2), ("long", 1)]
-    assert [path.name for path in tmp_path.iterdir()] == ["hybrid"]
-    loaded = load_model(tmp_path / "hybrid")
+    final = tmp_path / "run" / "final"
+    loaded = load_model(final)
     # long enough for blocks to be left out
     ids = torch.randint(len(tokenizer), (1, 100), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(loaded(ids).logits, hybrid(ids).logits)
     assert loaded.config.attn_logits_scaling == 64
-    written = json.loads((tmp_path / "hybrid" / "report.json").read_text())
-    assert tuple(written["mixer_types"]) == report.mixer_types
-    assert {"selection.json", "README.md"} <= {path.name for path in (tmp_path / "hybrid").iterdir()}
+    written = json.loads((final / "report.json").read_text())
+    assert written["mixer_types"] == hybrid.config.mixer_types
+    assert {"selection.json", "README.md"} <= {path.name for path in final.iterdir()}
+    for name in ("selection.json", "selection.png"):
+        assert (tmp_path / "run" / name).read_bytes() == (final / name).read_bytes()
     assert set(written["step_zero"]) == {"gates", "positions", "linear_layers", "all"}
-    assert load_recipe(tmp_path / "hybrid" / "recipe.yaml").resolved == recipe.resolved
-    assert len((tmp_path / "hybrid" / "metrics.jsonl").read_text().splitlines()) == len(seen)
+    assert load_recipe(final / "recipe.yaml").resolved == recipe.resolved
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == len(seen)

@@ -1,9 +1,15 @@
 """What ships does what its card says, and stays small."""
 
+import re
+import shlex
+from pathlib import Path
+
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sala  # noqa: F401 - registers the model
+from sala.cli import main
 from sala.data import encode_documents, library_documents, load_tokenizer, vocabulary
 from sala.eval import retrieval
 from sala.model.checkpoint import BUILTIN
@@ -17,6 +23,15 @@ def accuracy(name: str, haystack: str, length: int, questions: int) -> float:
         load_model(name), vocabulary(tokenizer), haystack=haystack, length=length, text=text, questions=questions
     )
     return point.accuracy
+
+
+def test_the_readme_s_question_is_answered(capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    [(command, answer)] = re.findall(r"^    sala (generate .*?) +# (.*)$", readme, re.MULTILINE)
+    with pytest.raises(SystemExit) as leaving:
+        main(shlex.split(command))
+    assert leaving.value.code == 0
+    assert capsys.readouterr().out.strip() == answer == "@cedar @delta"
 
 
 def test_both_are_small():

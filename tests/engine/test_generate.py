@@ -1,11 +1,14 @@
 """An answer is the same whatever the chunks; it ends where it should; its statistics are what happened."""
 
+import copy
+import math
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
+from model.shapes import tiny_model
 from sala.engine import Sampling, encode_prompt, generate, load, open_checkpoint
 from sala.engine.generate import end_tokens
 from sala.errors import CheckpointError, InputError, MemoryLimitError
@@ -125,6 +128,9 @@ def test_weights_keep_the_checkpoint_s_precision_but_those_of_the_package(folder
     monkeypatch.setitem(BUILTIN, "embedded-hybrid", folder.parent / "half")
     assert open_checkpoint(folder.parent / "half").dtype == torch.bfloat16
     assert open_checkpoint("embedded-hybrid").dtype == torch.float32
+    # their answers are two tokens, and what follows is noise
+    assert open_checkpoint("embedded-hybrid").generation.max_new_tokens == 16
+    assert open_checkpoint(folder).generation.max_new_tokens is None
     assert open_checkpoint("embedded-hybrid", dtype="bfloat16").dtype == torch.bfloat16
 
 
@@ -153,3 +159,38 @@ def test_weights_that_do_not_fit_are_not_read(device, kind, folder, monkeypatch)
 def test_what_is_not_there_is_refused(options, error, message, folder):
     with pytest.raises(error, match=message):
         open_checkpoint(**{"name": folder, **options})
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 0}, {"repetition_penalty": 1.3}])
+def test_weights_that_are_not_finite_give_no_answer(model, tokenizer, prompt, options):
+    broken = copy.deepcopy(model)
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(
+        CheckpointError, match=r"^the model: tensor 'model.layers.1.mlp.up_proj.weight' holds nan; expe"
+    ):
+        answer(broken, tokenizer, prompt, **options)
+
+
+def test_logits_that_overflow_on_the_way_end_the_answer_there(model, tokenizer, prompt):
+    broken, written = copy.deepcopy(model), []
+    first = answer(model, tokenizer, prompt).tokens[0]
+    # the embedding of the first token that is drawn, which the prompt does not hold, overflows
+    assert first not in prompt
+    broken.model.embed_tokens.weight.data[first] = 3e38
+    with pytest.raises(CheckpointError, match="the weights are finite, and the logits computed in float32 are not"):
+        generate(broken, tokenizer, prompt, Sampling(max_new_tokens=12), on_text=written.append)
+
+
+def test_a_prompt_beyond_the_trained_positions_is_told(tokenizer, prompt, caplog):
+    rotating = {"mixer_types": ["attention"] * 4, "attn_use_rope": True, "vocab_size": len(tokenizer)}
+    for changes, told in (
+        ({"max_position_embeddings": len(prompt)}, False),
+        ({"max_position_embeddings": len(prompt) - 1}, True),
+        ({"max_position_embeddings": 16, "attn_use_rope": False}, False),
+    ):
+        caplog.clear()
+        answer(tiny_model(**rotating | changes), tokenizer, prompt, max_new_tokens=1)
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert bool(warnings) == told
+        if told:
+            assert f"has {len(prompt)} tokens, more than the {len(prompt) - 1} positions" in warnings[0]

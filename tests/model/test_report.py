@@ -15,7 +15,6 @@ from sala.model.report import (
     inspect,
     num_parameters,
     parameters_by_kind,
-    sglang_obstacles,
 )
 
 
@@ -51,27 +50,6 @@ def test_numbers_of_the_released_model():
 def test_tied_embeddings_count_once():
     model = tiny_model(tie_word_embeddings=True)
     assert num_parameters(model.config) == sum(parameter.numel() for parameter in model.parameters())
-
-
-def test_the_released_configuration_runs_on_sglang():
-    assert sglang_obstacles(released_config()) == ()
-
-
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        ({"num_key_value_heads": 4}, "16 query heads"),
-        ({"attention_qk_norm": True}, "attention_qk_norm"),
-        ({"qkv_bias": True}, "biases"),
-        ({"attn_logits_scaling": 500}, "attn_logits_scaling"),
-        ({"head_dim": 64}, "head_dim is 64"),
-        ({"lightning_nkv": 2}, "lightning_nkv"),
-        ({"mixer_types": ["attention"] * 32}, "block-sparse"),
-    ],
-)
-def test_what_sglang_would_not_run_has_a_reason(changes, word):
-    fields = {name: getattr(released_config(), name) for name in type(released_config()).__annotations__}
-    assert any(word in reason for reason in sglang_obstacles(type(released_config())(**{**fields, **changes})))
 
 
 def test_a_report_has_what_the_folder_holds(folder):

@@ -82,6 +82,9 @@ def test_two_ranks_go_on_on_two_and_on_one(kind: str, folder: Path, done: Any, t
     other = shutil.copytree(out, tmp_path / "other")
     ranks.spawn(2, runs.work, tmp_path, given, folder, out)
     require_same(out, alone, 2)
+    finished = ranks.spawn(2, runs.work, tmp_path, given, folder, out)
+    assert finished == [f"0 the run in '{out}' is finished: its model is '{out / 'final'}'"] * 2
+    require_same(out, alone, 2)
     (moments,) = ranks.spawn(1, runs.work, tmp_path, runs.recipe(kind, folder), folder, other)
     assert isinstance(moments, int), moments
     assert not list(other.glob(f"{PREFIX}*"))
@@ -120,7 +123,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder: Path, done: Any, tm
     assert start(at=moments // 4, number=signal.SIGINT)[0].startswith("130 stopped ")
     assert isinstance(start()[0], int)
     require_same(out, alone)
-    assert start()[0].startswith(f"2 the run in '{out}' is finished: its model is")
+    assert start()[0].startswith(f"0 the run in '{out}' is finished: its model is")
 
 
 def require_full(stops: list[Any], out: Path) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +12,14 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from sala.data import Document, train_tokenizer
-from sala.errors import InputError, RecipeError, SalaError
+from sala.errors import CheckpointError, InputError, RecipeError, SalaError
 from sala.model.families import load_model
 from sala.train.batches import Corpus, StepFeed, WindowBatch, read_corpus
+from sala.train.checks import require_same_shape
+from sala.train.folder import Finished
 from sala.train.recipe import ConversionRecipe, TrainingRecipe, load_recipe, override, parse_recipe
-from sala.train.run import Scorers, new_model, require_same_shape, run_conversion, sample, train
+from sala.train.run import Scorers, new_model, sample, train
+from sala.train.start import Origin
 
 TEXT = "def read(path):\n    return open(path).read()\n" * 40
 MODEL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
@@ -76,8 +78,16 @@ def test_a_finished_run_is_a_checkpoint_with_its_recipe(
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines] == [("short", 1), ("short", 2)]
 
-    with pytest.raises(InputError, match="is finished: its model is .*final"):
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(Finished, match="is finished: its model is .*final") as finished:
         train(recipe, tmp_path / "run", tokenizer=tokenizer, data=corpus)
+    assert finished.value.exit_code == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(RecipeError, match=r"has seed = 0, this recipe 1"):
+        train(recipe.model_copy(update={"seed": 1}), tmp_path / "run", tokenizer=tokenizer, data=corpus)
+    other = train_tokenizer([Document("a.py", TEXT[::-1])], vocab_size=300)
+    with pytest.raises(InputError, match="started with another tokenizer"):
+        train(recipe, tmp_path / "run", tokenizer=other, data=corpus)
 
 
 def test_a_run_is_a_function_of_its_recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> None:
@@ -165,10 +175,10 @@ def test_a_teacher_of_another_shape_is_refused(
     fields = teacher.config.to_dict()
     require_same_shape(smoke().model_copy(update={"teacher": fields}), teacher.config)
     with pytest.raises(RecipeError, match=r"for a teacher with hidden_size = 2048; this one has 16.*teacher=null"):
-        run_conversion(
-            load_recipe("halo-qwen3-1.7b"),
-            teacher,
+        train(
+            load_recipe("halo-qwen3-1.7b", ["mesh={}", "precision=float32"]),
             tmp_path / "hybrid",
+            model=teacher,
             scorers=Scorers(lambda *_, **__: None, lambda model: 0.0, lambda model: 0.0),
             tokenizer=tokenizer,
             data=corpus,
@@ -179,17 +189,6 @@ def smoke() -> ConversionRecipe:
     recipe = load_recipe("smoke")
     assert isinstance(recipe, ConversionRecipe)
     return recipe
-
-
-def convert(tokenizer: Any, corpus: Corpus, out: Path, halo: Callable) -> tuple[Any, Any]:
-    return run_conversion(
-        smoke(),
-        new_model(training_recipe(), tokenizer),
-        out,
-        scorers=Scorers(halo, lambda model: 0.0, lambda model: 0.0),
-        tokenizer=tokenizer,
-        data=corpus,
-    )
 
 
 def test_latent_keys_that_cannot_be_frozen_are_refused_before_alignment(
@@ -203,11 +202,9 @@ def test_latent_keys_that_cannot_be_frozen_are_refused_before_alignment(
     *first, last = recipe.stages
     frozen = recipe.model_copy(update={"stages": (*first, last.model_copy(update={"freeze_qk": True}))})
     scorers = Scorers(lambda *_, **__: pytest.fail("a conversion began"), lambda model: 0.0, lambda model: 0.0)
-    for run in (train, run_conversion):
-        start = {"model": teacher} if run is train else {"teacher": teacher}
-        with pytest.raises(SalaError, match="freeze_qk: latent attention makes keys and values in one projection"):
-            run(frozen, out=tmp_path / "run", scorers=scorers, tokenizer=tokenizer, data=corpus, **start)
-        assert not (tmp_path / "run").exists()
+    with pytest.raises(SalaError, match="freeze_qk: latent attention makes keys and values in one projection"):
+        train(frozen, tmp_path / "run", model=teacher, scorers=scorers, tokenizer=tokenizer, data=corpus)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_measured_on_is_packed_as_what_is_trained_on(corpus: Corpus) -> None:
@@ -222,27 +219,33 @@ def test_what_is_measured_on_is_packed_as_what_is_trained_on(corpus: Corpus) -> 
     assert sample(smoke(), corpus).input_ids.shape == (2, smoke().stages[0].length)
 
 
-def test_a_conversion_that_fails_leaves_nothing(
+@pytest.mark.parametrize(("number", "named"), [(float("nan"), "holds nan"), (float("inf"), "holds infinity")])
+def test_weights_that_are_not_finite_are_the_teacher_s(
+    number: float, named: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> None:
+    teacher = new_model(training_recipe(), tokenizer)
+    teacher.model.layers[1].mlp.up_proj.weight.data[3, 0] = number
+    scorers = Scorers(lambda *_, **__: pytest.fail("a conversion began"), lambda model: 0.0, lambda model: 0.0)
+    given: dict[str, Any] = {"tokenizer": tokenizer, "data": corpus, "origin": Origin("mine")}
+    message = f"'mine': tensor 'model.layers.1.mlp.up_proj.weight' {named}; expected finite weights"
+    with pytest.raises(CheckpointError, match=f"^the teacher {message}"):
+        train(smoke(), tmp_path / "run", model=teacher, scorers=scorers, **given)
+    recipe = training_recipe().model_copy(update={"model": None})
+    with pytest.raises(CheckpointError, match=f"^the model {message}"):
+        train(recipe, tmp_path / "run", model=teacher, **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_logits_that_are_not_finite_are_the_teacher_s(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
 ) -> None:
-    def halo(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(tokenizer, corpus, tmp_path / "hybrid", halo)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_output_that_exists_is_refused_before_the_work(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
-) -> None:
-    (tmp_path / "hybrid").mkdir()
-
-    def halo(*_: Any, **__: Any) -> Any:
-        raise AssertionError("nothing may start")
-
-    with pytest.raises(InputError, match="exists already"):
-        convert(tokenizer, corpus, tmp_path / "hybrid", halo)
+    teacher = new_model(training_recipe(), tokenizer)
+    teacher.lm_head.weight.data.fill_(3e38)
+    scorers = Scorers(lambda *_, **__: pytest.fail("a conversion began"), lambda model: 0.0, lambda model: 0.0)
+    with pytest.raises(
+        CheckpointError, match="^the teacher: the weights are finite, and the logits computed in float32"
+    ):
+        train(smoke(), tmp_path / "run", model=teacher, scorers=scorers, tokenizer=tokenizer, data=corpus)
 
 
 def test_another_tokenizer_trains_on_text_alone() -> None:

@@ -23,6 +23,7 @@ from sala.train.recipe import Recipe, override, parse_recipe
 from train.ranks import another_process
 
 STEPS = 6
+START: dict[str, Any] = {"checkpoint": None, "tokenizer": {"name": "words", "sha256": "1"}, "data": {}}
 
 
 def recipe() -> Recipe:
@@ -52,7 +53,7 @@ def test_of_two_processes_the_second_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "run"
     with another_process(claim, path):
         with pytest.raises(CheckpointError, match="is in use by another process; right would be to end it first"):
-            RunFolder(path, recipe(), ONE_PROCESS)
+            RunFolder(path, recipe(), START, ONE_PROCESS)
         assert not (path / "recipe.yaml").exists()
 
 
@@ -68,7 +69,7 @@ def test_what_is_asked_for_in_vain_leaves_no_folder(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SalaError, match=message):
-        RunFolder(tmp_path / "run", recipe(), ONE_PROCESS, options)
+        RunFolder(tmp_path / "run", recipe(), START, ONE_PROCESS, options)
     assert not (tmp_path / "run").exists()
 
 
@@ -100,13 +101,13 @@ def changed(setting: str) -> dict[str, Any]:
 def test_another_recipe_is_refused_with_the_field(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     begun(tmp_path / "run")
     with pytest.raises(RecipeError, match=message):
-        RunFolder(tmp_path / "run", parse_recipe(values), ONE_PROCESS)
+        RunFolder(tmp_path / "run", parse_recipe(values), START, ONE_PROCESS)
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
     begun(tmp_path / "run")
     (tmp_path / "run" / ".metrics.jsonl.123").write_text("{")
-    run = RunFolder(tmp_path / "run", recipe(), ONE_PROCESS)
+    run = RunFolder(tmp_path / "run", recipe(), START, ONE_PROCESS)
     assert not list((tmp_path / "run").glob(".*"))
     assert run.record is not None
     run.record.close()
@@ -119,7 +120,7 @@ class Run:
 
     def __init__(self, path: Path, resume: Any):
         self.state: dict[str, Any] = {"history": torch.zeros(2 * STEPS)}
-        self.folder = RunFolder(path, recipe(), ONE_PROCESS, RunOptions(save_every=2, resume=resume))
+        self.folder = RunFolder(path, recipe(), START, ONE_PROCESS, RunOptions(save_every=2, resume=resume))
         self.stage, self.step = len(self.folder.finished), 0
         if self.folder.saved is not None and self.stage < 2:
             progress = self.keeper.restore(self.state, FEED)

@@ -174,10 +174,14 @@ def measure(
     """Run a plan and show the results; what is measured in hours is written into `out` as it comes.
 
     Raises:
+        DiskError: `out` cannot be written; nothing has been measured.
         MeasurementError: names what failed, after everything else was measured, shown and written.
     """
     from sala.bench import MeasurementError, write_results
+    from sala.errors import require_writable
 
+    if out is not None:
+        require_writable(out)
     progress = error_console()
     results = run(
         plan,

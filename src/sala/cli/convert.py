@@ -1,4 +1,4 @@
-"""`sala convert`: a pretrained Transformer becomes a hybrid, by a recipe."""
+"""`sala convert`: a pretrained Transformer becomes a hybrid, by a recipe; the run is that of `sala train --teacher`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,11 +6,22 @@ from typing import Annotated
 import typer
 
 from sala.cli.options import Threads, prepare
-from sala.cli.progress import Display, error_console
-from sala.cli.train import Settings, require_conversion
+from sala.cli.train import (
+    Keep,
+    Resume,
+    ResumeFrom,
+    SaveEvery,
+    SaveMinutes,
+    Settings,
+    Tokenizer,
+    Wandb,
+    run,
+    run_options,
+)
 
 
 def convert(
+    context: typer.Context,
     teacher: Annotated[
         str,
         typer.Option(
@@ -18,38 +29,33 @@ def convert(
         ),
     ],
     recipe: Annotated[str, typer.Option(help="A recipe of the package by name, or a YAML file.")],
-    out: Annotated[Path, typer.Option(help="A new folder for the hybrid; it appears once it is complete.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The folder of the run. The same command again goes on where it was left; the hybrid appears in its folder "
+            "final."
+        ),
+    ],
+    tokenizer: Tokenizer = None,
     settings: Settings = None,
+    save_every: SaveEvery = None,
+    save_minutes: SaveMinutes = 15.0,
+    keep: Keep = 2,
+    resume: ResumeFrom = Resume.newest,
+    wandb: Wandb = None,
     threads: Threads = None,
 ) -> None:
-    """Convert a pretrained Transformer into a sparse-linear hybrid (HALO)."""
+    """Convert a pretrained Transformer into a sparse-linear hybrid (HALO).
+
+    The run is that of `sala train RECIPE --teacher CHECKPOINT`: it can be stopped and goes on, and torchrun may start it.
+    """
     prepare(threads)
-    from sala.convert import halo
-    from sala.data import load_tokenizer
     from sala.errors import RecipeError
-    from sala.eval import layer_scorers
-    from sala.model.checkpoint import find_checkpoint
-    from sala.model.families import load_model
-    from sala.train import ConversionRecipe, Origin, Scorers, load_recipe, run_conversion
+    from sala.train import ConversionRecipe, load_recipe
 
     loaded = load_recipe(recipe, settings or ())
     if not isinstance(loaded, ConversionRecipe):
         raise RecipeError(
-            f"recipe {recipe!r} trains a model from scratch; right would be a recipe with 'conversion', or `sala train`"
+            f"recipe {recipe!r} trains a model from scratch; expected a recipe with 'conversion', or `sala train`"
         )
-    folder = find_checkpoint(teacher)
-    network, tokenizer = load_model(folder, dtype="stored"), load_tokenizer(folder)
-    require_conversion(loaded, network.config)
-    scorers = layer_scorers(tokenizer)
-    with Display(error_console()) as display:
-        run_conversion(
-            loaded,
-            network,
-            out,
-            scorers=Scorers(halo, scorers.recall, scorers.language),
-            tokenizer=tokenizer,
-            observer=display.observe,
-            say=display.say,
-            origin=Origin.of(teacher),
-        )
-    typer.echo(out)
+    run(loaded, out, teacher, tokenizer, run_options(context))

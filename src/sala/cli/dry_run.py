@@ -9,7 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sala.cli.start import BUILTIN_TEACHER, load_words, naming_tokenizer, plan_data, plan_networks
+
 if TYPE_CHECKING:
+    from sala.model import MiniCPMSALAConfig
     from sala.train import ConversionRecipe, TrainingRecipe
     from sala.train.budget import Cluster, Networks, StageBudget
     from sala.train.recipe import LearningRate, Mesh
@@ -21,52 +24,58 @@ def dry_run(
     recipe: "TrainingRecipe | ConversionRecipe",
     *,
     start: str | None,
-    tokenizer: str,
+    tokenizer: str | None,
     gpu: str,
     gpus: int | None,
     memory: float | None,
     mfu: float,
     as_json: bool,
 ) -> None:
-    """Print what a recipe costs; nothing is trained.
+    """Print what a recipe costs, unless it could not run; nothing is trained.
 
     start: the checkpoint to convert or to train, whose configuration is taken; None means the recipe's own, and of a
         conversion without one the embedded teacher.
+    tokenizer: as for the run. Of a recipe's own teacher none is known: then its data is not asked what it holds.
     """
     from sala.train.budget import cluster, stage_budgets
+    from sala.train.checks import require_feeds
 
     machine = cluster(gpu, precision=recipe.precision, gpus=gpus, memory_gib=memory, mfu=mfu)
-    networks, origin = _networks(recipe, start, tokenizer)
+    config, source, origin = _shape(recipe, start, tokenizer)
+    words = None if source is None else load_words(source)
+    with naming_tokenizer(named=bool(tokenizer or start)):
+        networks = plan_networks(recipe, config, words)
+        data = plan_data(recipe, words)
     rows = stage_budgets(recipe, networks, machine)
+    if data is not None:
+        require_feeds(recipe, data, [row.mesh.data_parallel for row in rows])
     if as_json:
         typer.echo(json.dumps(_plain(recipe.name, origin, machine, networks, rows), indent=1))
     else:
         _print(recipe.name, origin, machine, networks, rows, recipe.precision)
 
 
-def _networks(recipe: "TrainingRecipe | ConversionRecipe", start: str | None, tokenizer: str) -> tuple["Networks", str]:
-    """Return the networks of a recipe, and in words whose shape they have."""
-    from sala.convert import planned_configs
-    from sala.data import load_tokenizer
+def _shape(
+    recipe: "TrainingRecipe | ConversionRecipe", start: str | None, tokenizer: str | None
+) -> tuple["MiniCPMSALAConfig | None", str | None, str]:
+    """Return the configuration of what is converted or trained (None: the recipe's new model), where the tokenizer is
+    from (None: not known), and in words whose shape it is.
+    """
     from sala.model.checkpoint import find_checkpoint
     from sala.model.families import config_from, load_config
-    from sala.train import TrainingRecipe
-    from sala.train.budget import Networks
-    from sala.train.run import model_config, require_same_shape
+    from sala.model.report import check_tensors
+    from sala.train import ConversionRecipe, Origin, TrainingRecipe
 
-    if isinstance(recipe, TrainingRecipe):
-        if start is not None:
-            return Networks(load_config(start)), f"model {start}"
-        config = model_config(recipe, load_tokenizer(find_checkpoint(tokenizer)))
-        return Networks(config), f"the recipe's model with the vocabulary of {tokenizer}"
-    if start is None and recipe.teacher is not None:
-        config, origin = config_from(recipe.teacher), "the recipe's teacher"
-    else:
-        name = start or "embedded-teacher"
-        config, origin = load_config(name), f"teacher {name}"
-        require_same_shape(recipe, config)
-    hybrid, twins = planned_configs(config, recipe.conversion)
-    return Networks(hybrid, config, twins), origin
+    if start is None and isinstance(recipe, TrainingRecipe):
+        source = tokenizer or BUILTIN_TEACHER
+        return None, source, f"the recipe's model with the vocabulary of {source}"
+    if start is None and isinstance(recipe, ConversionRecipe) and recipe.teacher is not None:
+        return config_from(recipe.teacher), tokenizer, "the recipe's teacher"
+    name = start or BUILTIN_TEACHER
+    config = load_config(name)
+    if not Origin.of(name).on_hub:
+        check_tensors(find_checkpoint(name), config)
+    return config, tokenizer or name, f"{'teacher' if isinstance(recipe, ConversionRecipe) else 'model'} {name}"
 
 
 def _plain(

@@ -51,4 +51,6 @@ def select(
     for row in selection.rows():
         view.add_row(*(f"{row[name]:.4g}" for name in columns), "yes" if row["kept"] else "")
     Console(highlight=False, markup=False).print(view)
+    if selection.warning is not None:
+        typer.echo(selection.warning, err=True)
     typer.echo(" ".join(map(str, selection.kept)))

@@ -8,11 +8,11 @@ import typer
 
 from sala.cli.options import Threads, prepare
 from sala.cli.progress import Display, error_console
+from sala.cli.start import BUILTIN_TEACHER, load_words, naming_tokenizer, plan_networks, require_start
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a field of the recipe. May be repeated.")
 ]
-BUILTIN_TEACHER = "embedded-teacher"
 DRY_RUN, KEEPING = "Dry run", "What is kept"
 
 
@@ -21,39 +21,44 @@ class Resume(StrEnum):
     previous = "previous"
 
 
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="The folder of the run. The same command again goes on where it was left; the model appears in its folder final."
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(help="A checkpoint whose tokenizer is used; that of the teacher or the model when left out."),
+]
+SaveEvery = Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=KEEPING)]
+SaveMinutes = Annotated[
+    float, typer.Option(min=0, help="Minutes between checkpoints, without --save-every.", rich_help_panel=KEEPING)
+]
+Keep = Annotated[int, typer.Option(min=1, help="Checkpoints that stay.", rich_help_panel=KEEPING)]
+ResumeFrom = Annotated[
+    Resume, typer.Option(help="The checkpoint to go on from, of those that are there.", rich_help_panel=KEEPING)
+]
+Wandb = Annotated[str | None, typer.Option(help="A project of Weights & Biases to log to.", rich_help_panel=KEEPING)]
+
+
 def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe of the package by name, or a YAML file.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The folder of the run. The same command again goes on where it was left; the model appears in its folder final."
-        ),
-    ] = None,
+    out: Out = None,
     teacher: Annotated[
         str | None, typer.Option(help="The checkpoint that a recipe with 'conversion' converts.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="The checkpoint that another recipe trains, in place of random weights.")
     ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="A checkpoint whose tokenizer is used; that of the teacher or the model when left out."),
-    ] = None,
+    tokenizer: Tokenizer = None,
     settings: Settings = None,
-    save_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=KEEPING)
-    ] = None,
-    save_minutes: Annotated[
-        float, typer.Option(min=0, help="Minutes between checkpoints, without --save-every.", rich_help_panel=KEEPING)
-    ] = 15.0,
-    keep: Annotated[int, typer.Option(min=1, help="Checkpoints that stay.", rich_help_panel=KEEPING)] = 2,
-    resume: Annotated[
-        Resume, typer.Option(help="The checkpoint to go on from, of those that are there.", rich_help_panel=KEEPING)
-    ] = Resume.newest,
-    wandb: Annotated[
-        str | None, typer.Option(help="A project of Weights & Biases to log to.", rich_help_panel=KEEPING)
-    ] = None,
+    save_every: SaveEvery = None,
+    save_minutes: SaveMinutes = 15.0,
+    keep: Keep = 2,
+    resume: ResumeFrom = Resume.newest,
+    wandb: Wandb = None,
     threads: Threads = None,
     dry_run: Annotated[
         bool,
@@ -81,7 +86,7 @@ def train(
     """
     prepare(threads)
     from sala.errors import InputError
-    from sala.train import ConversionRecipe, load_recipe
+    from sala.train import load_recipe
 
     loaded = load_recipe(recipe, settings or ())
     if dry_run:
@@ -89,14 +94,12 @@ def train(
 
         if out is not None:
             raise InputError("--out has no effect with --dry-run, which writes nothing; leave one of them out")
-        if tokenizer is not None and (isinstance(loaded, ConversionRecipe) or loaded.model is None):
-            raise InputError("--tokenizer has no effect with --dry-run but for a recipe with 'model'; leave it out")
         _refuse(context, KEEPING, "has no effect with --dry-run")
-        _check_start(loaded, teacher, model, dry_run=True)
+        require_start(loaded, teacher, model, dry_run=True)
         plan(
             loaded,
             start=teacher or model,
-            tokenizer=tokenizer or BUILTIN_TEACHER,
+            tokenizer=tokenizer,
             gpu=gpu,
             gpus=gpus,
             memory=memory,
@@ -104,16 +107,26 @@ def train(
             as_json=as_json,
         )
         return
-    if save_every is not None and _given(context, "save_minutes"):
-        raise InputError("--save-minutes has no effect with --save-every; leave one of them out")
     _refuse(context, DRY_RUN, "is for --dry-run")
     if out is None:
         raise InputError("--out is missing: the folder for the run (or --dry-run, which needs none)")
+    require_start(loaded, teacher, model)
+    run(loaded, out, teacher or model, tokenizer, run_options(context))
+
+
+def run_options(context: typer.Context) -> Any:
+    """Return how a run is kept, by the options of the panel `KEEPING`.
+
+    Raises:
+        InputError: two of them exclude each other.
+    """
+    from sala.errors import InputError
     from sala.train import RunOptions
 
-    _check_start(loaded, teacher, model, dry_run=False)
-    kept = RunOptions(save_every, save_minutes, keep, resume.value, wandb)
-    _run(loaded, out, teacher or model, tokenizer, kept)
+    given = context.params
+    if given["save_every"] is not None and _given(context, "save_minutes"):
+        raise InputError("--save-minutes has no effect with --save-every; leave one of them out")
+    return RunOptions(given["save_every"], given["save_minutes"], given["keep"], given["resume"].value, given["wandb"])
 
 
 def _given(context: typer.Context, name: str) -> bool:
@@ -130,58 +143,40 @@ def _refuse(context: typer.Context, panel: str, reason: str) -> None:
             raise InputError(f"{option.opts[0]} {reason}; leave it out")
 
 
-def _check_start(recipe: Any, teacher: str | None, model: str | None, *, dry_run: bool) -> None:
-    """Raise RecipeError unless there is what the recipe starts from, and nothing else; a plan may do without a teacher."""
-    from sala.errors import RecipeError
-    from sala.train import ConversionRecipe
+def run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, options: Any) -> None:
+    """Run a recipe in the folder `out`, from its beginning or from where it was left, and print where the model is.
 
-    if isinstance(recipe, ConversionRecipe):
-        if (teacher is None and not dry_run) or model is not None:
-            raise RecipeError(f"recipe {recipe.name!r} converts a teacher; right would be --teacher CHECKPOINT alone")
-    elif teacher is not None:
-        raise RecipeError(f"recipe {recipe.name!r} has no teacher; right would be --model CHECKPOINT, or neither")
-    elif (model is None) == (recipe.model is None):
-        what = "has no 'model' and needs --model CHECKPOINT" if model is None else "describes a new model"
-        raise RecipeError(f"recipe {recipe.name!r} {what}; right would be one of the two")
-
-
-def require_conversion(recipe: Any, teacher: Any) -> None:
-    """Raise SalaError when a recipe cannot convert a teacher of this configuration: before anything is written."""
-    from sala.convert import planned_configs
-    from sala.train.run import require_same_shape, require_trainable
-
-    require_same_shape(recipe, teacher)
-    hybrid, _ = planned_configs(teacher, recipe.conversion)
-    require_trainable(recipe, hybrid)
-
-
-def _run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, options: Any) -> None:
+    start: the checkpoint to convert, or to train; None for a new model.
+    """
     from sala.convert import halo
-    from sala.data import load_tokenizer
     from sala.eval import layer_scorers
     from sala.model.checkpoint import find_checkpoint
     from sala.model.families import load_model
-    from sala.train import ConversionRecipe, Origin, Scorers, start_world, train
+    from sala.train import ConversionRecipe, Finished, Origin, Scorers, read_data, start_world, train
 
-    converts = isinstance(recipe, ConversionRecipe)
-    words = load_tokenizer(find_checkpoint(tokenizer or start or BUILTIN_TEACHER))
+    words = load_words(tokenizer or start or BUILTIN_TEACHER)
     network: Any = None if start is None else load_model(find_checkpoint(start), dtype="stored")
-    if converts:
-        require_conversion(recipe, network.config)
+    with naming_tokenizer(named=bool(tokenizer or start)):
+        plan_networks(recipe, None if network is None else network.config, words)
+        data = read_data(recipe, words)
     with start_world(recipe.precision) as world, Display(error_console(), quiet=not world.main) as display:
-        scorers = layer_scorers(words) if converts else None
-        train(
-            recipe,
-            out,
-            tokenizer=words,
-            model=network,
-            scorers=None if scorers is None else Scorers(halo, scorers.recall, scorers.language),
-            observer=display.observe,
-            say=display.say,
-            world=world,
-            options=options,
-            origin=None if start is None else Origin.of(start),
-        )
+        scorers = layer_scorers(words) if isinstance(recipe, ConversionRecipe) else None
+        try:
+            train(
+                recipe,
+                out,
+                tokenizer=words,
+                model=network,
+                scorers=None if scorers is None else Scorers(halo, scorers.recall, scorers.language),
+                data=data,
+                observer=display.observe,
+                say=display.say,
+                world=world,
+                options=options,
+                origin=None if start is None else Origin.of(start),
+            )
+        except Finished as finished:
+            display.say(str(finished))
     # once the rows of the display stand still
     if world.main:
         typer.echo(out / "final")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sala.convert.select import DEFAULT_EPSILON, Floats, LayerScores, best, fixed_layers, values_of
+from sala.convert.select import DEFAULT_EPSILON, Floats, LayerScores, fixed_layers, shares, values_of
 from sala.errors import InputError
 
 RESAMPLES = 1000
@@ -52,7 +52,8 @@ class Bootstrap:
 
     recall_errors, language_errors: the standard error of every layer's R_i and C_i.
     language_noise: the standard error of max_j C_j - C_i, what epsilon is added to; the median over the layers.
-    frequency: for every layer, the share of resamples in which it is among the kept ones.
+    frequency: for every layer, the share of resamples in which it is among the kept ones. Where equal layers leave it open
+        which of them are kept, each counts for its share.
     """
 
     resamples: int
@@ -85,7 +86,8 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     recall_NL, language_NL = (_means(table, resamples, rng) for table in (outcomes.recall, outcomes.language))
     num_layers = len(outcomes.recall)
-    kept_NK = best(values_of(recall_NL, language_NL, epsilon, method), keep, fixed_layers(num_layers, first_last))
+    values_NL = values_of(recall_NL, language_NL, epsilon, method)
+    shares_NL = shares(values_NL, keep, fixed_layers(num_layers, first_last))
     lead_NL = language_NL.max(axis=1, keepdims=True) - language_NL
     return Bootstrap(
         resamples=resamples,
@@ -94,7 +96,7 @@ def bootstrap(
         recall_errors=tuple(recall_NL.std(axis=0).tolist()),
         language_errors=tuple(language_NL.std(axis=0).tolist()),
         language_noise=float(np.median(lead_NL.std(axis=0))),
-        frequency=tuple((np.bincount(kept_NK.ravel(), minlength=num_layers) / resamples).tolist()),
+        frequency=tuple(shares_NL.mean(axis=0).tolist()),
     )
 
 

@@ -213,6 +213,7 @@ def halo(
     own: Own = own,
     remember: Remember = FORGETFUL,
     say: Say = lambda text: None,
+    on_selection: Callable[[Selection], None] = lambda selection: None,
 ) -> tuple[Any, Report]:
     """Convert `teacher` (every layer "attention") and return the hybrid with what was done.
 
@@ -227,6 +228,7 @@ def halo(
             of every candidate, the kept layers, the cost of step zero. All else is a function of teacher, settings and
             seed, so with `run_stage` restoring the parameters it trained, the same modules are reached.
         say: takes a line on what happens now.
+        on_selection: takes which layers stay attention, before the hybrid is trained.
 
     Raises:
         ConfigError: the teacher has layers other than attention, or output gates.
@@ -252,6 +254,7 @@ def halo(
     say(f"layers that stay attention: {', '.join(map(str, kept)) or 'none'}")
     if selection.warning:
         say(selection.warning)
+    on_selection(selection)
 
     config = _config_of_hybrid(teacher.config, settings, kept)
     kinds = list(config.mixer_types)

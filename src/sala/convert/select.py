@@ -93,6 +93,16 @@ def best(values_L: Floats, keep: int, fixed: Sequence[int] = ()) -> NDArray[np.i
     return ranking(values_L)[..., :keep]
 
 
+def shares(values_L: Floats, keep: int, fixed: Sequence[int] = ()) -> Floats:
+    """Return how much of each layer `best` may keep (..., L): 1, 0, or an equal share of what equal layers leave open."""
+    values_L = values_L.copy()
+    values_L[..., list(fixed)] = np.inf
+    last = np.sort(values_L, axis=-1)[..., -keep, None]
+    above, equal = values_L > last, values_L == last
+    left = keep - above.sum(axis=-1, keepdims=True)
+    return above + equal * (left / equal.sum(axis=-1, keepdims=True))
+
+
 def uniform(num_layers: int, keep: int) -> tuple[int, ...]:
     """Return `keep` layers spread evenly, each at the middle of its share of the stack."""
     return tuple(int((2 * index + 1) * num_layers / (2 * keep)) for index in range(keep))

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 from sala.convert.bootstrap import Bootstrap
-from sala.convert.select import LayerScores
+from sala.convert.select import LayerScores, fixed_layers, shares
 
 TABLE, PLOT = "selection.json", "selection.png"
 
@@ -48,8 +49,30 @@ class Selection:
     bootstrap: Bootstrap | None = None
 
     @property
+    def equals(self) -> tuple[int, ...]:
+        """The layers of one importance of which some are kept and some are not; empty when the scores decide all."""
+        if not self.importance:
+            return ()
+        share = shares(np.asarray(self.importance), len(self.kept), fixed_layers(self.num_layers, self.first_last))
+        return tuple(np.flatnonzero((share > 0) & (share < 1)).tolist())
+
+    @property
+    def arbitrary(self) -> str | None:
+        """Say so when the scores leave open which layers are kept."""
+        if not self.equals:
+            return None
+        assert self.scores is not None
+        kept = len(set(self.equals) & set(self.kept))
+        choice = f"{kept} of {len(self.equals)} equal layers are kept, an arbitrary choice"
+        if len(set(self.scores.recall)) > 1:
+            return choice
+        return f"{choice}: recall is {self.scores.recall[0]:g} whichever layer is linear"
+
+    @property
     def warning(self) -> str | None:
-        """Say so when epsilon is below the noise that it should cover."""
+        """Say so when the choice is arbitrary, or epsilon below the noise that it should cover."""
+        if self.arbitrary is not None:
+            return f"{self.arbitrary} (the higher layers); expected a longer alignment, or questions that tell layers apart"
         if self.method != "halo" or self.bootstrap is None or self.epsilon >= self.bootstrap.language_noise:
             return None
         noise = f"{self.bootstrap.language_noise:.2g}"
@@ -93,6 +116,8 @@ def _table(selection: Selection) -> str:
         "first_last": selection.first_last,
         "kept": selection.kept,
     }
+    if selection.warning is not None:
+        table["warning"] = selection.warning
     if selection.bootstrap is not None:
         names = ("resamples", "questions", "pieces", "language_noise")
         table |= {name: getattr(selection.bootstrap, name) for name in names}
@@ -176,6 +201,8 @@ def _legend(selection: Selection) -> list[str]:
     if selection.method == "halo":
         noise = selection.bootstrap and f", noise of max C − C = {selection.bootstrap.language_noise:.2g}"
         lines.append(f"ε = {selection.epsilon:g}{noise or ''}")
+    if selection.arbitrary is not None:
+        lines.append(selection.arbitrary)
     return lines
 
 

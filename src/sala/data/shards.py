@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from sala.errors import InputError
+from sala.errors import InputError, TokenizerError
 from sala.model.checkpoint import output_folder
 
 FORMAT = "sala-tokens-1"
@@ -187,7 +187,8 @@ class Shards:
     tokenizer: refused when it is not the one that the shards were made with.
 
     Raises:
-        InputError: no such folder, a file missing or of the wrong size, or another tokenizer.
+        InputError: no such folder, or a file missing or of the wrong size.
+        TokenizerError: another tokenizer.
     """
 
     def __init__(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None):
@@ -204,9 +205,9 @@ class Shards:
                 raise InputError(f"shard {path} {found}; right would be {facts['bytes']} bytes: tokenise again")
         if tokenizer is not None and (given := tokenizer_hash(tokenizer)) != self.header["tokenizer"]["sha256"]:
             made = self.header["tokenizer"]
-            raise InputError(
+            raise TokenizerError(
                 f"{self.folder} was tokenised with another tokenizer (hash {made['sha256'][:12]}, {made['size']} pieces) "
-                f"than this one (hash {given[:12]}, {len(tokenizer)} pieces); tokenise again with this one"
+                f"than this one (hash {given[:12]}, {len(tokenizer)} pieces); expected the same, or shards made with this one"
             )
         self._ends = np.memmap(self.folder / INDEX, END, "r")
         self._first_documents = list(accumulate((s.documents for s in self.shards), initial=0))

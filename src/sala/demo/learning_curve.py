@@ -22,11 +22,12 @@ from sala.demo.measure import TEACHER, measure_language, read_ground, variants
 from sala.demo.plots import INK, save_plot
 from sala.demo.story import EMBEDDED_TEACHER
 from sala.demo.trials import SEEDS, write_json
-from sala.errors import InputError, RecipeError
+from sala.errors import InputError, RecipeError, require_writable
 from sala.eval import layer_scorers, text_loss
 from sala.model.checkpoint import find_checkpoint
 from sala.model.families import load_model
-from sala.train import ConversionRecipe, Progress, Scorers, TrainingRecipe, load_recipe, run_conversion
+from sala.train import ConversionRecipe, Progress, Scorers, TrainingRecipe, load_recipe, read_data
+from sala.train.run import StageRunner, make_model
 
 logger = logging.getLogger("sala.demo.learning_curve")
 
@@ -80,14 +81,9 @@ def learning_curve(recipe: ConversionRecipe, teacher: str = EMBEDDED_TEACHER, wi
             look(progress.stage)
 
     scorers = layer_scorers(tokenizer)
-    hybrid, report = run_conversion(
-        recipe,
-        model,
-        None,
-        scorers=Scorers(watched, scorers.recall, scorers.language),
-        tokenizer=tokenizer,
-        observer=note,
-        say=logger.info,
+    runner = StageRunner(recipe, read_data(recipe, tokenizer), note)
+    hybrid, report = make_model(
+        recipe, model, Scorers(watched, scorers.recall, scorers.language), runner, say=logger.info
     )
     models = {TEACHER: model} | variants(hybrid)
     return {
@@ -187,6 +183,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for path in (arguments.out, arguments.plot):
+        require_writable(path)
     summary = run_curves(arguments.work, arguments.out, recipe=arguments.recipe, seeds=arguments.seeds)
     save_plot(arguments.plot, draw_curves, summary)
     figure = summary["loss_over_teacher"]

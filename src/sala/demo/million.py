@@ -20,6 +20,7 @@ from sala.demo.progress import Say
 from sala.demo.story import describe
 from sala.demo.trials import write_json
 from sala.engine.memory import human_bytes
+from sala.errors import require_writable
 from sala.eval import find_needles
 from sala.model.checkpoint import find_checkpoint
 from sala.model.families import load_model
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/needles-million.json"))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    require_writable(arguments.out)
     find_in_million(arguments.model, arguments.out, length=arguments.length, needles=arguments.needles, say=logger.info)
 
 

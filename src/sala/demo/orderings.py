@@ -34,6 +34,7 @@ from sala.demo.trials import (
     uniform,
     without_alignment,
 )
+from sala.errors import require_writable
 from sala.model.mixers import reconfigured
 
 logger = logging.getLogger("sala.demo.orderings")
@@ -379,6 +380,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="a point")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    require_writable(arguments.out)
     summary = run_trials(
         arguments.work,
         arguments.out,

@@ -36,9 +36,10 @@ from sala.eval import find_needle, layer_scorers
 from sala.eval.needle import SEED as NEEDLE_SEED
 from sala.eval.reading import CHUNK_SIZE
 from sala.eval.retrieval import EVALUATION_SEED
-from sala.model.checkpoint import find_checkpoint, read_json
+from sala.model.checkpoint import find_checkpoint, output_folder, read_json
 from sala.model.families import load_model
-from sala.train import ConversionRecipe, Progress, Scorers, load_recipe, run_conversion
+from sala.train import ConversionRecipe, Progress, Scorers, load_recipe, read_data
+from sala.train.run import StageRunner, make_model, write_final
 
 EMBEDDED_TEACHER = "embedded-teacher"
 
@@ -129,8 +130,10 @@ def convert(
     say: Say,
 ) -> dict[str, Any]:
     """Convert `model` into the checkpoint folder `out`; return HALO's report and the loss of every step."""
+    steps: list[dict[str, Any]] = []
 
     def watch(progress: Progress) -> None:
+        steps.append(asdict(progress))
         observer(
             Moment(
                 "convert",
@@ -147,19 +150,14 @@ def convert(
             )
         )
 
-    scorers = layer_scorers(tokenizer)
-    run_conversion(
-        recipe,
-        model,
-        out,
-        scorers=Scorers(halo, scorers.recall, scorers.language),
-        tokenizer=tokenizer,
-        observer=watch,
-        say=say,
-    )
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [{name: row[name] for name in ("stage", "step", "loss", "tokens_per_s")} for row in map(json.loads, lines)]
-    return {"report": read_json(out / "report.json"), "steps": steps}
+    scorers, data = layer_scorers(tokenizer), read_data(recipe, tokenizer)
+    runner = StageRunner(recipe, data, watch)
+    # in memory: an interrupted demo begins anew
+    hybrid, report = make_model(recipe, model, Scorers(halo, scorers.recall, scorers.language), runner, say=say)
+    with output_folder(out) as folder:
+        write_final(folder, hybrid, report, tokenizer, recipe, data, steps, None)
+    shown = ("stage", "step", "loss", "tokens_per_s")
+    return {"report": read_json(out / "report.json"), "steps": [{name: row[name] for name in shown} for row in steps]}
 
 
 def describe(model: Any) -> dict[str, Any]:

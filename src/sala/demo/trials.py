@@ -30,7 +30,7 @@ from sala.demo.measure import variants as hybrid_variants
 from sala.demo.plan import Amount, Plan
 from sala.demo.progress import Moment, Observer, Say
 from sala.demo.story import EMBEDDED_TEACHER, convert, describe, summary_lines
-from sala.errors import InputError, RecipeError, nearest
+from sala.errors import InputError, RecipeError, nearest, require_writable
 from sala.model.checkpoint import find_checkpoint
 from sala.model.families import load_model
 from sala.train import ConversionRecipe, load_recipe, parse_recipe
@@ -409,6 +409,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
+    require_writable(arguments.out)
     summary = run_trials(
         arguments.work,
         arguments.out,

@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from sala.engine.graph import Steps, obstacle
 from sala.engine.memory import peak_bytes
-from sala.engine.sampling import Sampler, Sampling
+from sala.engine.sampling import NO_TOKEN, Sampler, Sampling
 from sala.engine.transcript import Transcript
 from sala.errors import InputError
 from sala.model import MiniCPMSALAForCausalLM, SalaCache, new_cache
+from sala.model.finite import refuse_logits
 from sala.model.interface import named
+from sala.model.rope import trained_length
 
 DEFAULT_CHUNK = 2048
 
@@ -105,8 +107,10 @@ def generate(
 
     Raises:
         InputError: a graph is asked for and cannot be recorded here, or a stop string holds more than a special token.
+        CheckpointError: the logits are not finite.
     """
     recorded = _records(model, graph)
+    _warn_beyond_training(model, len(prompt))
     device = model.device
     cache = new_cache(model.config, reserve=len(prompt) + sampling.max_new_tokens)
     seen_1T = torch.empty(1, len(prompt) + sampling.max_new_tokens, dtype=torch.long, device=device)
@@ -124,6 +128,8 @@ def generate(
     with closing(draws(model, cache, seen_1T, len(prompt), logits_1X, sampler, recorded)) as tokens_drawn:
         for token in islice(tokens_drawn, sampling.max_new_tokens):
             first_token_s = first_token_s or time.perf_counter() - started
+            if token == NO_TOKEN:
+                raise refuse_logits(model, "the model")
             if token in ends:
                 finish = "end"
                 break
@@ -144,6 +150,16 @@ def generate(
         peak_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_bytes(),
     )
     return Generation(transcript.text, tuple(tokens), finish, statistics)
+
+
+def _warn_beyond_training(model: MiniCPMSALAForCausalLM, tokens: int) -> None:
+    longest = trained_length(model.config)
+    if longest is not None and tokens > longest:
+        log.warning(
+            "the prompt has %s tokens, more than the %s positions that the model was trained on; expect a poor answer",
+            f"{tokens:,}",
+            f"{longest:,}",
+        )
 
 
 def _records(model: MiniCPMSALAForCausalLM, graph: bool | None) -> bool:

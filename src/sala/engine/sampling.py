@@ -88,6 +88,10 @@ def sampling_for(checkpoint: GenerationConfig, **given: Any) -> Sampling:
     return Sampling(**{**own, **given})
 
 
+# what is drawn from logits that are not finite: no token
+NO_TOKEN = -1
+
+
 class Sampler:
     """Draws tokens by one set of options; equal seeds draw equal tokens."""
 
@@ -111,11 +115,15 @@ class Sampler:
     def draw(self, seen_1T: Tensor, logits_1X: Tensor) -> Tensor:
         """Return the next token, int64 (1,), from logits (1, X); nothing is read back from their device.
 
+        `NO_TOKEN` when a logit is not finite, for whoever reads the token to notice.
+
         seen_1T: int64 (1, T), the tokens before it, in any order and as often as one likes.
         """
         scores_1X: Tensor = self.processors(seen_1T, logits_1X)  # type: ignore[arg-type]
-        if self.greedy:
-            return scores_1X.argmax(dim=-1)
+        token_1 = scores_1X.argmax(dim=-1) if self.greedy else self._choose(scores_1X)
+        return token_1.where(logits_1X.isfinite().all(), NO_TOKEN)
+
+    def _choose(self, scores_1X: Tensor) -> Tensor:
         # the first of exponential clocks to ring (torch.multinomial does the same, but looks at the numbers before)
         clocks_1X = torch.empty_like(scores_1X).exponential_(generator=self.generator)
         return (scores_1X.softmax(dim=-1) / clocks_1X).argmax(dim=-1)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from sala.model.cache import AttentionCache, LayerCache, LightningCache, SparseCache, compression_tiers
-from sala.model.checkpoint import find_checkpoint, has_place, require_all, shapes_stored, table_of_contents
-from sala.model.config import FULL_ROWS, LATENT_ROWS, MiniCPMSALAConfig
+from sala.model.checkpoint import find_checkpoint, has_place, read_fields, require_all, shapes_stored, table_of_contents
+from sala.model.config import FULL_ROWS, MiniCPMSALAConfig
 from sala.model.decoder import MiniCPMSALAForCausalLM
 from sala.model.families import load_config
 from sala.model.mixers import MIXERS
+from sala.model.sglang import sglang_obstacles
 from sala.ops.dispatch import explain
 from sala.ops.infllm import num_windows
 
@@ -85,7 +86,7 @@ def inspect(name: str | Path) -> Report:
         state_bytes=cache_bytes(config, 0, itemsize),
         cache_bytes={label: cache_bytes(config, length, itemsize) for label, length in LENGTHS.items()},
         backends={operator: explain(operator, device) for operator in operators},
-        sglang=sglang_obstacles(config),
+        sglang=sglang_obstacles(config, read_fields(folder)),
     )
 
 
@@ -178,44 +179,3 @@ def cache_bytes_per_token(config: MiniCPMSALAConfig, itemsize: int) -> float:
     if not FULL_ROWS.keys().isdisjoint(config.mixer_types):
         period = config.sparse_geometry.coarse_stride * config.sparse_geometry.coarse_size
     return (cache_bytes(config, 2 * period, itemsize) - cache_bytes(config, period, itemsize)) / period
-
-
-def sglang_obstacles(config: MiniCPMSALAConfig) -> tuple[str, ...]:
-    """Return why SGLang's MiniCPM-SALA model cannot run a checkpoint of this configuration as it is.
-
-    Read from its sources (models/minicpm.py, configs/minicpm.py and layers/attention/minicpm/ of pull request 30360):
-    what stops it, and what it would leave out or compute otherwise without a word.
-    """
-    assert config.num_key_value_heads is not None
-    mixers = set(config.mixer_types)
-    softmax, sparse, linear = mixers & {"attention", "minicpm4"}, "minicpm4" in mixers, "lightning-attn" in mixers
-    heads_a_group = config.num_attention_heads // config.num_key_value_heads
-    geometry = config.sparse_geometry if sparse else None
-    obstacles = {
-        "it has no latent attention; some mixer_types are "
-        f"{', '.join(sorted(mixers & set(LATENT_ROWS)))}": not mixers.isdisjoint(LATENT_ROWS),
-        "its attention has no q/k norm; attention_qk_norm is True": softmax and config.attention_qk_norm,
-        "it has no biases; attention_bias, qkv_bias or mlp_bias is True": config.attention_bias
-        or config.qkv_bias
-        or config.mlp_bias,
-        f"it does not scale logits by position; attn_logits_scaling is {config.attn_logits_scaling}": softmax
-        and config.attn_logits_scaling is not None,
-        f"its attention heads are hidden_size / num_attention_heads wide; head_dim is {config.head_dim}": softmax
-        and config.head_dim != config.hidden_size // config.num_attention_heads,
-        f"its linear layers have a key/value head for every query head; lightning_nkv is {config.lightning_nkv}, "
-        f"lightning_nh {config.lightning_nh}": linear and config.lightning_nkv != config.lightning_nh,
-        "it runs every attention layer block-sparse beside a sparse_config; some mixer_types are 'attention'": "attention"
-        in mixers
-        and config.sparse_config is not None,
-    }
-    if geometry is not None:
-        obstacles |= {
-            f"its sparse kernels take 16 query heads a key/value head; there are {heads_a_group}": heads_a_group != 16,
-            f"its sparse kernels take heads of 128; head_dim is {config.head_dim}": config.head_dim != 128,
-            "its kernels pool keys in windows of 32, 16 apart; kernel_size and kernel_stride are "
-            f"{geometry.kernel_size} and {geometry.kernel_stride}": (geometry.kernel_size, geometry.kernel_stride)
-            != (32, 16),
-            f"its kernels read blocks of 64 tokens; block_size is {geometry.block_size}": geometry.block_size != 64,
-            "it normalises scores by the coarse windows; normalizer is 'exact'": geometry.normalizer == "exact",
-        }
-    return tuple(reason for reason, holds in obstacles.items() if holds)

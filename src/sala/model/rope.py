@@ -46,6 +46,25 @@ def inverse_frequencies(config: MiniCPMSALAConfig, width: int) -> tuple[tuple[fl
     return tuple(frequencies.tolist()), float(factor)
 
 
+# scalings whose `max_position_embeddings` may be that of before the stretch
+STRETCHED = ("linear", "yarn")
+
+
+def trained_length(config: MiniCPMSALAConfig) -> int | None:
+    """Return how many positions the softmax layers of a model know; None where none of them rotates.
+
+    Layers without rotation, as in a hybrid of HALO, have no last position, and linear layers forget before theirs. A scaling
+    of rotations stretches the positions by its factor.
+    """
+    if not config.attn_use_rope or set(config.mixer_types) == {"lightning-attn"}:
+        return None
+    length, scaling = config.max_position_embeddings, config.rope_scaling or {}
+    if scaling.get("rope_type", scaling.get("type")) not in STRETCHED:
+        return length
+    original = scaling.get("original_max_position_embeddings") or length
+    return max(length, int(original * scaling["factor"]))
+
+
 def rotation_tables(positions_BT: Tensor, frequencies: tuple[float, ...], factor: float) -> tuple[Tensor, Tensor]:
     """Return cosine and sine, each (B, T, R) float32 for R pairs. Padding (position -1) rotates too; nobody reads it."""
     angles = positions_BT[..., None] * constant(frequencies, positions_BT.device)

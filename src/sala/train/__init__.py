@@ -2,17 +2,18 @@
 
 from sala.train.batches import Corpus, Data, ShardData, read_corpus, read_data
 from sala.train.export import export
-from sala.train.folder import Interrupted, RunOptions
+from sala.train.folder import Finished, Interrupted, RunOptions
 from sala.train.loop import NonFiniteError, Observer, Progress, run_stage
 from sala.train.parallel import World, start_world
 from sala.train.recipe import ConversionRecipe, Recipe, Stage, TrainingRecipe, load_recipe, parse_recipe, recipe_names
-from sala.train.run import Scorers, run_conversion, train
+from sala.train.run import Scorers, train
 from sala.train.start import Origin
 
 __all__ = [
     "ConversionRecipe",
     "Corpus",
     "Data",
+    "Finished",
     "Interrupted",
     "NonFiniteError",
     "Observer",
@@ -31,7 +32,6 @@ __all__ = [
     "read_corpus",
     "read_data",
     "recipe_names",
-    "run_conversion",
     "run_stage",
     "start_world",
     "train",

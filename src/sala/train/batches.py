@@ -252,23 +252,33 @@ class ShardData:
 def read_corpus(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document] | None = None) -> Corpus:
     """Encode `documents` (the standard library's training split when None), each ended by the end token."""
     documents = library_documents("train") if documents is None else documents
+    empty = blank_corpus(tokenizer, 0)
+    if empty.words is not None:
+        return dataclasses.replace(empty, text=encode_documents(tokenizer, documents))
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return dataclasses.replace(empty, text=encode_stream(tokenizer, documents, end))
+
+
+def blank_corpus(tokenizer: PreTrainedTokenizerBase, tokens: int) -> Corpus:
+    """Return a corpus of this tokenizer without text, which can say what its stages would draw."""
     try:
         words = vocabulary(tokenizer)
     except InputError:
         words = None
-    if words is not None:
-        return Corpus(encode_documents(tokenizer, documents), words, words.begin)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return Corpus(encode_stream(tokenizer, documents, end), None, tokenizer.bos_token_id)
+    return Corpus(np.zeros(tokens, np.int64), words, tokenizer.bos_token_id if words is None else words.begin)
 
 
-def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
+def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Data:
     """Open what a recipe's stages draw from: its sources, or the package's own text and tasks.
 
+    tokenizer: None compares sources with none.
+
     Raises:
-        InputError: a folder that holds no shards, or shards of another tokenizer.
+        InputError: a folder that holds no shards.
+        TokenizerError: shards of another tokenizer.
     """
     if not recipe.sources:
+        assert tokenizer is not None
         return read_corpus(tokenizer)
     return ShardData(
         {name: Source(Shards(row.shards, tokenizer), row.length_weights) for name, row in recipe.sources.items()}

@@ -457,9 +457,13 @@ def _on(recipe: Recipe, index: int, gpus: int | None) -> Mesh:
         copy = mesh.dp_shard * mesh.cp
         if gpus % copy:
             near = " or ".join(str(n * copy) for n in (gpus // copy, gpus // copy + 1) if n)
+            field = "mesh" if stage.mesh is None else f"stages.{stage.name}.mesh"
+            all_in_one = f"{field}.dp_shard={gpus // mesh.cp}"
+            if gpus % mesh.cp:
+                all_in_one = f"{field}.dp_shard={gpus} --set {field}.cp=1"
             raise RecipeError(
                 f"{place}{gpus} GPUs do not divide into copies of {copy} (dp_shard {mesh.dp_shard} x cp {mesh.cp}); "
-                f"right would be {near}"
+                f"expected {near}, or one copy over all of them: --set {all_in_one}"
             )
         mesh = mesh.model_copy(update={"dp_replicate": gpus // copy})
         if stage.batch % mesh.data_parallel and gpus % planned.ranks == 0:

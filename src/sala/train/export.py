@@ -101,17 +101,16 @@ def export(
     """
     if not (run / RECIPE).is_file():
         raise InputError(f"{str(run)!r} is no folder of a run; right would be one, such as --out of sala train")
-    if out.exists():
-        raise InputError(f"output {str(out)!r} exists already; right would be a new folder")
     recipe, checkpoints = load_recipe(run / RECIPE), Checkpoints(run / CHECKPOINTS)
     published = checkpoints.require(resume)
     chosen = published[-1 if resume == "newest" else -2] if published else None
-    with _while_it_is_there(chosen):
-        return _export(run, out, recipe, checkpoints, checkpoints.newest(resume), halo)
+    # the folder first: what cannot be written is known before a model is made
+    with output_folder(out) as folder, _while_it_is_there(chosen):
+        return _export(run, folder, recipe, checkpoints, checkpoints.newest(resume), halo)
 
 
 def _export(
-    run: Path, out: Path, recipe: Recipe, checkpoints: Checkpoints, saved: Saved | None, halo: Callable[..., Any]
+    run: Path, folder: Path, recipe: Recipe, checkpoints: Checkpoints, saved: Saved | None, halo: Callable[..., Any]
 ) -> Progress:
     if saved is None:
         raise InputError(
@@ -136,8 +135,7 @@ def _export(
         cut, model or new_model(recipe, tokenizer), scorers, runner, measured, lambda text: None
     )
     steps = list(rows_of((saved.folder / METRICS).read_bytes()))
-    with output_folder(out) as folder:
-        write_final(folder, trained, report, tokenizer, recipe, data, steps, origin)
+    write_final(folder, trained, report, tokenizer, recipe, data, steps, origin)
     return progress
 
 

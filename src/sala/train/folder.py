@@ -17,9 +17,10 @@ from sala.errors import DiskError, InputError, RecipeError, SalaError
 from sala.train.batches import Feed
 from sala.train.checkpoint import Checkpoints, Saved
 from sala.train.loop import NonFiniteError, Observer, Progress
-from sala.train.parallel import World
+from sala.train.parallel import ONE_PROCESS, World
 from sala.train.recipe import Recipe, load_recipe
 from sala.train.record import METRICS, Record, require_wandb, write_whole
+from sala.train.start import START, require_same_start
 from sala.train.weights import remove_files
 
 FINAL = "final"
@@ -54,6 +55,12 @@ class Interrupted(SalaError):
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+class Finished(InputError):
+    """The run is finished: nothing is left to do."""
+
+    exit_code = 0
 
 
 class Measured:
@@ -92,6 +99,10 @@ class Measured:
             lambda: [results[i] if i in results else self._recall(names[i], partial(compute, i)) for i in range(count)]
         )
 
+    def known(self, name: str) -> Any:
+        """Return a result that is there already, or None."""
+        return self._recall(name, lambda: None) if self._has(name) else None
+
     def _path(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{name}.json"
 
@@ -118,27 +129,31 @@ class Measured:
 class RunFolder:
     """The folder of one run, open for as long as `with` lasts.
 
+    start: what the run starts from besides its recipe (`start_of`).
     finished: the last steps of the stages before the one that goes on now.
 
     A DiskError that leaves `with` says from where the run goes on; all ranks have met it together.
 
     Raises:
-        InputError: the folder is not that of a run, or of a finished one.
+        Finished: the same run is there, and finished. Nothing has been changed.
+        InputError: the folder is not that of a run, or the run started from something else.
         RecipeError: the run that is there has another recipe.
         CheckpointError: another process is at it; or see `Checkpoints.newest`.
         DiskError: it cannot be written.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, world: World, options: RunOptions = DEFAULTS):
+    def __init__(
+        self, path: Path, recipe: Recipe, start: Mapping[str, Any], world: World, options: RunOptions = DEFAULTS
+    ):
         self.path, self.recipe, self.world, self.options = path, recipe, world, options
-        world.on_main(lambda: _require_own(path, recipe))
+        world.on_main(lambda: _require_own(path, recipe, start))
         self.checkpoints = Checkpoints(path / CHECKPOINTS, keep=options.keep)
         # what is asked for in vain leaves no folder
         self.checkpoints.require(options.resume)
         if options.wandb_project is not None:
             world.on_main(require_wandb)
         self.checkpoints.claim()
-        world.on_main(lambda: _settle(path, recipe))
+        world.on_main(lambda: _settle(path, recipe, start))
         self.signals = _Signals()
         self.measured = Measured(path / MEASURED, world, self._require_no_signal)
         self.saved: Saved | None = self.checkpoints.newest(options.resume)
@@ -147,6 +162,7 @@ class RunFolder:
         self.record: Record | None = None
         self.unwritten: DiskError | None = None
         try:
+            self.measured.once(START, lambda: start)
             world.on_main(self._open_record)
         except DiskError as error:
             raise self._with_advice(error) from error
@@ -309,19 +325,19 @@ def progress_of(values: Mapping[str, Any]) -> Progress:
     return Progress(**{**values, "layer_errors": tuple(values["layer_errors"])})
 
 
-def _require_own(path: Path, recipe: Recipe) -> None:
-    """Require that `path` is new, or a run that can go on with `recipe`."""
+def _require_own(path: Path, recipe: Recipe, start: Mapping[str, Any]) -> None:
+    """Require that `path` is new, or the run of `recipe` from `start` that can go on."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{str(path)!r} is a file; right would be a new folder")
     if not path.exists() or not _begun(path):
         return
     if not (path / RECIPE).is_file():
         raise InputError(f"{str(path)!r} exists and is no folder of a run; right would be a new folder")
-    if (path / FINAL).exists():
-        raise InputError(
-            f"the run in {str(path)!r} is finished: its model is {str(path / FINAL)!r}; right would be a new folder"
-        )
     _require_same(_what(load_recipe(path / RECIPE).resolved), _what(recipe.resolved), path)
+    if (there := Measured(path / MEASURED, ONE_PROCESS).known(START)) is not None:
+        require_same_start(there, start, path)
+    if (path / FINAL).exists():
+        raise Finished(f"the run in {str(path)!r} is finished: its model is {str(path / FINAL)!r}")
 
 
 def _begun(path: Path) -> bool:
@@ -330,10 +346,10 @@ def _begun(path: Path) -> bool:
     return bool(left) and not (left == [CHECKPOINTS] and not any((path / CHECKPOINTS).glob("step-*")))
 
 
-def _settle(path: Path, recipe: Recipe) -> None:
+def _settle(path: Path, recipe: Recipe, start: Mapping[str, Any]) -> None:
     """Write down how the run goes on, and remove what killed processes left half-written."""
     # another process may have begun it before this one claimed it
-    _require_own(path, recipe)
+    _require_own(path, recipe, start)
     for left in [*path.glob(f".{RECIPE}.*"), *path.glob(f".{METRICS}.*"), *(path / MEASURED).glob(".*.json.*")]:
         left.unlink()
     for left in path.glob(f".{FINAL}.*"):

@@ -100,8 +100,7 @@ class World:
             )
         if precision != "float32" and not dist.is_initialized():
             raise RecipeError(
-                f"precision {precision!r} needs the process group that `sala train` starts, which does what this verb does; "
-                "right would be sala train, or float32"
+                f"precision {precision!r} needs a process group; expected a run inside of start_world({precision!r}), or float32"
             )
         return Parallel(self, mesh, PRECISIONS[precision])
 

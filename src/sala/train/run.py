@@ -12,83 +12,39 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sala.data import tokenizer_hash
-from sala.errors import InputError, RecipeError, nearest
-from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from sala.errors import writing
+from sala.model import MiniCPMSALAForCausalLM
 from sala.model.checkpoint import output_folder
-from sala.model.families import config_from
-from sala.model.mixers import sparse_mixers, with_mixers
+from sala.model.finite import require_finite_logits, require_finite_weights
 from sala.train.batches import Corpus, Data, Feed, ShardData, read_data
 from sala.train.budget import Networks, model_flops, peak_flops
 from sala.train.card import model_card, versions
+from sala.train.checks import (
+    model_config,
+    require_feeds,
+    require_freezable,
+    require_same_shape,
+    require_trainable,
+    require_vocabulary,
+    views,
+)
 from sala.train.folder import DEFAULTS, FINAL, Measured, RunFolder, RunOptions
 from sala.train.initial import initialize
-from sala.train.loop import Keeper, Observer, Part, Progress, part_of, run_stage, trainable_parameters
+from sala.train.loop import Keeper, Observer, Part, Progress, part_of, run_stage
 from sala.train.parallel import ALONE, CPU, ONE_PROCESS, Parallel, World, shadow
 from sala.train.recipe import ConversionRecipe, Recipe, Stage, TrainingRecipe
 from sala.train.record import read_metrics
-from sala.train.start import START, Origin, require_same_start, start_of
+from sala.train.start import Origin, start_of
 from sala.train.weights import PRIVATE, Weights
 
 # stages of one run draw different data: each has a seed of its own
 SEEDS_PER_RUN = 1000
-
-
-# what a teacher's configuration must have in common with the one that a recipe's numbers are for
-TEACHER_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
-    "mixer_types",
-)
+# tokens that a model which is given must answer with finite numbers
+PROBE = 64
 
 
 def ignore(progress: Progress) -> None:
     """The observer that shows nothing."""
-
-
-def require_same_shape(recipe: ConversionRecipe, teacher: MiniCPMSALAConfig) -> None:
-    """Raise RecipeError when a recipe's numbers are for a teacher of another shape."""
-    if recipe.teacher is None:
-        return
-    planned = config_from(recipe.teacher)
-    for name in TEACHER_FIELDS:
-        wanted, given = getattr(planned, name), getattr(teacher, name)
-        if wanted != given:
-            raise RecipeError(
-                f"recipe {recipe.name!r} is for a teacher with {name} = {wanted}; this one has {given}. Use a recipe for "
-                "it, or --set teacher=null to take the numbers as they are"
-            )
-
-
-def require_vocabulary(config: MiniCPMSALAConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InputError when a model has no embedding for some pieces of the tokenizer."""
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer):,} pieces, the model a vocab_size of {config.vocab_size:,}; right would be "
-            "the model's own tokenizer, or a vocab_size for all of them"
-        )
-
-
-def require_freezable(recipe: ConversionRecipe, teacher: Any) -> None:
-    """Raise SalaError when a stage freezes queries and keys that the teacher's kept layers do not have apart."""
-    if recipe.conversion.keep.method == "none" or recipe.conversion.keep.layers == ():
-        return
-    for stage in recipe.stages:
-        trainable_parameters(teacher, "all", freeze_qk=stage.freeze_qk)
-
-
-def require_trainable(recipe: ConversionRecipe, hybrid: MiniCPMSALAConfig) -> None:
-    """Raise SalaError when a stage would train nothing of the hybrid, or freeze what it does not have apart."""
-    with torch.device("meta"):
-        model = MiniCPMSALAForCausalLM(hybrid)
-    for stage in recipe.stages:
-        if stage.loss != "align":
-            trainable_parameters(model, stage.trainable, freeze_qk=stage.freeze_qk)
 
 
 class Kept(Protocol):
@@ -113,12 +69,8 @@ class StageRunner:
 
     def check(self) -> None:
         """Raise RecipeError for what a stage cannot have, before anything is trained."""
-        for index, stage in enumerate(self.recipe.stages):
-            parallel = self._parallel(index)
-            try:
-                self._feed(index, parallel)
-            except RecipeError as error:
-                raise RecipeError(f"stages.{index} ({stage.name!r}): {error}") from error
+        meshes = [self._parallel(index).mesh for index in range(len(self.recipe.stages))]
+        require_feeds(self.recipe, self.data, [mesh.data_parallel for mesh in meshes])
 
     def __call__(self, model: Any, stage: Stage, *, teacher: Any = None) -> Progress:
         index = self.recipe.stages.index(stage)
@@ -183,24 +135,6 @@ def _write_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, r
     recipe.save(folder / "recipe.yaml")
 
 
-def model_config(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> MiniCPMSALAConfig:
-    """Return the recipe's configuration; `vocab_size` and special tokens are the tokenizer's unless it says so."""
-    assert recipe.model is not None
-    known = set(MiniCPMSALAConfig.__annotations__)
-    for name in recipe.model:
-        if name not in known:
-            raise RecipeError(f"model.{name}: unknown key{nearest(name, known)}")
-    defaults = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = MiniCPMSALAConfig(**(defaults | recipe.model))
-    require_vocabulary(config, tokenizer)
-    return config
-
-
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MiniCPMSALAForCausalLM:
     """Return a model of `model_config` with random weights of the recipe's seed."""
     assert isinstance(recipe, TrainingRecipe)
@@ -252,8 +186,8 @@ def train(
 ) -> Any:
     """Run a recipe in the folder `out` and return the model; an interrupted run in `out` goes on where it was saved.
 
-    The folder: `recipe.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `measured/` (what a conversion measured),
-    and when everything is done `final/`, the Hugging Face folder.
+    The folder: `recipe.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`; of a conversion `measured/` and, once its
+    layers are chosen, `selection.json` and its plot; and when everything is done `final/`, the Hugging Face folder.
 
     Args:
         model: the teacher of a conversion; for another recipe what is trained instead of a new model. It becomes float32,
@@ -262,7 +196,9 @@ def train(
         origin: of `model`, for the card.
 
     Raises:
-        InputError: `out` is no folder of this run, the run is finished, or the tokenizer is not the model's.
+        Finished: the same run is there, and finished: nothing is left to do, and nothing is changed.
+        InputError: `out` is no folder of this run, or the tokenizer is not the model's.
+        CheckpointError: the model's weights or logits are not finite.
         DiskError: something cannot be written; it says from where the run goes on.
         RecipeError: a stage cannot run, or the recipe is not that of the interrupted run.
         Interrupted: SIGTERM or Ctrl-C came; everything is saved.
@@ -275,16 +211,29 @@ def train(
     network = model or _new_model_for_all(recipe, tokenizer, world)
     require_vocabulary(network.config, tokenizer)
     if isinstance(recipe, TrainingRecipe):
-        for view, stage in zip(_views(recipe, network), recipe.stages, strict=True):
-            trainable_parameters(view, stage.trainable, freeze_qk=stage.freeze_qk)
+        require_trainable(recipe, network.config)
+    given = "the teacher" if isinstance(recipe, ConversionRecipe) else "the model"
+    if origin is not None:
+        given = f"{given} {origin.name!r}"
+    if model is not None:
+        world.on_main(lambda: require_finite_weights(model, given))
+    start = world.on_main(lambda: start_of(model, origin, tokenizer, data))
     files = out if world.ranks > 1 else None
-    with RunFolder(out, recipe, world, options) as folder, Weights(world, files) as weights:
+    with RunFolder(out, recipe, start, world, options) as folder, Weights(world, files) as weights:
         if world.main:
             _say_what_is_read(data, recipe, say)
-        there = folder.measured.once(START, lambda: start_of(model, origin, tokenizer, data))
-        world.on_main(lambda: require_same_start(there, start_of(model, origin, tokenizer, data), out))
+        if model is not None:
+            weights.own(model, copy=False)
+            world.on_main(lambda: require_finite_logits(model, sample(recipe, data).input_ids[:1, :PROBE], given))
         runner = StageRunner(recipe, data, folder.recording(observer), world, folder, weights)
-        trained, report = make_model(recipe, network, scorers, runner, folder.measured, say)
+
+        def note(selection: Any) -> None:
+            with writing(out / "selection.json"):
+                selection.write(out)
+
+        trained, report = make_model(
+            recipe, network, scorers, runner, folder.measured, say, lambda chosen: world.on_main(lambda: note(chosen))
+        )
 
         def write() -> None:
             with output_folder(out / FINAL) as final:
@@ -302,32 +251,33 @@ def _say_what_is_read(data: Data, recipe: Recipe, say: Callable[[str], None]) ->
         say(data.summary(recipe.stages))
 
 
+NOTHING_KEPT = Measured(None, ONE_PROCESS)
+
+
 def make_model(
     recipe: Recipe,
     model: Any,
     scorers: Scorers | None,
     runner: StageRunner,
-    remember: Any,
-    say: Callable[[str], None],
+    remember: Any = NOTHING_KEPT,
+    say: Callable[[str], None] = lambda text: None,
+    on_selection: Callable[[Any], None] = lambda selection: None,
 ) -> tuple[Any, Any]:
-    """Run the stages on a model or a teacher; return the model and, of a conversion, the report."""
+    """Run the stages on a model or a teacher; return the model and, of a conversion, the report.
+
+    remember: what a run has measured and decided (`Measured`); the default keeps nothing. on_selection: see `halo`.
+    """
     runner.weights.own(model, copy=False)
     if isinstance(recipe, ConversionRecipe):
         assert scorers is not None
-        return _convert(recipe, model, scorers, runner, remember, say)
+        return _convert(recipe, model, scorers, runner, remember, say, on_selection)
     return _train(recipe, model, runner), None
 
 
 def _train(recipe: Recipe, model: Any, runner: StageRunner) -> Any:
-    for view, stage in zip(_views(recipe, model), recipe.stages, strict=True):
+    for view, stage in zip(views(recipe, model), recipe.stages, strict=True):
         runner(view, stage)
     return model
-
-
-def _views(recipe: Recipe, model: Any) -> list[Any]:
-    """Return the model as each stage has it: block selection on or off."""
-    kinds = model.config.mixer_types
-    return [with_mixers(model, sparse_mixers(kinds, stage.sparse)) for stage in recipe.stages]
 
 
 def _convert(
@@ -337,6 +287,7 @@ def _convert(
     runner: StageRunner,
     remember: Any,
     say: Callable[[str], None],
+    on_selection: Callable[[Any], None],
 ) -> tuple[Any, Any]:
     return scorers.halo(
         teacher,
@@ -350,6 +301,7 @@ def _convert(
         seed=recipe.seed,
         say=say,
         remember=remember,
+        on_selection=on_selection,
     )
 
 
@@ -382,50 +334,3 @@ def write_final(
         report.selection.write(folder)
         text = json.dumps(dataclasses.asdict(report), indent=1)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-
-
-def run_conversion(
-    recipe: ConversionRecipe,
-    teacher: Any,
-    out: Path | None,
-    *,
-    scorers: Scorers,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Data | None = None,
-    observer: Observer = ignore,
-    say: Callable[[str], None] = lambda text: None,
-    origin: Origin | None = None,
-) -> tuple[Any, Any]:
-    """Convert `teacher` by a recipe in one go and return (hybrid, report); nothing is saved on the way.
-
-    `out`, the Hugging Face folder with tokenizer, `recipe.yaml`, `report.json` and `metrics.jsonl`, appears when
-    everything is done; None writes nothing. `train` does the same in a run that can be interrupted, on any number of ranks.
-
-    Raises:
-        InputError: `out` exists already.
-        RecipeError: the recipe does not fit the teacher or the tokenizer.
-    """
-    if out is not None and out.exists():
-        raise InputError(f"output {str(out)!r} exists already; right would be a new folder")
-    require_same_shape(recipe, teacher.config)
-    require_freezable(recipe, teacher)
-    require_vocabulary(teacher.config, tokenizer)
-    teacher = PRIVATE.own(teacher, copy=False)
-    data = read_data(recipe, tokenizer) if data is None else data
-    steps: list[Progress] = []
-
-    def note(progress: Progress) -> None:
-        steps.append(progress)
-        observer(progress)
-
-    runner = StageRunner(recipe, data, note)
-    runner.check()
-    _say_what_is_read(data, recipe, say)
-    hybrid, report = _convert(recipe, teacher, scorers, runner, Measured(None, ONE_PROCESS), say)
-    if out is not None:
-        with output_folder(out) as folder:
-            rows = [dataclasses.asdict(step) for step in steps]
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
-            write_final(folder, hybrid, report, tokenizer, recipe, data, rows, origin)
-    return hybrid, report

@@ -1,0 +1,101 @@
+"""What a run starts from, opened and checked: by runs and by dry runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sala.model import MiniCPMSALAConfig
+    from sala.train import Data, Recipe
+    from sala.train.budget import Networks
+
+BUILTIN_TEACHER = "embedded-teacher"
+
+
+def require_start(recipe: "Recipe", teacher: str | None, model: str | None, *, dry_run: bool = False) -> None:
+    """Raise RecipeError unless there is what the recipe starts from, and nothing else; a plan may do without a teacher."""
+    from sala.errors import RecipeError
+    from sala.train import ConversionRecipe, TrainingRecipe
+
+    if isinstance(recipe, ConversionRecipe):
+        if (teacher is None and not dry_run) or model is not None:
+            raise RecipeError(f"recipe {recipe.name!r} converts a teacher; expected --teacher CHECKPOINT alone")
+        return
+    assert isinstance(recipe, TrainingRecipe)
+    if teacher is not None:
+        raise RecipeError(f"recipe {recipe.name!r} has no teacher; expected --model CHECKPOINT, or neither")
+    if (model is None) == (recipe.model is None):
+        what = "has no 'model' and needs --model CHECKPOINT" if model is None else "describes a new model"
+        raise RecipeError(f"recipe {recipe.name!r} {what}; expected one of the two")
+
+
+def load_words(name: str) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a checkpoint."""
+    from sala.data import load_tokenizer
+    from sala.model.checkpoint import find_checkpoint
+
+    return load_tokenizer(find_checkpoint(name))
+
+
+@contextmanager
+def naming_tokenizer(named: bool) -> Iterator[None]:
+    """Say where the tokenizer comes from when another one is needed; `named`: the user has named it, or its model."""
+    from sala.errors import TokenizerError
+
+    try:
+        yield
+    except TokenizerError as error:
+        if named:
+            raise
+        raise TokenizerError(
+            f"{error}. It is the tokenizer of {BUILTIN_TEACHER}, for none was named; expected --tokenizer CHECKPOINT"
+        ) from error
+
+
+def plan_networks(
+    recipe: "Recipe", start: "MiniCPMSALAConfig | None", words: "PreTrainedTokenizerBase | None"
+) -> "Networks":
+    """Return the networks that the stages of a recipe run on.
+
+    start: the configuration of the teacher or of the model to train; None for a new model.
+    words: the tokenizer; None where a plan does without, and the vocabulary is taken as it is.
+
+    Raises:
+        SalaError: the recipe does not fit them.
+    """
+    from sala.convert import planned_configs
+    from sala.train import ConversionRecipe, TrainingRecipe
+    from sala.train.budget import Networks
+    from sala.train.checks import model_config, require_same_shape, require_trainable, require_vocabulary
+
+    if isinstance(recipe, ConversionRecipe):
+        assert start is not None
+        require_same_shape(recipe, start)
+        hybrid, twins = planned_configs(start, recipe.conversion)
+        networks = Networks(hybrid, start, twins)
+    else:
+        assert isinstance(recipe, TrainingRecipe)
+        if start is None:
+            assert words is not None
+            start = model_config(recipe, words)
+        networks = Networks(start)
+    if words is not None:
+        require_vocabulary(networks.student, words)
+    require_trainable(recipe, networks.student)
+    return networks
+
+
+def plan_data(recipe: "Recipe", words: "PreTrainedTokenizerBase | None") -> "Data | None":
+    """Return what the stages of a recipe draw from, to ask it what they can draw; None where that is not known.
+
+    Raises:
+        InputError: as a run would (`read_data`).
+    """
+    from sala.train import read_data
+    from sala.train.batches import blank_corpus
+
+    if recipe.sources:
+        return read_data(recipe, words)
+    return None if words is None else blank_corpus(words, max(stage.length for stage in recipe.stages))
