@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types, import contracts, tests: what `make test` and CI run.
+# Lint, types, import contracts, the docs' sentences, tests: what `make test` and CI run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin}
@@ -10,4 +10,5 @@ export OMP_NUM_THREADS=1
 "$bin/ruff" format --check .
 "$bin/mypy"
 "$bin/lint-imports"
+"$bin/python" scripts/prose.py
 "$bin/pytest" -n "${WORKERS:-2}" "$@"
