@@ -12,6 +12,7 @@ from small_plan import PLAN
 from sala.data import load_tokenizer
 from sala.demo import PHASES, Moment, run_demo
 from sala.demo.measure import HYBRID_FULL, HYBRID_SPARSE, TEACHER
+from sala.demo.page import write_page
 from sala.demo.plots import PLOTS
 from sala.errors import InputError, RecipeError
 from sala.model.families import load_model
@@ -42,6 +43,30 @@ def test_the_page_refers_to_nothing_outside_it(demo: Demo) -> None:
     assert "<script" not in page
     assert not re.search(r"https?://", page)
     assert "$" not in re.sub(r"<pre>.*</pre>", "", page, flags=re.DOTALL)
+
+
+def test_the_page_can_be_read_in_the_dark(demo: Demo) -> None:
+    page = (demo[0] / "index.html").read_text()
+    assert "color-scheme: light dark" in page
+    [dark] = re.findall(r"prefers-color-scheme: dark\) \{\s*:root \{(.*?)\}", page)
+    light = page.partition(":root {")[2].partition("}")[0]
+    # what is drawn on colours of its own stays
+    names = set(re.findall(r"--\w+", light)) - {"--softmax", "--sparse"}
+    assert set(re.findall(r"--\w+", dark)) == names
+
+
+def test_what_is_not_known_is_said_in_words(demo: Demo, tmp_path: Path) -> None:
+    out, results, _ = demo
+    environment = results["environment"]
+    nothing = dict.fromkeys(environment["hardware"]) | {"cores": 2, "torch_threads": 1}
+    unknown = environment | {"commit": None, "hardware": nothing}
+    unknown["versions"] = {"torch": "2", "triton": None, "fla-core": None}
+    for name in PLOTS:
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    write_page(results | {"environment": unknown}, tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert "torch 2; not installed: triton, fla-core" in page
+    assert "None" not in page
 
 
 def test_every_plotted_number_is_in_the_results(demo: Demo) -> None:

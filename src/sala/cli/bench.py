@@ -214,7 +214,7 @@ def show_latency(results: Mapping[str, Any], console: Console) -> None:
         table.add_column(name, no_wrap=True)
     for name in (
         *("first token", "x floor", "decoding", "of bandwidth"),
-        *("weights and work", "cache", "first token x", "decoding x"),
+        *("memory", "of it cache", "first token x", "decoding x"),
     ):
         table.add_column(name, justify="right", no_wrap=True)
     faster = {(length, figure): times for length, figure, times in times_faster(results["points"])}

@@ -1,7 +1,7 @@
 """The report's page: one HTML file that needs nothing else, made from the results alone."""
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -68,6 +68,13 @@ def duration(seconds: float) -> str:
     if seconds < 1:
         return f"{1000 * seconds:.0f} ms"
     return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def versions(packages: Mapping[str, str | None]) -> str:
+    """Return the packages with their versions, and which of them are not there."""
+    there = ", ".join(f"{name} {version}" for name, version in packages.items() if version is not None)
+    missing = ", ".join(name for name, version in packages.items() if version is None)
+    return f"{there}; not installed: {missing}" if missing else there
 
 
 def _embedded(path: Path) -> str:
@@ -344,9 +351,12 @@ def _environment(results: Results) -> dict[str, str]:
         ("command", environment["command"]),
         ("date", environment["date"]),
         ("commit", environment["commit"] or "not in a repository"),
-        ("processor", f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['torch_threads']} threads used"),
+        (
+            "processor",
+            f"{hardware['cpu'] or 'unknown'}, {hardware['cores']} cores, {hardware['torch_threads']} threads used",
+        ),
         ("memory", "unknown" if memory is None else f"{memory / 2**30:.1f} GiB"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())),
+        ("versions", versions(environment["versions"])),
         ("seeds", ", ".join(f"{name} {seed}" for name, seed in results["seeds"].items())),
         ("time", seconds),
     ]
