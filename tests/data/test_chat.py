@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from sala.data.chat import ChatTemplate, TemplateRefusal, overlaps
@@ -77,7 +78,7 @@ def test_an_answer_starts_with_its_content_where_a_template_asks_otherwise_than_
 ) -> None:
     template = with_template(CHATML.replace("m.content", f"m.content{stripped}").replace("nt\n{% e", "nt\n<think>{% e"))
     chat = template.render(TALK)
-    last = "So long" if stripped else "So long \n"
+    last = "So long" if stripped else "  So long \n"
     assert answers(chat) == ["Hello<|im_end|>\n", f"{last}<|im_end|>\n"]
     assert chat.unmarked == 0
 
@@ -167,6 +168,33 @@ def test_tokens_that_a_template_writes_between_turns_are_special_whatever_the_to
     words = template.tokenizer.convert_tokens_to_ids(["[get]", "[let]", "[set]"])
     assert [i for i in ids if i in words] == words[:2]
     assert question.spelled == 1
+
+
+def test_an_answer_whose_thoughts_a_template_drops_starts_after_them(with_template: With) -> None:
+    # as DeepSeek's, which opens thoughts when it asks, and writes none
+    template = CHATML.replace("m.content", "m.content.split('</think>')[-1]").replace("nt\n{% e", "nt\n<think>{% e")
+    talk = [TALK[1], {"role": "assistant", "content": "<think>so</think>\n\nyes"}]
+    assert answers(with_template(template).render(talk)) == ["\n\nyes<|im_end|>\n"]
+    stripped = template.replace("[-1]", "[-1].lstrip()")
+    assert answers(with_template(stripped).render(talk)) == ["yes<|im_end|>\n"]
+
+
+def test_a_tag_that_a_template_writes_in_every_answer_is_a_word_of_the_text(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    # as GLM's: were the tag hidden from the template, it would not find the thoughts
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_tokens(["<think>", "</think>"])
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}<think>{{ m.content.split('</think>')[0] }}"
+        "</think>{% endif %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    )
+    other = ChatTemplate(PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template))
+    talk = [TALK[1], {"role": "assistant", "content": "so</think>yes"}, TALK[3]]
+    chat = other.render(talk)
+    assert (chat.text, chat.spelled) == ("<|user|>Hi<|assistant|><think>so</think>yes<|user|>Bye", 0)
+    ids = other.encoder.encode(chat.text)
+    assert [ids.count(backend.token_to_id(tag)) for tag in ("<think>", "</think>")] == [1, 1]
 
 
 def test_special_tokens_of_contents_are_special_when_asked_for(

@@ -73,6 +73,17 @@ def test_a_file_that_is_not_utf8_is_told(tmp_path: Path) -> None:
     assert [record.problem for record in read_files([tmp_path / "a.txt"])] == ["not UTF-8"]
 
 
+def test_a_file_with_a_zero_byte_is_binary(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"PK\0\0")
+    assert [record.problem for record in read_files([tmp_path / "a.bin"])] == ["binary (with a zero byte)"]
+
+
+def test_a_name_that_is_no_unicode_is_shown_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.jsonl")
+    path.write_text("{\n")
+    assert [record.origin for record in read_files(find_files([tmp_path]).paths)] == [f"{tmp_path}/\ufffd.jsonl:1"]
+
+
 def test_files_of_a_folder_are_sorted_and_hidden_ones_left_out(tmp_path: Path) -> None:
     for name in ("b.txt", "a/c.json", ".hidden", "a/.git/d.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

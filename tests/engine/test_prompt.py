@@ -49,6 +49,14 @@ def test_globs_files_and_standard_input_keep_the_order_given(tmp_path):
     assert [text.text for text in documents.texts] == ["c", "typed", "a", "b"]
 
 
+def test_a_name_that_is_no_unicode_is_text_all_the_same(tmp_path, tokenizer):
+    written(tmp_path, a_txt="a")
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("b")
+    text = read_documents([str(tmp_path)], NOTHING).text
+    assert "\ufffd.txt\nb" in text
+    assert encode_prompt(tokenizer, text, len(tokenizer))
+
+
 def test_no_file_is_read_twice(tmp_path):
     written(tmp_path, a_py="a", b_py="b")
     documents = read_documents([str(tmp_path / "b.py"), str(tmp_path), str(tmp_path / "*.py")][:2], NOTHING)
@@ -103,6 +111,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     ("name", "content", "message"),
     [
         ("empty", b" \n", "'.*empty' is empty"),
+        ("mark", b"\xef\xbb\xbf\n", "'.*mark' is empty"),
         ("binary", b"PNG\0\1", "binary file"),
         ("latin", b"gr\xfc\xdf", "is not UTF-8 .byte 2 is 0xfc"),
     ],

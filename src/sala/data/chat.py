@@ -16,6 +16,9 @@ Message = Mapping[str, Any]
 ASSISTANT = "assistant"
 
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# added tokens that a text may well have in it: spaces, a word, and a tag such as <think>, which wraps a part of an answer
+_WORD = re.compile(r"\s*(\w*|</?\w+>)\s*")
+THOUGHTS_END = "</think>"
 # stands for a place in a message while a template is rendered; a noncharacter, which no text may hold
 _MARK = "\ufdd0"
 
@@ -108,12 +111,16 @@ class ChatTemplate:
         content = turns[-1].get("content")
         if not isinstance(content, str) or not content.strip():
             return None
-        # after the spaces, which many templates strip
-        spaces = len(content) - len(content.lstrip())
-        marked, _ = self._write(
-            [*turns[:-1], {**turns[-1], "content": content[:spaces] + _MARK + content[spaces:]}], tools
-        )
-        return marked.index(_MARK) if _MARK in marked and marked.replace(_MARK, "", 1) == written else None
+        # some templates drop thoughts, and many the spaces around a content
+        thoughts = content.rfind(THOUGHTS_END) + len(THOUGHTS_END) if THOUGHTS_END in content else 0
+        for start in (0, thoughts):
+            for at in (start, len(content) - len(content[start:].lstrip())):
+                marked, _ = self._write(
+                    [*turns[:-1], {**turns[-1], "content": content[:at] + _MARK + content[at:]}], tools
+                )
+                if _MARK in marked and marked.replace(_MARK, "", 1) == written:
+                    return marked.index(_MARK)
+        return None
 
     def _turn_marks(self) -> set[str]:
         """Return the added tokens that the template writes between messages; some tokenizers do not call them special."""
@@ -122,9 +129,8 @@ class ChatTemplate:
             text, _ = self._write(turns, None)
         except TemplateRefusal:
             return set()
-        # not a word such as "user", and not a token of spaces
-        marks = [t.content for t in added_tokens(self.tokenizer) if not (t.content.strip() or "a").isalnum()]
-        return {mark for mark in marks if mark in text}
+        tokens = [token.content for token in added_tokens(self.tokenizer)]
+        return {token for token in tokens if token in text and not _WORD.fullmatch(token)}
 
     def _write(
         self, messages: list[dict[str, Any]], tools: Any, marked: bool = False, **options: Any

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sala.data.folder import files_below, kind_of, source_path
+from sala.data.folder import files_below, kind_of, shown, source_path
 from sala.errors import InputError, nearest
 
 NOT_UTF8 = "not UTF-8"
+BINARY = "binary (with a zero byte)"
 NOT_JSON = "not a JSON object"
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -170,9 +171,10 @@ def _text(path: Path, field: str, on_bytes: Callable[[int], None]) -> Record:
     if _is_packed(path):
         content = gzip.decompress(content)
     try:
-        return Record(str(path), {field: content.decode("utf-8-sig")})
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return Record(str(path), None, NOT_UTF8)
+        return Record(shown(path), None, NOT_UTF8)
+    return Record(shown(path), None, BINARY) if "\0" in text else Record(shown(path), {field: text})
 
 
 def _json_lines(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Record]:
@@ -181,7 +183,7 @@ def _json_lines(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Record]
         counted: Any = _Counted(raw, on_bytes)
         for number, line in enumerate(gzip.GzipFile(fileobj=counted) if _is_packed(path) else counted, start=1):
             if line.strip():
-                yield _json_line(f"{path}:{number}", line)
+                yield _json_line(f"{shown(path)}:{number}", line)
 
 
 def _json_line(origin: str, line: bytes) -> Record:
@@ -212,7 +214,7 @@ def _parquet(path: Path, field: str, on_bytes: Callable[[int], None]) -> Iterato
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
                 for values in zip(*(batch.column(name) for name in columns), strict=True):
                     on_bytes(size * (number + 1) // total - size * number // total)
-                    yield _parquet_row(f"{path}:{number}", columns, values)
+                    yield _parquet_row(f"{shown(path)}:{number}", columns, values)
                     number += 1
     except pyarrow.ArrowException as error:
         raise InputError(f"{path} is not a whole Parquet file: {error}") from error

@@ -94,6 +94,11 @@ def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
+def shown(path: Path) -> str:
+    """Return a path as text for a person or a model: bytes that are no UTF-8 as the replacement character."""
+    return os.fsencode(path).decode("utf-8", errors="replace")
+
+
 def refuse(path: Path, error: OSError | ValueError) -> NoReturn:
     """Raise InputError for what the system said when `path` was read."""
     raise InputError(

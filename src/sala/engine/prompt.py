@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sala.data import Document, concatenate
 from sala.data.chat import ChatTemplate, TemplateRefusal
-from sala.data.folder import Below, documents, files_below, is_hidden, kind_of, refuse, source_path
+from sala.data.folder import Below, documents, files_below, is_hidden, kind_of, refuse, shown, source_path
 from sala.data.text import TextEncoder, around
 from sala.errors import InputError
 
@@ -57,7 +57,7 @@ def read_documents(sources: Sequence[str], stdin: BinaryIO) -> Documents:
         if kind in ("file", "pipe"):
             if path.resolve() not in seen:
                 seen.add(path.resolve())
-                texts.append(_named(source, _bytes(path)))
+                texts.append(_named(shown(path), _bytes(path)))
             continue
         below = files_below(path) if kind == "folder" else _matches(path, source)
         found = _texts(below, seen)
@@ -164,7 +164,7 @@ def _texts(below: Below, seen: set[Path]) -> Documents:
             continue
         seen.add(path.resolve())
         try:
-            texts.append(Document(str(path), _text(_bytes(path))))
+            texts.append(Document(shown(path), _text(_bytes(path))))
         except NotTextError:
             skipped += 1
     return Documents(tuple(texts), skipped)
@@ -185,11 +185,12 @@ def _named(name: str, content: bytes) -> Document:
 
 
 def _text(content: bytes) -> str:
-    if not content.strip():
-        raise NotTextError("is empty")
     if b"\0" in content:
         raise NotTextError("is a binary file (it holds a zero byte)")
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise NotTextError(f"is not UTF-8 (byte {error.start} is 0x{content[error.start]:02x})") from error
+    if not text.strip():
+        raise NotTextError("is empty")
+    return text
