@@ -178,6 +178,7 @@ def test_a_chunk_longer_than_any_prompt_changes_nothing(sala, hybrid):
             ["data", __file__, "--tokenizer", "embedded-teacher", "--out", "out", "--threads", OVER],
             "expected 1 to 1,024",
         ),
+        (["train", "plot", "a" * 5000], "File name too long; expected a shorter name"),
         (["select", "--scores", "scores.json", "--keep", "1", "--plot", ""], "right would be 'layers.png'"),
     ],
 )

@@ -1,12 +1,13 @@
 """The command line: `sala` and its verbs, one file each."""
 
+import errno
 import os
 import signal
 import sys
 import time
 from typing import Annotated, Any, NoReturn
 
-from sala.errors import INTERRUPTED, SalaError, loading
+from sala.errors import INTERRUPTED, SalaError, loading, shortened
 
 with loading():
     import typer
@@ -81,6 +82,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if leaving.code == SIGNALLED + signal.SIGINT and _first_here():
             print(INTERRUPTED, file=sys.stderr)
         raise
+    except OSError as error:
+        # only a person gives such a name; any other error of the system keeps its traceback
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"sala: {shortened(str(error.filename))!r}: {error.strerror}; expected a shorter name", file=sys.stderr)
+        sys.exit(SalaError.exit_code)
     except SalaError as error:
         _require_turn(error)
         print(f"sala: {' '.join(str(error).split())}", file=sys.stderr)

@@ -85,7 +85,7 @@ def latency(
     length: Lengths = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
     chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens of one forward pass.")] = 2048,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after the prompt.")] = 16,
+    new_tokens: Annotated[int, typer.Option(min=1, max=2**20, help="Tokens decoded after the prompt.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each model at each length, in turns.")] = 3,
     once: Annotated[float, typer.Option(min=0, help="Seconds from which on a run is made once.")] = math.inf,
     limit: Annotated[float, typer.Option(min=0, help="Seconds for one model at one length.")] = 600.0,
@@ -125,7 +125,8 @@ def train(
     warm_up: Annotated[int, typer.Option(min=1, help="Steps before them.")] = 2,
     compile: Annotated[str, typer.Option(help="auto, on or off, as in a recipe.")] = "auto",
     topk: Annotated[
-        list[int] | None, typer.Option(help="Chosen blocks, for memory by their number; may be repeated, 0: none.")
+        list[int] | None,
+        typer.Option(min=0, max=2**20, help="Chosen blocks, for memory by their number; may be repeated, 0: none."),
     ] = None,
     blocks_length: Annotated[str, typer.Option(metavar="N", help="Tokens of those passes.")] = "32K",
     threads: Threads = None,

@@ -158,7 +158,7 @@ def shard_writer(
     Raises:
         InputError: `folder` exists already or cannot be written.
     """
-    target = Path(folder).expanduser()
+    target = Path(os.path.expanduser(folder))
     _remove_leftovers(target)
     with output_folder(target) as working:
         lock = working / LOCK
@@ -192,7 +192,7 @@ class Shards:
     """
 
     def __init__(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None):
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(os.path.expanduser(folder))
         self.header = _read_header(self.folder)
         self.num_documents: int = self.header["documents"]
         self.num_tokens: int = self.header["tokens"]

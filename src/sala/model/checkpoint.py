@@ -68,7 +68,7 @@ def is_gguf(place: Path) -> bool:
 
 def is_on_hub(name: str) -> bool:
     """Return whether a name that is a checkpoint's can only be one of the hub."""
-    return name not in BUILTIN and name not in FETCHABLE and not Path(name).expanduser().exists()
+    return name not in BUILTIN and name not in FETCHABLE and not os.path.exists(os.path.expanduser(name))
 
 
 def read_fields(place: Path) -> dict:
@@ -232,7 +232,7 @@ def output_folder(path: str | Path) -> Iterator[Path]:
         InputError: `path` exists already.
         DiskError: it cannot be written, at the start or in the block.
     """
-    target = Path(path).expanduser()
+    target = Path(os.path.expanduser(path))
     with writing(target):
         if target.exists():
             raise InputError(f"output {str(target)!r} exists already; right would be a new folder")
