@@ -15,6 +15,8 @@ from sala.ops import native, pointwise
 from sala.ops.dense import dense_attention
 from sala.ops.infllm import SparseGeometry, compress, infllm_attention, select_blocks
 from sala.ops.lightning import lightning_attention, log_decay
+from sala.ops.linear import linear
+from sala.ops.native.operator import FEW_ROWS
 from tolerances import TOLERANCES
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -102,7 +104,13 @@ def elementwise(dtype: torch.dtype) -> None:
     both(lambda backend: pointwise.silu_mul(gate, other, backend=backend), dtype)
 
 
-CASES: tuple[Callable[[torch.dtype], None], ...] = (lightning, packed_lightning, dense, sparse, elementwise)
+def few_rows(dtype: torch.dtype) -> None:
+    M, N, K = random.randint(1, FEW_ROWS), random.choice((1, 7, 64, 300)), random.choice((1, 31, 32, 65, 576))
+    x, weight, bias = fresh(M, K, dtype=dtype), fresh(N, K, dtype=dtype), random.choice((None, fresh(N, dtype=dtype)))
+    both(lambda backend: linear(x, weight, bias, backend=backend), dtype)
+
+
+CASES: tuple[Callable[[torch.dtype], None], ...] = (lightning, packed_lightning, dense, sparse, elementwise, few_rows)
 
 
 def width() -> int:

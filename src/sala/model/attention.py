@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sala.model.cache import AttentionCache
 from sala.model.config import MiniCPMSALAConfig
+from sala.model.linear import Linear
 from sala.model.norm import RMSNorm, norm_of
 from sala.model.rows import Packing, Rows
 from sala.ops.dense import dense_attention
@@ -29,19 +30,19 @@ class FullAttention(nn.Module):
         self.use_rope = config.attn_use_rope
         self.logits_base = config.attn_logits_scaling
         self.add_projections(config)
-        self.o_proj = nn.Linear(self.num_heads * self.value_width, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = Linear(self.num_heads * self.value_width, config.hidden_size, bias=config.attention_bias)
         self.o_gate = None
         if config.attn_use_output_gate:
-            self.o_gate = nn.Linear(config.hidden_size, self.num_heads * self.value_width, bias=False)
+            self.o_gate = Linear(config.hidden_size, self.num_heads * self.value_width, bias=False)
 
     def add_projections(self, config: MiniCPMSALAConfig) -> None:
         """Make the modules of `project`, and set `num_groups` and, where it is not the head width, `value_width`."""
         assert config.num_key_value_heads is not None
         self.num_groups = config.num_key_value_heads
         bias = config.attention_bias or config.qkv_bias
-        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.width, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
+        self.q_proj = Linear(config.hidden_size, self.num_heads * self.width, bias=bias)
+        self.k_proj = Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
+        self.v_proj = Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
         self.q_norm = self.k_norm = None
         if config.attention_qk_norm:
             self.q_norm = RMSNorm(self.width, config.rms_norm_eps)

@@ -15,6 +15,7 @@ from sala.errors import InputError
 from sala.model.cache import LayerCache, SalaCache
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.interface import CACHE, given, named
+from sala.model.linear import Linear
 from sala.model.mixers import MIXERS, new_cache
 from sala.model.norm import RMSNorm
 from sala.model.rope import inverse_frequencies, rotation_tables
@@ -29,9 +30,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: MiniCPMSALAConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(silu_mul(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
@@ -197,7 +198,7 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
     def __init__(self, config: MiniCPMSALAConfig):
         super().__init__(config)
         self.model = MiniCPMSALAModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         assert config.dim_model_base is not None
         self.logits_divisor = config.hidden_size / config.dim_model_base
         self.post_init()

@@ -1,12 +1,13 @@
 """Multi-head latent attention: softmax attention whose queries, keys and values come from latents of low rank."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from sala.model.attention import FullAttention
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.infllm import SparseAttention
+from sala.model.linear import Linear
 from sala.model.norm import RMSNorm
 
 # the source family's code builds the norms of latents without its configuration's rms_norm_eps
@@ -29,12 +30,12 @@ class LatentAttention(FullAttention):
         self.own_width = self.width - self.rotary_width
         self.q_norm = self.k_norm = None
         queries, bias = config.q_lora_rank, config.attention_bias
-        self.q_a_proj = nn.Linear(config.hidden_size, queries, bias=bias)
+        self.q_a_proj = Linear(config.hidden_size, queries, bias=bias)
         self.q_a_layernorm = RMSNorm(queries, LATENT_EPS)
-        self.q_b_proj = nn.Linear(queries, self.num_heads * self.width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent_width + self.rotary_width, bias=bias)
+        self.q_b_proj = Linear(queries, self.num_heads * self.width, bias=False)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, self.latent_width + self.rotary_width, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.latent_width, LATENT_EPS)
-        self.kv_b_proj = nn.Linear(self.latent_width, self.num_heads * (self.own_width + self.value_width), bias=False)
+        self.kv_b_proj = Linear(self.latent_width, self.num_heads * (self.own_width + self.value_width), bias=False)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each (B, T, H, K): values end in zeros where they are narrower than keys."""

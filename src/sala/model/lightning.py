@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from sala.model.cache import LightningCache
 from sala.model.config import MiniCPMSALAConfig
+from sala.model.linear import Linear
 from sala.model.norm import RMSNorm, norm_of
 from sala.model.rows import Packing, Rows
 from sala.ops.constants import constant
@@ -31,10 +32,10 @@ class LightningAttention(nn.Module):
         self.log_decays = log_decays(self.num_heads)
         self.use_rope = config.lightning_use_rope
         bias = config.attention_bias or config.qkv_bias
-        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.width, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.value_width, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.value_width, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = Linear(config.hidden_size, self.num_heads * self.width, bias=bias)
+        self.k_proj = Linear(config.hidden_size, self.num_groups * self.width, bias=bias)
+        self.v_proj = Linear(config.hidden_size, self.num_groups * self.value_width, bias=bias)
+        self.o_proj = Linear(self.num_heads * self.value_width, config.hidden_size, bias=config.attention_bias)
         self.q_norm = self.k_norm = self.o_norm = self.z_proj = None
         if config.qk_norm:
             self.q_norm = RMSNorm(self.width, config.rms_norm_eps)
@@ -42,7 +43,7 @@ class LightningAttention(nn.Module):
         if config.use_output_norm:
             self.o_norm = RMSNorm(self.num_heads * self.value_width, config.rms_norm_eps)
         if config.use_output_gate:
-            self.z_proj = nn.Linear(config.hidden_size, self.num_heads * self.value_width, bias=False)
+            self.z_proj = Linear(config.hidden_size, self.num_heads * self.value_width, bias=False)
 
     @property
     def needs_rope(self) -> bool:

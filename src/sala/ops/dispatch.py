@@ -83,6 +83,7 @@ BACKENDS: Mapping[str, Mapping[str, Backend]] = MappingProxyType(
         "lightning": _rows("lightning", triton_refuses=gpu.refuses_states),
         "infllm": _rows("infllm", triton_refuses=gpu.refuses_wide),
         "dense": _rows("dense"),
+        "linear": _rows("linear", native.refuses_many_rows, fusible=True),
         # plain torch promotes where dtypes differ, as with norms kept in float32. On a GPU torch.compile makes one kernel of
         # it and of what stands beside it, over the edges of our functions and with gradients; a kernel of ours would cut
         # its graph there

@@ -1,6 +1,16 @@
 """C++ behind the operators' `cpu` backends: built on first use for the processor at hand, and kept."""
 
 from sala.ops.native.library import Function, at_level, describe, levels_here, unavailable
-from sala.ops.native.operator import operator, refuses, refuses_mixed
+from sala.ops.native.operator import operator, refuses, refuses_many_rows, refuses_mixed
 
-__all__ = ["Function", "at_level", "describe", "levels_here", "operator", "refuses", "refuses_mixed", "unavailable"]
+__all__ = [
+    "Function",
+    "at_level",
+    "describe",
+    "levels_here",
+    "operator",
+    "refuses",
+    "refuses_many_rows",
+    "refuses_mixed",
+    "unavailable",
+]

@@ -69,3 +69,21 @@ def refuses_mixed(tensors: Sequence[Tensor | None]) -> str | None:
         if tensor is not None and tensor.dtype != first:
             return f"tensors are {first} and {tensor.dtype}; it takes one dtype"
     return refuses(tensors)
+
+
+# a linear map of more is a product of matrices, and torch's own is the faster one
+FEW_ROWS = 8
+
+
+def refuses_many_rows(tensors: Sequence[Tensor | None]) -> str | None:
+    """Return why the library does not take a linear map's x, weight and bias, None when it does."""
+    x = tensors[0] if tensors else None
+    if x is not None and x.numel() > FEW_ROWS * x.shape[-1]:
+        return f"x has {x.numel() // x.shape[-1]} rows; it takes at most {FEW_ROWS}"
+    if torch.is_autocast_enabled("cpu"):
+        return "under autocast torch chooses the dtype of a product"
+    # such as the packed weights of a quantiser, which bring a product of their own
+    other = next((t for t in tensors if t is not None and type(t) not in (Tensor, torch.nn.Parameter)), None)
+    if other is not None:
+        return f"a tensor is a {type(other).__name__}; it takes plain tensors"
+    return refuses_mixed(tensors)
