@@ -6,7 +6,7 @@ PIP_INSTALL := pip install --quiet --disable-pip-version-check
 # what a user meets of transformers: tests that run under other versions of it
 INTERFACE_TESTS := tests/model tests/engine tests/embedded tests/cli
 
-.PHONY: demo test real test-with lock install clean
+.PHONY: demo test real lm-eval test-with lock install clean
 
 # QUICK=1: the same in under two minutes, at lower quality
 demo: $(VENV)/.installed
@@ -19,6 +19,12 @@ test: $(VENV)/.installed-dev
 real: $(VENV)/.installed-dev
 	$(BIN)/sala fetch smollm2-135m-instruct
 	$(BIN)/pytest -n 0 -m real
+
+# lm_eval's own command line on a folder that sala wrote, in an environment of its own: it asks for 38 packages more
+lm-eval:
+	$(PYTHON) -m venv .venv-with-lm-eval
+	.venv-with-lm-eval/bin/$(PIP_INSTALL) -e . pytest pytest-xdist hypothesis 'lm_eval>=0.4.13,<0.5'
+	.venv-with-lm-eval/bin/pytest -n 0 tests/model/test_remote_code.py -k lm_eval
 
 # The interface tests under another version of transformers: TRANSFORMERS=5.24.0, or oldest for the oldest that
 # pyproject.toml allows, or newest for the newest versions that it allows of every package.

@@ -3,6 +3,7 @@
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf import GGUFWriter
@@ -60,18 +61,34 @@ def trained(pre: str) -> Tokenizer:
     return tokenizer
 
 
-def write(path: Path, model: str, tokens: list[str], merges: list[str] | None, **keys) -> Path:
-    writer = GGUFWriter(path, "llama")
-    writer.add_tokenizer_model(model)
-    writer.add_token_list(tokens)
+def keys_of(model: str, tokens: list[str], merges: list[str] | None) -> dict[str, Any]:
     types = [3 if word in (*CONTROLS, "<s>", "</s>") else 4 if word == SPOKEN else 1 for word in tokens]
-    writer.add_token_types([6 if word.startswith("<0x") else kind for word, kind in zip(tokens, types, strict=True)])
-    if merges is not None:
-        writer.add_token_merges(merges)
-    for key, value in keys.items():
-        name = key if key == "chat_template" else f"ggml.{key}"
+    types = [6 if word.startswith("<0x") else kind for word, kind in zip(tokens, types, strict=True)]
+    keys = {"tokenizer.ggml.model": model, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    return keys if merges is None else {**keys, "tokenizer.ggml.merges": merges}
+
+
+def tokenizer_keys(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What llama.cpp's converter writes of a byte-level tokenizer, but for the way it splits text."""
+    vocabulary, state = tokenizer.get_vocab(), json.loads(tokenizer.to_str())
+    added = {token["id"]: 3 if token["special"] else 4 for token in state["added_tokens"]}
+    keys = keys_of(
+        "gpt2", sorted(vocabulary, key=vocabulary.__getitem__), [" ".join(pair) for pair in state["model"]["merges"]]
+    )
+    types = [added.get(number, 1) for number in range(len(vocabulary))]
+    return {**keys, "tokenizer.ggml.token_type": types}
+
+
+def write(path: Path, model: str, tokens: list[str], merges: list[str] | None, **keys) -> Path:
+    return save(path, keys_of(model, tokens, merges), **keys)
+
+
+def save(path: Path, rows: dict[str, Any], **keys) -> Path:
+    writer = GGUFWriter(path, "llama")
+    named = {key if key == "chat_template" else f"ggml.{key}": value for key, value in keys.items()}
+    for key, value in {**rows, **{f"tokenizer.{key}": value for key, value in named.items()}}.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
-        add.get(type(value), writer.add_array)(f"tokenizer.{name}", value)
+        add.get(type(value), writer.add_array)(key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -80,11 +97,7 @@ def write(path: Path, model: str, tokens: list[str], merges: list[str] | None, *
 
 
 def written(path: Path, tokenizer: Tokenizer, **keys) -> Path:
-    vocabulary = tokenizer.get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    state = json.loads(tokenizer.to_str())
-    merges = [" ".join(pair) for pair in state["model"]["merges"]]
-    return write(path, "gpt2", tokens, merges, **keys)
+    return save(path, tokenizer_keys(tokenizer), **keys)
 
 
 @pytest.mark.parametrize("pre", SPLITTERS)

@@ -9,6 +9,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from transformers import PreTrainedModel
 
+from sala.model import gguf as reading
+
 
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
     """Reorder the rows of q or k as `LlamaModel.permute` of llama.cpp's converter does."""
@@ -23,9 +25,9 @@ def write_gguf(
     keys: Mapping[str, Any] = {},
     arrays: Mapping[str, np.ndarray] = {},
 ) -> Path:
-    """Write `model`, its matrices in a kind of GGML's, with more `keys` and tensors."""
+    """Write `model`, its matrices in a kind of GGML's, with more `keys` and tensors; a model of ours is a Llama."""
     config = model.config
-    architecture = config.model_type
+    architecture = config.model_type if config.model_type in reading.ARCHITECTURES else "llama"
     writer = GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_block_count(config.num_hidden_layers)
@@ -34,7 +36,7 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(float(getattr(config, "rope_parameters", {"rope_theta": 10000.0})["rope_theta"]))
     writer.add_vocab_size(config.vocab_size)
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
