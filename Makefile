@@ -23,7 +23,7 @@ real: $(VENV)/.installed-dev
 # lm_eval's own command line on a folder that sala wrote, in an environment of its own: it asks for 38 packages more
 lm-eval:
 	$(PYTHON) -m venv .venv-with-lm-eval
-	.venv-with-lm-eval/bin/$(PIP_INSTALL) -e . pytest pytest-xdist hypothesis 'lm_eval>=0.4.13,<0.5'
+	.venv-with-lm-eval/bin/$(PIP_INSTALL) -e . pytest pytest-xdist hypothesis 'lm_eval[hf]>=0.4.13,<0.5'
 	.venv-with-lm-eval/bin/pytest -n 0 tests/model/test_remote_code.py -k lm_eval
 
 # The interface tests under another version of transformers: TRANSFORMERS=5.24.0, or oldest for the oldest that

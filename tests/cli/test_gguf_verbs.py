@@ -42,6 +42,7 @@ def test_it_is_a_teacher_and_what_it_becomes_has_its_tokenizer(sala, file, tmp_p
     assert outcome.code == 0, outcome.err
     hybrid = outcome.out.strip()
     assert load_tokenizer(hybrid).chat_template == TEMPLATE
+    assert load_model(hybrid).dtype == load_model(file).dtype == torch.bfloat16
     assert load_tokenizer(hybrid)("x = 1").input_ids == load_tokenizer(file)("x = 1").input_ids
     assert sala("generate", "--model", hybrid, "--prompt", "x", "-n", "3").code == 0
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sala.data import Document, train_tokenizer
 from sala.errors import CheckpointError, InputError, RecipeError, SalaError
-from sala.model.families import load_model
+from sala.model.checkpoint import read_tensors
+from sala.model.families import load_config, load_model
 from sala.train.batches import Corpus, StepFeed, WindowBatch, read_corpus
 from sala.train.checks import require_same_shape
 from sala.train.folder import Finished
@@ -269,3 +270,19 @@ def test_utilisation_is_shown_where_the_peak_is_known(
     train(training_recipe(), tmp_path / "run", tokenizer=tokenizer, data=corpus)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < row["mfu"] < 1 for row in rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_that_is_trained_further_keeps_the_dtype_it_is_stored_in(
+    dtype: torch.dtype, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> None:
+    recipe = training_recipe()
+    new_model(recipe, tokenizer).to(dtype).save_pretrained(tmp_path / "start")
+    further = recipe.model_copy(update={"model": None})
+    start = load_model(tmp_path / "start", dtype="stored")
+    trained = train(further, tmp_path / "run", tokenizer=tokenizer, data=corpus, model=start)
+    final = tmp_path / "run" / "final"
+    assert trained.dtype == trained.config.dtype == torch.float32
+    assert load_model(final).dtype == load_config(final).dtype == dtype
+    for name, tensor in read_tensors(final):
+        assert torch.equal(tensor, trained.state_dict()[name].to(dtype)), name

@@ -244,8 +244,8 @@ def load_model(
     name: a folder, a GGUF file, a hub name, a model that ships with the package ("embedded-teacher", "embedded-hybrid"), or
         one that `sala fetch` brings.
     dtype: of the parameters; None means what the checkpoint's configuration says, or float32; "stored" leaves each tensor
-        in its own (quantised ones, of a GGUF file, become bfloat16). On the CPU what is not converted is mapped from its
-        file, and not read before it is used.
+        in its own (quantised ones, of a GGUF file, become bfloat16), and the configuration as it is. On the CPU what is not
+        converted is mapped from its file, and not read before it is used.
     device: where the parameters go, one after the other: of another device's the CPU's memory never holds more than one.
     on_tensor: called with each tensor's name as it is read, for a progress display.
     changes: fields of the configuration to override.
@@ -267,6 +267,7 @@ def load_model(
     require_all(state, shapes, folder)
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
-    model.config.dtype = model.dtype if dtype == "stored" else dtype
+    if dtype != "stored":
+        model.config.dtype = dtype
     model.generation_config = read_generation(folder, config)
     return model.eval()

@@ -346,8 +346,9 @@ class Recipe(Part):
     precision: Literal["float32", "bfloat16"] = "float32"
     # auto: compile when a C compiler is there, else run eagerly and say so in one log line
     compile: Literal["auto", "on", "off"] = "auto"
-    # of the parameters in the finished folder; they are trained, and loaded again, in float32
-    stored_as: Literal["float32", "bfloat16"] = "float32"
+    # of the parameters in the finished folder, which were trained in float32. None: the dtype of the checkpoint that the run
+    # started from; a folder that is given another is still loaded in float32
+    stored_as: Literal["float32", "bfloat16"] | None = None
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
 
     @field_validator("compile", mode="before")

@@ -126,11 +126,15 @@ def sample(recipe: Recipe, data: Data) -> Part:
 
 
 def _write_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    stored = shadow(model).to(torch.bfloat16) if recipe.stored_as == "bfloat16" else model
+    own, computed = model.config.dtype or torch.float32, torch.float32
+    dtype = own if recipe.stored_as is None else getattr(torch, recipe.stored_as)
+    stored = model if dtype == computed else shadow(model).to(dtype)
     stored.save_pretrained(folder)
-    # its dtype is the one to compute in, whatever the file holds
-    model.config.dtype = torch.float32
-    model.config.save_pretrained(folder)
+    if recipe.stored_as is not None:
+        # its dtype is the one to compute in, whatever the file holds
+        stored.config.dtype = computed
+        stored.config.save_pretrained(folder)
+    model.config.dtype = computed
     tokenizer.save_pretrained(folder)
     recipe.save(folder / "recipe.yaml")
 
