@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("docs/*.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")
+PAGES = ("README.md", "docs/*.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")
 
 MEAN_WORDS = 16.0
 LONG_WORDS = 30
