@@ -176,11 +176,21 @@ def test_a_pipe_gives_the_rows_of_a_file_and_counts_its_bytes(tmp_path: Path, na
 
 
 def test_a_pipe_without_a_name_is_a_document_unless_a_format_is_given(tmp_path: Path) -> None:
+    with pipe(tmp_path / "62", b"a\n{}\n") as path:
+        assert [record.row for record in read_files([path])] == [{"text": "a\n{}\n"}]
     content = write_lines(tmp_path / "a.jsonl").read_bytes()
     with pipe(tmp_path / "63", content) as path:
-        assert [record.row for record in read_files([path])] == [{"text": content.decode()}]
+        assert [record.row for record in read_files([path], format="text")] == [{"text": content.decode()}]
     with pipe(tmp_path / "64", content) as path:
         assert [record.row for record in read_files([path], format="jsonl")] == ROWS
+
+
+def test_a_pipe_of_records_without_a_format_is_refused(tmp_path: Path) -> None:
+    with pipe(tmp_path / "63", write_lines(tmp_path / "a.jsonl").read_bytes()) as path:
+        with pytest.raises(
+            InputError, match="63 is a pipe whose first line is a JSON object; expected its format, jsonl"
+        ):
+            list(read_files([path]))
 
 
 def test_a_format_that_is_given_is_believed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import math
 import shutil
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -81,14 +82,13 @@ def test_a_stop_string_ends_the_answer_before_it(model, tokenizer, prompt):
 
 def test_a_special_token_among_the_stop_strings_ends_the_answer(model, tokenizer, prompt, monkeypatch):
     # the text of an answer never has it, so that no string in it would stop
-    whole = answer(model, tokenizer, prompt)
-    ended = tokenizer.decode([whole.tokens[3]])
-    at = whole.tokens.index(whole.tokens[3])
-    monkeypatch.setattr(type(tokenizer), "all_special_tokens", [ended])
-    result = answer(model, tokenizer, prompt, stop=(ended, "something else"))
-    assert result.finish == "stop"
-    assert result.tokens == whole.tokens[: at + 1]
-    monkeypatch.undo()
+    pad = tokenizer.pad_token_id
+    words = tokenizer("a b c", add_special_tokens=False)["input_ids"]
+    drawn = [words[0], pad, *words[1:]]
+    monkeypatch.setattr(import_module("sala.engine.generate"), "draws", lambda *arguments: (token for token in drawn))
+    result = answer(model, tokenizer, prompt, stop=(tokenizer.pad_token, "something else"))
+    assert (result.finish, result.text, result.tokens) == ("stop", "a", tuple(drawn[:2]))
+    assert answer(model, tokenizer, prompt, stop=("something else",)).text == "a b c"
     with pytest.raises(InputError, match="holds the special token .*expected the token alone"):
         answer(model, tokenizer, prompt, stop=("a<|end|>",))
 

@@ -92,7 +92,8 @@ def read_files(
     format: "text", "jsonl" or "parquet", whatever the names say; a pipe often has none.
 
     Raises:
-        InputError: a file cannot be read, unpacked, or is no Parquet; Parquet without `pyarrow`; an unknown format.
+        InputError: a file cannot be read, unpacked, or is no Parquet; Parquet without `pyarrow`; an unknown format, or a pipe
+            of JSON lines without one.
     """
     _require_format(format)
     for path in paths:
@@ -103,7 +104,7 @@ def read_files(
             elif kind == "jsonl":
                 yield from _json_lines(path, on_bytes)
             else:
-                yield _text(path, field, on_bytes)
+                yield _text(path, field, on_bytes, guessed=format is None and kind_of(path) == "pipe")
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"{path} is not a whole gzip file: {error}") from error
         except OSError as error:
@@ -165,9 +166,13 @@ class _Counted:
             yield line
 
 
-def _text(path: Path, field: str, on_bytes: Callable[[int], None]) -> Record:
+def _text(path: Path, field: str, on_bytes: Callable[[int], None], guessed: bool) -> Record:
     content = path.read_bytes()
     on_bytes(len(content))
+    if guessed and _json_line("", content.split(b"\n", 1)[0]).row is not None:
+        raise InputError(
+            f"{shown(path)} is a pipe whose first line is a JSON object; expected its format, jsonl (or text, for one document)"
+        )
     if _is_packed(path):
         content = gzip.decompress(content)
     try:
