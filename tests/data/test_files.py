@@ -186,11 +186,11 @@ def test_a_pipe_without_a_name_is_a_document_unless_a_format_is_given(tmp_path: 
 
 
 def test_a_pipe_of_records_without_a_format_is_refused(tmp_path: Path) -> None:
-    with pipe(tmp_path / "63", write_lines(tmp_path / "a.jsonl").read_bytes()) as path:
-        with pytest.raises(
-            InputError, match="63 is a pipe whose first line is a JSON object; expected its format, jsonl"
-        ):
-            list(read_files([path]))
+    with (
+        pipe(tmp_path / "63", write_lines(tmp_path / "a.jsonl").read_bytes()) as path,
+        pytest.raises(InputError, match="63 is a pipe whose first line is a JSON object; expected its format, jsonl"),
+    ):
+        list(read_files([path]))
 
 
 def test_a_format_that_is_given_is_believed(tmp_path: Path) -> None:
