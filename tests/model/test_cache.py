@@ -156,8 +156,11 @@ def test_a_cache_cannot_be_cut_back():
     ("call", "message"),
     [
         (lambda m: m(tokens(1, 9), attention_mask=torch.ones(1, 8)), r"right would be \(1, 9\)"),
-        (lambda m: m(tokens(1, 9), position_ids=torch.arange(1, 10)[None]), "position_ids differ"),
-        (lambda m: m(tokens(2, 9), cu_seqlens=torch.tensor([0, 9])), "packs several sequences"),
+        (
+            lambda m: m(tokens(1, 9), position_ids=torch.arange(1, 10)[None]),
+            "position_ids are 1 at token 0 of row 0; expected 0",
+        ),
+        (lambda m: m(tokens(2, 9), cu_seqlens=torch.tensor([0, 9])), "packed into one row"),
         (lambda m: m(tokens(1, 9), cu_seqlens=torch.tensor([0, 8])), "increasing from 0"),
         (lambda m: m(), "either input_ids or inputs_embeds"),
     ],

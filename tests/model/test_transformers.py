@@ -1,7 +1,5 @@
 """The model is a citizen of transformers: Auto classes, generate, save and load, PEFT, checkpointing."""
 
-import copy
-
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -161,22 +159,36 @@ def test_hidden_states_are_those_of_every_layer():
     torch.testing.assert_close(model.logits(output.hidden_states[-1]), output.logits)
 
 
-def test_drafts_that_need_a_cache_cut_back_are_refused():
-    model, ids = tiny_model(), tokens(1, 30)
-    for draft in ({"assistant_model": copy.deepcopy(model)}, {"prompt_lookup_num_tokens": 3}):
-        with pytest.raises(ValueError, match=r"stateful|not supported"):
-            model.generate(ids, **GREEDY, **draft)
-
-
-def test_another_kind_of_cache_is_refused():
-    model, ids = tiny_model(), tokens(1, 30)
-    with pytest.raises(InputError, match="its own"):
-        model.generate(ids, cache_implementation="static", **GREEDY)
+def test_the_configuration_says_what_is_returned_where_a_call_does_not(folder):
+    model, ids = AutoModelForCausalLM.from_pretrained(folder, output_hidden_states=True), tokens(1, 9)
+    for net in (model, model.model):
+        assert len(net(ids).hidden_states) == model.config.num_hidden_layers + 1
+        assert net(ids, output_hidden_states=False).hidden_states is None
+    model.config.return_dict = False
+    for net in (model, model.model):
+        assert isinstance(net(ids), tuple)
+        assert not isinstance(net(ids, return_dict=True), tuple)
 
 
 def test_attention_weights_are_refused():
-    with pytest.raises(InputError, match="output_attentions"):
-        tiny_model()(tokens(1, 5), output_attentions=True)
+    model = tiny_model()
+    for net in (model, model.model):
+        net(tokens(1, 5), output_attentions=False)
+        with pytest.raises(InputError, match="output_attentions"):
+            net(tokens(1, 5), output_attentions=True)
+
+
+def test_what_callers_pass_to_every_model_changes_nothing():
+    model, ids = tiny_model(), tokens(1, 20)
+    extra = {"token_type_ids": torch.zeros_like(ids), "num_items_in_batch": None, "is_causal": True}
+    with torch.no_grad():
+        for net in (model, model.model):
+            assert torch.equal(net(ids, **extra)[0], net(ids)[0])
+
+
+def test_what_would_change_the_numbers_is_refused():
+    with pytest.raises(InputError, match="is_causal"):
+        tiny_model()(tokens(1, 20), is_causal=False)
 
 
 def test_the_configuration_survives_a_round_trip(tmp_path):

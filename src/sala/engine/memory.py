@@ -47,6 +47,7 @@ FIXED_BYTES = 40 * 2**20
 CUDA_MLP_STREAM_WIDTHS = 4
 CUDA_STREAM_WIDTHS = 2
 CUDA_MIXER_WIDTHS = 5
+CUDA_LIGHTNING_WIDTHS = 4
 # while blocks are chosen: queries and output, beside block scores of up to so many bytes, but of so many tokens at least
 # (PANEL_BYTES and SCORE_ROWS of ops/infllm/triton/select.py, which a machine without Triton cannot import)
 CUDA_CHOICE_WIDTHS = 2
@@ -219,7 +220,7 @@ def _cuda_mixer_bytes(config: MiniCPMSALAConfig, kind: str, itemsize: int, lengt
     if OPERATORS[kind] == "lightning":
         # the states of segments of 1,024 tokens (MIN_SEGMENT of ops/lightning/triton.py), and the last one
         states = (chunk // 1024 + 2) * config.lightning_nh * config.lightning_head_dim**2 * 4
-        return CUDA_MIXER_WIDTHS * config.lightning_nh * config.lightning_head_dim * itemsize * chunk + states
+        return CUDA_LIGHTNING_WIDTHS * config.lightning_nh * config.lightning_head_dim * itemsize * chunk + states
     width = config.num_attention_heads * config.head_dim * itemsize * chunk
     if OPERATORS[kind] == "dense":
         # or a step's scores, their softmax and that rounded

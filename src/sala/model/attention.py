@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sala.model.autocast import as_written
 from sala.model.cache import AttentionCache
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.linear import Linear
-from sala.model.norm import RMSNorm, norm_of
+from sala.model.norm import RMSNorm, normed_or_fused
 from sala.model.rows import Packing, Rows
 from sala.ops.dense import dense_attention
 from sala.ops.packing import LONGEST_TOGETHER, pad_rows, similar_lengths
@@ -65,12 +66,16 @@ class FullAttention(nn.Module):
         rotation = rows.rotation if self.use_rope else None
         assert (rotation is not None) == self.use_rope
         scale_BT = None if self.logits_base is None else logits_scale(rows.positions_BT, self.logits_base)
-        q = norm_rotate(q, norm=norm_of(self.q_norm), rotation=rotation, scale_BT=scale_BT)
-        k = norm_rotate(k, norm=norm_of(self.k_norm), rotation=rotation)
-        if rows.packing is None:
-            o_BTHV = self.attend(q, k, v, rows, cache)
-        else:
-            o_BTHV = self.attend_packed(q, k, v, rows.packing)
+        q, q_norm = normed_or_fused(self.q_norm, q)
+        k, k_norm = normed_or_fused(self.k_norm, k)
+        # autocast: a norm kept in float32 makes float32
+        q = norm_rotate(q, norm=q_norm, rotation=rotation, scale_BT=scale_BT).to(v.dtype)
+        k = norm_rotate(k, norm=k_norm, rotation=rotation).to(v.dtype)
+        with as_written(q):
+            if rows.packing is None:
+                o_BTHV = self.attend(q, k, v, rows, cache)
+            else:
+                o_BTHV = self.attend_packed(q, k, v, rows.packing)
         # values may have come padded to the width of keys
         gate_BTD = None if self.o_gate is None else self.o_gate(x_BTD)
         return self.o_proj(norm_gate(o_BTHV[..., : self.value_width], gate_BTD=gate_BTD))

@@ -12,6 +12,7 @@ from sala.errors import InputError
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.growing import GrowingTensor
 from sala.model.rows import Rows
+from sala.model.seen import SeenTokens
 from sala.ops.infllm import SparseGeometry, compress, num_windows
 
 
@@ -241,13 +242,41 @@ class LightningCache(LayerCache):
 class SalaCache(Cache):
     """All layers' caches and the count of columns (tokens, padding included) seen so far; `new_cache` makes an empty one."""
 
+    # as DynamicCache: there is none
+    max_cache_len = -1
+
     def __init__(self, layers: list[LayerCache]):
         super().__init__(layers=list(layers))
         self.columns = 0
+        self.seen = SeenTokens()
         self.torn = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
+
+    def rows_held(self) -> int:
+        """Return the number of batch rows, 0 where nothing has been read."""
+        layer = self.layers[0]
+        assert isinstance(layer, LayerCache)
+        return layer.rows_held()
+
+    def read(self, ids_BT: Tensor | None, columns: int) -> None:
+        """Take note of `columns` more tokens, which all layers have read; ids: None where they are not known."""
+        self.columns += columns
+        self.seen.append(ids_BT)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.seen.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.seen.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(self.rows_held()).repeat_interleave(repeats)
+        super().batch_repeat_interleave(repeats)
+        self.seen.select(rows)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -303,13 +332,14 @@ class SalaCache(Cache):
     def count(self, tokens: int) -> None:
         """Take note that steps whose positions only the device knew have made every row so many tokens long."""
         self.columns = tokens
+        self.seen.cut(tokens)
         for layer in self.layers:
             assert isinstance(layer, LayerCache)
             layer.count(tokens)
 
     def reset(self) -> None:
         super().reset()
-        self.columns, self.torn = 0, False
+        self.columns, self.seen, self.torn = 0, SeenTokens(), False
 
     def mark(self, *, copied: bool = True) -> Any:
         """Return a mark of this moment for `rewind`: lengths, and a copy of the recurrent states (keys are not copied).
@@ -324,12 +354,31 @@ class SalaCache(Cache):
         for layer, own in zip(self.layers, marks, strict=True):
             assert isinstance(layer, LayerCache)
             layer.rewind(own)
+        self.seen.cut(self.columns)
         self.torn = False
 
     @property
     def size_bytes(self) -> int:
         """Bytes of what has been written; memory reserved ahead is not counted."""
         return sum(layer.size_bytes for layer in self.layers if isinstance(layer, LayerCache))
+
+
+def given(cache: Any, past_key_values: Any) -> SalaCache | None:
+    """Return the cache that a caller gave by either of its two names.
+
+    Raises:
+        InputError: a cache of another kind, or two caches.
+    """
+    caches = [each for each in (cache, past_key_values) if each is not None]
+    for each in caches:
+        if not isinstance(each, SalaCache):
+            raise InputError(
+                f"the cache is a {type(each).__name__}, which has keys and values only; expected a SalaCache "
+                "(sala.model.new_cache). Prefix tuning makes such a cache and is not supported"
+            )
+    if len(caches) == 2 and caches[0] is not caches[1]:
+        raise InputError("cache and past_key_values are two caches; expected one, by either name")
+    return caches[0] if caches else None
 
 
 def compression_tiers(geometry: SparseGeometry) -> tuple[tuple[int, int], tuple[int, int]]:

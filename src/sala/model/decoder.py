@@ -2,27 +2,30 @@
 
 import dataclasses
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from sala.errors import InputError
-from sala.model.cache import LayerCache, SalaCache
+from sala.model.cache import LayerCache, SalaCache, given
 from sala.model.config import MiniCPMSALAConfig
-from sala.model.interface import CACHE, given, named
+from sala.model.documents import ends_of_call, labels_within, shifted_labels_within
+from sala.model.generation import SalaGeneration
+from sala.model.interface import CACHE, named
 from sala.model.linear import Linear
 from sala.model.mixers import MIXERS, new_cache
-from sala.model.norm import RMSNorm
+from sala.model.norm import RMSNorm, added_and_normed
 from sala.model.rope import inverse_frequencies, rotation_tables
-from sala.model.rows import Context, Rows, place_rows
-from sala.ops.pointwise import add_rms_norm, add_scaled, silu_mul
+from sala.model.rows import Context, Rows, check_positions, place_rows
+from sala.ops.pointwise import add_scaled, silu_mul
 
 log = logging.get_logger(__name__)
+Output = TypeVar("Output", bound=ModelOutput)
 
 
 class MLP(nn.Module):
@@ -51,8 +54,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_BTD: Tensor, rows: Rows, cache: LayerCache | None = None) -> Tensor:
         branch_BTD = self.self_attn(self.input_layernorm(hidden_BTD), rows, cache)
-        norm = self.post_attention_layernorm
-        hidden_BTD, x_BTD = add_rms_norm(hidden_BTD, branch_BTD, self.residual_scale, norm.weight, norm.eps)
+        hidden_BTD, x_BTD = added_and_normed(self.post_attention_layernorm, hidden_BTD, branch_BTD, self.residual_scale)
         return add_scaled(hidden_BTD, self.mlp(x_BTD), self.residual_scale)
 
 
@@ -71,6 +73,15 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Do nothing, as `MiniCPMSALAConfig.register_for_auto_class`."""
+
+    def _refuse(self, output_attentions: bool | None, is_causal: bool | None) -> None:
+        if is_causal is False:
+            raise InputError("is_causal = False: every layer here is causal; expected True")
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise InputError("output_attentions = True: no layer here ever forms attention weights; expected False")
+
+    def _returned(self, output: Output, return_dict: bool | None) -> Output | tuple:
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
@@ -124,11 +135,15 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
             hidden = layer(hidden, rows, layer_cache)
         return self.norm(hidden)
 
-    def cache_of_call(self, cache: SalaCache | None, use_cache: bool | None, packed: bool) -> SalaCache | None:
+    def cache_of_call(
+        self, cache: SalaCache | None, use_cache: bool | None, batch: int, packed: bool
+    ) -> SalaCache | None:
         """Return the cache that a call reads and writes: the one given, a new one, or None."""
-        if cache is not None and not isinstance(cache, SalaCache):
-            raise InputError(f"the cache is a {type(cache).__name__}; expected a SalaCache")
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if cache is not None and cache.rows_held() not in (0, batch):
+            raise InputError(f"a batch of {batch} with a cache of {cache.rows_held()} rows; expected as many rows")
+        if cache is not None and packed:
+            raise InputError("documents packed into one row with a cache; expected a call without a cache")
         if (wanted or cache is not None) and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # a layer that is computed again would read what it has written itself
             if cache is not None and cache.columns:
@@ -150,47 +165,56 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         context: Context | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         past_key_values: SalaCache | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Run the layers.
 
         input_ids: (B, T) int64, or inputs_embeds (B, T, D), which are scaled as embeddings are.
         attention_mask: (B, past + T), 0 on padding. position_ids may be given, and must be what the mask and the cache say.
-        cu_seqlens: (N + 1,) ends of packed sequences in one row; without a cache.
+        past_key_values: another name of `cache`, the one before transformers 5.24.
+        cu_seqlens: (N + 1,) ends of packed sequences in one row; without a cache. Other marks of them are `cu_seq_lens_q`,
+            `seq_idx` and position_ids that start anew (`sala.model.documents`).
         context: the ranks that hold the packed row together: `input_ids` are this rank's part of it, and `cu_seqlens` those
             of the whole row, on every rank. A parameter's gradient is then this rank's part of it: the sum over the ranks
             is the whole.
+        output_hidden_states, return_dict: None: as the configuration says.
+        output_attentions: there for callers that pass it to every model; True is refused.
+        kwargs: what callers pass to every model of transformers; what is not said here changes nothing.
 
         Raises:
             InputError: shapes, masks, positions and cache do not fit together.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give either input_ids or inputs_embeds")
+        self._refuse(output_attentions, kwargs.get("is_causal"))
         hidden = self.scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
-        cache = self.cache_of_call(given(cache, past_key_values), use_cache, cu_seqlens is not None)
-        past = cache.columns if cache is not None else 0
-        rows = self.place(hidden, past, attention_mask, cu_seqlens, context)
-        _check_positions(position_ids, rows)
-        seen = []
+        cache = given(cache, past_key_values)
+        ends = ends_of_call(hidden.shape[1], cache, attention_mask, position_ids, cu_seqlens, context, kwargs)
+        cache = self.cache_of_call(cache, use_cache, hidden.shape[0], ends is not None)
+        rows = self.place(hidden, 0 if cache is None else cache.columns, attention_mask, ends, context)
+        check_positions(position_ids, rows.positions_BT)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        seen: list[Tensor] | None = [] if wanted else None
         with nullcontext() if cache is None else cache.all_or_nothing(rows):
             for index, layer in enumerate(self.layers):
                 # else every layer's would be alive at once
-                if output_hidden_states:
+                if seen is not None:
                     seen.append(hidden)
                 hidden = layer(hidden, rows, None if cache is None else cache.layers[index])
             hidden = self.norm(hidden)
             if cache is not None:
-                cache.columns += hidden.shape[1]
+                cache.read(input_ids, hidden.shape[1])
         output = BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            hidden_states=(*seen, hidden) if output_hidden_states else None,
-            **named(cache),
+            last_hidden_state=hidden, hidden_states=None if seen is None else (*seen, hidden), **named(cache)
         )
-        return output if return_dict in (None, True) else output.to_tuple()
+        return self._returned(output, return_dict)
 
 
-class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
+# transformers looks for GenerationMixin among the bases themselves
+class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, SalaGeneration, GenerationMixin):
     """The language model: teacher and hybrid alike, by `config.mixer_types`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers' own convention
@@ -219,62 +243,59 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         past_key_values: SalaCache | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Return logits (B, T or logits_to_keep, X) float32 and, with labels (B, T; -100 is skipped), the next-token loss.
 
         logits_to_keep: number of last positions to compute logits for, or their indices; 0 means all.
-        cu_seqlens, context: as in `MiniCPMSALAModel.forward`; without labels, whose shift would need the next rank's tokens.
-        output_attentions: there for callers that pass it to every model; True is refused.
+        cu_seqlens, context: as in `MiniCPMSALAModel.forward`; no label is predicted from another document. A context is
+            without labels, whose shift would need the next rank's tokens.
+        kwargs: as in `MiniCPMSALAModel.forward`, and `num_items_in_batch`, by which the sum of losses is divided, and
+            `shift_labels` (B, T) in place of labels: each stands at the token that predicts it.
         """
-        if output_attentions:
-            raise InputError("output_attentions = True: no layer here ever forms attention weights; leave it out")
         if context is not None and labels is not None:
             raise InputError(
                 "labels with a context: the last token here is followed by one of another rank; leave them out"
             )
+        cache = given(cache, past_key_values)
+        # no parameter of its own: Trainer would look for it beside labels
+        shift_labels = kwargs.pop("shift_labels", None)
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if labels is not None or shift_labels is not None:
+            length = 0 if inputs is None else inputs.shape[1]
+            ends = ends_of_call(length, cache, attention_mask, position_ids, cu_seqlens, context, kwargs)
+            if ends is not None:
+                cu_seqlens = ends
+                labels = None if labels is None else labels_within(labels, ends)
+                shift_labels = None if shift_labels is None else shifted_labels_within(shift_labels, ends)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=given(cache, past_key_values),
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
             context=context,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            **kwargs,
         )
         hidden = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.logits(
             hidden[:, kept] if not (isinstance(logits_to_keep, int) and logits_to_keep == 0) else hidden
         )
-        loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+        loss = None
+        if labels is not None or shift_labels is not None:
+            vocab_size = self.config.vocab_size
+            loss = self.loss_function(logits, labels, vocab_size=vocab_size, shift_labels=shift_labels, **kwargs)
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=output.hidden_states, **named(output.get(CACHE))
         )
-        return result if return_dict in (None, True) else result.to_tuple()
+        return self._returned(result, return_dict)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Return float32 logits of last hidden states: lm_head(h / (hidden_size / dim_model_base))."""
         return self.lm_head(hidden_BTD / self.logits_divisor).float()
-
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *rest: Any) -> None:  # type: ignore[override]
-        # transformers would build its own kind, which has no compressed keys and no states of ours
-        if generation_config.cache_implementation is not None:
-            raise InputError(
-                f"cache_implementation = {generation_config.cache_implementation!r}; this model has one cache, its own"
-            )
-        cache = model_kwargs.get(CACHE)
-        if cache is None and generation_config.use_cache is not False:
-            model_kwargs[CACHE] = new_cache(self.config)
-        elif cache is not None:
-            cache._is_user_defined = True
-
-
-def _check_positions(position_ids: Tensor | None, rows: Rows) -> None:
-    if position_ids is None:
-        return
-    if bool(((position_ids != rows.positions_BT) & (rows.positions_BT >= 0)).any()):
-        raise InputError(
-            "position_ids differ from what the attention mask and the cache say; leave them out, or pack sequences with cu_seqlens"
-        )

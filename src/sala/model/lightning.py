@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from sala.model.autocast import as_written
 from sala.model.cache import LightningCache
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.linear import Linear
-from sala.model.norm import RMSNorm, norm_of
+from sala.model.norm import RMSNorm, normed_or_fused
 from sala.model.rows import Packing, Rows
 from sala.ops.constants import constant
 from sala.ops.lightning import lightning_attention, log_decays
@@ -57,25 +58,28 @@ class LightningAttention(nn.Module):
         q = self.q_proj(x_BTD).view(batch, length, self.num_heads, self.width)
         k = self.k_proj(x_BTD).view(batch, length, self.num_groups, self.width)
         v = self.v_proj(x_BTD).view(batch, length, self.num_groups, self.value_width)
-        q, k = (
-            norm_rotate(q, norm=norm_of(self.q_norm), rotation=rotation),
-            norm_rotate(k, norm=norm_of(self.k_norm), rotation=rotation),
-        )
+        q, q_norm = normed_or_fused(self.q_norm, q)
+        k, k_norm = normed_or_fused(self.k_norm, k)
+        # autocast: a norm kept in float32 makes float32
+        q = norm_rotate(q, norm=q_norm, rotation=rotation).to(v.dtype)
+        k = norm_rotate(k, norm=k_norm, rotation=rotation).to(v.dtype)
         if self.num_groups != self.num_heads:
             repeats = self.num_heads // self.num_groups
             k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
         log_decay_H = constant(self.log_decays, q.device)
         if rows.packing is not None:
-            return _attend_packed(q, k, v, log_decay_H, self.scale, rows.packing)
-        o_BTHV, state_BHKV = lightning_attention(
-            q,
-            k,
-            v,
-            log_decay_H,
-            scale=self.scale,
-            initial_state_BHKV=None if cache is None else cache.state_BHKV,
-            mask_BT=rows.mask_BT,
-        )
+            with as_written(q):
+                return _attend_packed(q, k, v, log_decay_H, self.scale, rows.packing)
+        with as_written(q):
+            o_BTHV, state_BHKV = lightning_attention(
+                q,
+                k,
+                v,
+                log_decay_H,
+                scale=self.scale,
+                initial_state_BHKV=None if cache is None else cache.state_BHKV,
+                mask_BT=rows.mask_BT,
+            )
         if cache is not None:
             cache.keep(state_BHKV, rows)
         return o_BTHV
@@ -83,7 +87,8 @@ class LightningAttention(nn.Module):
     def forward(self, x_BTD: Tensor, rows: Rows, cache: LightningCache | None = None) -> Tensor:
         o_BTHV = self.attend(x_BTD, rows, cache)
         gate_BTD = None if self.z_proj is None else self.z_proj(x_BTD)
-        return self.o_proj(norm_gate(o_BTHV, norm=norm_of(self.o_norm), gate_BTD=gate_BTD))
+        o_BTHV, o_norm = normed_or_fused(self.o_norm, o_BTHV, dimensions=2)
+        return self.o_proj(norm_gate(o_BTHV, norm=o_norm, gate_BTD=gate_BTD))
 
 
 # the documents' lengths would be numbers of the graph, and every batch would compile it again

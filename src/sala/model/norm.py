@@ -1,9 +1,12 @@
-"""Root mean square normalisation as the released checkpoint computes it."""
+"""Root mean square normalisation as the released checkpoint computes it, alone or within an operator."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from sala.ops.pointwise import rms_norm
+from sala.ops.pointwise import add_rms_norm, add_scaled, rms_norm
+
+Fused = tuple[Tensor, float]
 
 
 class RMSNorm(nn.Module):
@@ -21,6 +24,36 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-def norm_of(module: RMSNorm | None) -> tuple[Tensor, float] | None:
-    """Return a norm as the operators that it is fused into take it."""
-    return None if module is None else (module.weight, module.eps)
+def normed_or_fused(norm: nn.Module | None, x: Tensor, dimensions: int = 1) -> tuple[Tensor, Fused | None]:
+    """Return x and what an operator needs to norm it on the way, or x normed already where the module must be called.
+
+    dimensions: how many of the last ones are normed together.
+    """
+    if norm is None:
+        return x, None
+    if _unnoticed(norm):
+        assert isinstance(norm, RMSNorm)
+        return x, (norm.weight, norm.eps)
+    return norm(x.flatten(-dimensions)).view(x.shape), None
+
+
+def added_and_normed(norm: nn.Module, x: Tensor, branch: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return sum = x + scale * branch, and the sum normed."""
+    if _unnoticed(norm):
+        assert isinstance(norm, RMSNorm)
+        return add_rms_norm(x, branch, scale, norm.weight, norm.eps)
+    total = add_scaled(x, branch, scale)
+    return total, norm(total)
+
+
+def _unnoticed(norm: nn.Module) -> bool:
+    """Whether nobody sees if the module is called: none has wrapped it, hooked it or replaced its forward."""
+    return (
+        type(norm) is RMSNorm
+        and not norm._forward_pre_hooks
+        and not norm._forward_hooks
+        and not norm._backward_pre_hooks
+        and not norm._backward_hooks
+        and "forward" not in norm.__dict__
+        and not _has_any_global_hook()
+    )

@@ -1,6 +1,8 @@
 """Where the tokens of one forward call stand: their positions, which of them are padding, and how rows are packed."""
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,11 @@ class Packing:
         self.context = context
         self.spans = spans_of(cu_seqlens_cpu, num_tokens, context)
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Packing":
+        moved = copy(self)
+        moved.cu_seqlens = self.cu_seqlens.to(device, non_blocking=non_blocking)
+        return moved
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -58,6 +65,13 @@ class Rows:
     capacity: int | None = None
     windows: tuple[tuple[Tensor, Tensor], ...] = ()
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Rows":
+        """Return the same places on another device: accelerate asks for them where a layer's weights are."""
+        if self.positions_BT.device == torch.device(device):
+            return self
+        names = ("positions_BT", "mask_BT", "real", "packing", "rotation", "windows")
+        return replace(self, **{name: _sent(getattr(self, name), device, non_blocking) for name in names})
+
     @property
     def unread(self) -> bool:
         """Whether the positions are on a device that a layer must not wait for."""
@@ -70,6 +84,12 @@ class Rows:
         row_N, column_N, position_N = self.real
         ordered_BS = new_BT.new_zeros(new_BT.shape[0], max(self.ends), *new_BT.shape[2:])
         return ordered_BS.index_put((row_N, position_N), new_BT[row_N, column_N])
+
+
+def _sent(value: Any, device: torch.device | str | int, non_blocking: bool) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_sent(item, device, non_blocking) for item in value)
+    return None if value is None else value.to(device, non_blocking=non_blocking)
 
 
 def place_rows(
@@ -94,8 +114,8 @@ def place_rows(
     if cu_seqlens is not None:
         if past or batch != 1 or attention_mask is not None:
             raise InputError(
-                f"cu_seqlens packs several sequences into one row without a cache or a mask; got batch {batch}, "
-                f"{past} cached tokens, attention_mask {'given' if attention_mask is not None else 'None'}"
+                f"documents are packed into one row, without a cache or a mask; got {batch} rows, {past} cached tokens and "
+                f"{'a' if attention_mask is not None else 'no'} mask"
             )
         return _place_packed(length, cu_seqlens.cpu(), device, context)
     if context is not None:
@@ -129,6 +149,25 @@ def place_rows(
     )
 
 
+def check_positions(position_ids: Tensor | None, positions_BT: Tensor) -> None:
+    """Refuse position_ids (B or 1, T) that are not the positions of the new tokens; -1 is padding, whose may be anything.
+
+    Raises:
+        InputError: one is not; the message names the first.
+    """
+    # an exported program cannot raise
+    if position_ids is None or torch.compiler.is_exporting():
+        return
+    differs_BT = (position_ids != positions_BT) & (positions_BT >= 0)
+    if bool(differs_BT.any()):
+        row, column = differs_BT.nonzero()[0].tolist()
+        found, right = (int(ids.expand_as(differs_BT)[row, column]) for ids in (position_ids, positions_BT))
+        raise InputError(
+            f"position_ids are {found} at token {column} of row {row}; expected {right}: positions count a row's tokens "
+            "from 0, those of the cache included and padding left out, and start anew only where documents lie in one row"
+        )
+
+
 def _place_packed(length: int, cu_seqlens: Tensor, device: torch.device, context: Context | None) -> Rows:
     ranks = 1 if context is None else context.ranks
     if (
@@ -140,7 +179,7 @@ def _place_packed(length: int, cu_seqlens: Tensor, device: torch.device, context
         whole = (
             f"the length {length}" if context is None else f"{ranks * length}, {length} tokens on each of {ranks} ranks"
         )
-        raise InputError(f"cu_seqlens = {cu_seqlens.tolist()}; right would be increasing from 0 to {whole}")
+        raise InputError(f"the ends of documents are {cu_seqlens.tolist()}; expected increasing from 0 to {whole}")
     packing = Packing(cu_seqlens, length, device, context)
     first = 0 if context is None else context.rank * length
     place_T = torch.arange(first, first + length, device=device)
