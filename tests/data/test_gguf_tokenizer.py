@@ -13,6 +13,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.tokenization_utils_base import generate_merges
 
 from sala.data import load_tokenizer
+from sala.data.gguf_tokenizer import SPLITS
 from sala.errors import CheckpointError
 
 TEXTS = [
@@ -109,6 +110,15 @@ def test_ids_are_those_of_the_tokenizer_that_was_written(pre, tmp_path):
         assert ours.decode(ours(text).input_ids) == original.decode(original.encode(text).ids, False)
 
 
+def test_patterns_of_words_are_those_of_transformers():
+    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping", reason="newer transformers")
+    theirs = mapping.GGUF_PRE_TOKENIZER_SPLITS
+    assert {name for name, split in SPLITS.items() if split.words is not None} <= theirs.keys()
+    assert {name: SPLITS[name].words for name in SPLITS.keys() & theirs.keys()} == {
+        name: theirs[name] for name in SPLITS.keys() & theirs.keys()
+    }
+
+
 def test_a_word_that_is_a_token_is_one_where_the_model_was_made_so(tmp_path):
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "abc"]
     keys = {"add_bos_token": False}
@@ -172,6 +182,7 @@ def test_of_a_sentencepiece_vocabulary_a_space_goes_first_unless_the_file_says_n
         ("gpt2", {"pre": "falcon"}, "tokenizer.ggml.pre = 'falcon' in .*; expected one of gpt-2, smollm"),
         ("gpt2", {}, "tokenizer.ggml.pre = None"),
         ("bert", {}, "tokenizer.ggml.model = 'bert' in .*; expected 'gpt2' or 'llama'"),
+        ("gpt2", {"pre": "qwen2", "bos_token_id": 9999}, "names token 9999 and has 278; expected a whole vocabulary"),
         ("llama", {}, "neither tokenizer.ggml.merges nor tokenizer.ggml.scores"),
     ],
 )

@@ -1,6 +1,6 @@
 """Tiny GGUF files, as llama.cpp's converter would write a model of transformers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,12 @@ def write_gguf(
     *,
     keys: Mapping[str, Any] = {},
     arrays: Mapping[str, np.ndarray] = {},
+    pack: Callable[[str, int, int], np.ndarray] | None = None,
 ) -> Path:
-    """Write `model`, its matrices in a kind of GGML's, with more `keys` and tensors; a model of ours is a Llama."""
+    """Write `model`, its matrices in a kind of GGML's, with more `keys` and tensors; a model of ours is a Llama.
+
+    pack: makes matrices (kind, rows, columns) of any numbers, in place of the model's.
+    """
     config = model.config
     architecture = config.model_type if config.model_type in reading.ARCHITECTURES else "llama"
     writer = GGUFWriter(path, architecture)
@@ -60,7 +64,7 @@ def write_gguf(
         if architecture == "llama" and ".k_proj." in name:
             values = permuted(values, config.num_key_value_heads)
         stored = GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
-        data = quants.quantize(values, stored)
+        data = quants.quantize(values, stored) if pack is None or values.ndim == 1 else pack(kind, *values.shape)
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=stored)
     for name, values in arrays.items():
         writer.add_tensor(name, values)

@@ -209,6 +209,14 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path):
             read(tmp_path)
 
 
+def test_a_folder_with_a_gguf_file_alone_says_its_name(tmp_path):
+    (tmp_path / "x.Q4_K_M.gguf").touch()
+    with pytest.raises(
+        CheckpointError, match=r"config.json is missing in .*; expected one, or the name of its file .*x.Q4"
+    ):
+        load_model(tmp_path)
+
+
 def test_a_configuration_alone_needs_no_weights(tmp_path):
     source("llama").save_pretrained(tmp_path, max_shard_size="20KB")
     for file in tmp_path.glob("*.safetensors"):

@@ -104,6 +104,28 @@ def test_the_stored_dtype_is_kept_and_of_quantised_weights_bfloat16(kind, dtype,
     assert inspect(file).dtype == str(dtype).removeprefix("torch.")
 
 
+def packed(kind: str, rows: int, columns: int) -> np.ndarray:
+    """Random super-blocks of 256 numbers, which the package reads but does not write, with small scales."""
+    size = {"Q4_K": 144, "Q6_K": 210}[kind]
+    blocks = np.random.default_rng(0).integers(0, 256, (rows, columns // 256, size), dtype=np.uint8)
+    scale = np.frombuffer(np.float16(0.002).tobytes(), np.uint8)
+    if kind == "Q4_K":  # a scale and a smallest number come first
+        blocks[..., :4] = np.tile(scale, 2)
+    else:
+        blocks[..., -2:] = scale
+    return blocks.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_super_blocks_are_dequantised(kind, tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "hidden_size": 256, "intermediate_size": 256}))
+    file = write_gguf(tmp_path / "x.gguf", model, kind, pack=packed)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32)
+    expected = logits(theirs, IDS)
+    assert expected.isfinite().all()
+    assert_close(logits(load_model(file, dtype=torch.float32), IDS), expected)
+
+
 def test_biases_of_a_llama_are_found(tmp_path):
     torch.manual_seed(1)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)).eval()

@@ -15,7 +15,7 @@ def fetch(
     from sala.model.fetch import fetch as fetch_model
 
     if name is not None:
-        typer.echo(fetch_model(name))
+        typer.echo(fetch_model(name, say=lambda text: typer.echo(text, err=True)))
         return
     table = Table("name", "size", "here", "what it is", box=None, pad_edge=False, header_style="bold")
     for key, row in FETCHABLE.items():

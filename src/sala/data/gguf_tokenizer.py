@@ -77,7 +77,7 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         added = [token for token, its in zip(tokens, types, strict=False) if its == wanted]
         tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
     special_tokens = {
-        f"{name}_token": tokens[number]
+        f"{name}_token": _token(file, tokens, number)
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
         if (number := file.get(f"tokenizer.ggml.{key}_token_id")) is not None
     }
@@ -128,7 +128,7 @@ def _sentencepiece(file: GGUFFile, tokens: Sequence[str]) -> tuple[Tokenizer, bo
         # spelled out in a text, a control token is no word
         control = {token for token, its in zip(tokens, types, strict=False) if its == CONTROL}
         merges = generate_merges(vocabulary, dict(zip(tokens, scores, strict=True)), control)
-    unknown = tokens[file.get("tokenizer.ggml.unknown_token_id", 0)]
+    unknown = _token(file, tokens, file.get("tokenizer.ggml.unknown_token_id", 0))
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     spaces, plain = normalizers.Replace(" ", SPACE), decoders.Replace(SPACE, " ")
     pieces: list[Any] = [plain, decoders.ByteFallback(), decoders.Fuse()]
@@ -139,6 +139,12 @@ def _sentencepiece(file: GGUFFile, tokens: Sequence[str]) -> tuple[Tokenizer, bo
         tokenizer.normalizer = spaces
     tokenizer.decoder = decoders.Sequence(pieces)
     return tokenizer, True
+
+
+def _token(file: GGUFFile, tokens: Sequence[str], number: int) -> str:
+    if number >= len(tokens):
+        raise CheckpointError(f"{file.path} names token {number} and has {len(tokens)}; expected a whole vocabulary")
+    return tokens[number]
 
 
 def _numbered(tokens: Sequence[str]) -> dict[str, int]:

@@ -81,7 +81,9 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path.name} is missing in {path.parent}") from error
+        files = sorted(str(file) for file in path.parent.glob(f"*{SUFFIX}"))
+        hint = f"; expected one, or the name of its file {files[0]}" if files else ""
+        raise CheckpointError(f"{path.name} is missing in {path.parent}{hint}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

