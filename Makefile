@@ -6,7 +6,7 @@ PIP_INSTALL := pip install --quiet --disable-pip-version-check
 # what a user meets of transformers: tests that run under other versions of it
 INTERFACE_TESTS := tests/model tests/engine tests/embedded tests/cli
 
-.PHONY: demo test real lm-eval test-with lock install clean
+.PHONY: demo test real lm-eval test-with kernels lock install clean
 
 # QUICK=1: the same in under two minutes, at lower quality
 demo: $(VENV)/.installed
@@ -31,6 +31,10 @@ lm-eval:
 test-with:
 	@test -n "$(TRANSFORMERS)" || { echo "TRANSFORMERS is empty; expected a version such as 5.24.0, oldest or newest"; exit 2; }
 	PYTHON=$(PYTHON) bash scripts/test_with.sh $(TRANSFORMERS) $(INTERFACE_TESTS)
+
+# before a release: every GPU kernel compiled for every card, without one; ends with an error where shared memory is too small
+kernels: $(VENV)/.installed-dev
+	$(BIN)/python scripts/compile_kernels.py
 
 install: $(VENV)/.installed
 

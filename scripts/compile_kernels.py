@@ -1,11 +1,14 @@
-"""Compile every kernel that the operators would launch, for a GPU that need not be there, and print what each one takes.
+"""Compile every kernel that the operators would launch, for GPUs that need not be there, and print what each one takes.
 
-    python scripts/compile_kernels.py [sm_90] [name]
+    python scripts/compile_kernels.py [sm_80 sm_89 ...] [lightning infllm pointwise] [--shared]
 
-The operators run as they are on tensors of the CPU, but a launch compiles instead. Of each kernel and tuning: registers a
-thread, bytes spilled a thread inside and outside loops together and the instructions that move them, shared memory a program,
-tensor core instructions (HGMMA: Hopper's; HMMA: those before it), and waits for Hopper's: as many as those mean that each
-waits for the one before. Ends with an error where a launch has no tuning that fits.
+Without names all cards and all operators. The operators run as they are on tensors of the CPU, but a launch compiles
+instead. Of each kernel and tuning: registers a thread, bytes spilled a thread inside and outside loops together and the
+instructions that move them, shared memory a program, tensor core instructions (HGMMA: Hopper's; HMMA: those before it), and
+waits for Hopper's: as many as those mean that each waits for the one before. Then the most that each kernel takes. Ends with
+an error where a launch, or every tuning of it, takes more shared memory or tensor memory than the card has.
+
+--shared: shared memory alone, which is known before registers are: a few times as fast.
 """
 
 import re
@@ -13,19 +16,25 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-# of one program, by compute capability; those not named have as much as an A100 or more
-SHARED_BYTES = {90: 227 * 1024, 89: 99 * 1024, 86: 99 * 1024, 80: 163 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# of one program, by compute capability
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+CARDS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+# columns of a program, where there is such memory
+TENSOR_COLUMNS = 512
 
 
 class Card:
@@ -47,14 +56,21 @@ class Card:
         return True
 
 
+def named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def lightning() -> Iterator[tuple[str, Callable[[], object]]]:
     from sala.ops.lightning import triton as backend
 
     heads = 32
 
-    def call(dtype: torch.dtype, T: int, width: int, masked: bool, packed: bool, gradients: bool) -> None:
-        q, k, v = (torch.zeros(1, T, heads, width, dtype=dtype, requires_grad=gradients) for _ in range(3))
-        initial = torch.zeros(2 if packed else 1, heads, width, width)
+    def call(
+        dtype: torch.dtype, T: int, K: int, V: int, masked: bool = False, packed: bool = False, gradients: bool = False
+    ) -> None:
+        q, k = (torch.zeros(1, T, heads, K, dtype=dtype, requires_grad=gradients) for _ in range(2))
+        v = torch.zeros(1, T, heads, V, dtype=dtype, requires_grad=gradients)
+        initial = torch.zeros(2 if packed else 1, heads, K, V)
         out, final = backend.attend(
             *(q, k, v, torch.zeros(heads)),
             scale=0.1,
@@ -65,44 +81,51 @@ def lightning() -> Iterator[tuple[str, Callable[[], object]]]:
         if gradients:
             torch.autograd.backward((out, final), (out.detach(), final.detach()))
 
-    yield "bf16 128, and backward", lambda: call(torch.bfloat16, 2048, 128, False, False, True)
-    yield "bf16 128, masked, packed", lambda: call(torch.bfloat16, 2048, 128, True, True, False)
-    for dtype, width in product((torch.bfloat16, torch.float16, torch.float32), (64, 128, 256)):
-        label = f"{str(dtype).removeprefix('torch.')} {width}, one segment"
-        yield label, lambda dtype=dtype, width=width: call(dtype, 512, width, False, False, False)
-    yield "bf16 128, masked step", lambda: call(torch.bfloat16, 1, 128, True, False, False)
+    for dtype, width in product(DTYPES, (64, 128, 256)):
+        label = f"{named(dtype)} {width}"
+        yield f"{label}, back", partial(call, dtype, 2048, width, width, gradients=True)
+        yield f"{label}, one segment", partial(call, dtype, 512, width, width)
+        yield f"{label}, masked, packed", partial(call, dtype, 2048, width, width, True, True)
+        yield f"{label}, masked step", partial(call, dtype, 1, width, width, True)
+    for K, V in ((256, 64), (64, 256)):
+        yield f"bfloat16 {K} by {V}, back", partial(call, torch.bfloat16, 2048, K, V, gradients=True)
 
 
 def infllm() -> Iterator[tuple[str, Callable[[], object]]]:
     from sala.ops.infllm import SparseGeometry, num_windows
     from sala.ops.infllm import triton as backend
 
-    geometry = SparseGeometry()
-
-    def call(dtype: torch.dtype, T: int, width: int, group: int, gradients: bool, past: int = 8192) -> None:
-        S = past + T
-        q = torch.zeros(1, T, 2 * group, width, dtype=dtype, requires_grad=gradients)
-        k, v = (torch.zeros(1, S, 2, width, dtype=dtype, requires_grad=gradients) for _ in range(2))
+    def call(dtype: torch.dtype, K: int, V: int, group: int, block: int = 64, T: int = 512, past: int = 8192) -> None:
+        geometry, S, gradients = SparseGeometry(block_size=block), past + T, T > 1
+        q = torch.zeros(1, T, 2 * group, K, dtype=dtype, requires_grad=gradients)
+        k, v = (torch.zeros(1, S, 2, width, dtype=dtype, requires_grad=gradients) for width in (K, V))
         tiers = (geometry.kernel_size, geometry.kernel_stride), (geometry.coarse_size, geometry.coarse_stride)
-        k1, k2 = (torch.zeros(1, num_windows(S, *tier), 2, width, dtype=dtype) for tier in tiers)
+        k1, k2 = (torch.zeros(1, num_windows(S, *tier), 2, K, dtype=dtype) for tier in tiers)
         backend.compress(k.detach(), *tiers[0])
         backend.select(q.detach(), k1, k2, torch.arange(S - T, S)[None], geometry, 0.1)
         out = backend.attend(q, k, v, k1, k2, None, geometry, 0.1, S - T)
         if gradients:
             out.backward(out.detach())
 
-    for dtype, width, group in (
-        (torch.bfloat16, 128, 16),
-        (torch.bfloat16, 64, 16),
-        (torch.bfloat16, 128, 1),
-        (torch.bfloat16, 128, 5),
-        (torch.bfloat16, 256, 16),
-        (torch.float32, 128, 16),
+    # those of models, then the widest, and the largest groups and blocks, of each dtype
+    for dtype, K, V, group, block in (
+        (torch.bfloat16, 128, 128, 16, 64),
+        (torch.bfloat16, 64, 64, 16, 64),
+        (torch.bfloat16, 128, 128, 1, 64),
+        (torch.bfloat16, 128, 128, 5, 64),
+        (torch.bfloat16, 192, 128, 16, 64),
+        (torch.float16, 128, 128, 64, 128),
+        (torch.bfloat16, 256, 256, 32, 64),
+        (torch.float32, 64, 64, 32, 128),
+        (torch.float32, 128, 128, 32, 64),
+        (torch.float32, 256, 256, 16, 128),
     ):
-        label = f"{str(dtype).removeprefix('torch.')} {width}, {group} heads, back"
-        yield label, lambda dtype=dtype, width=width, group=group: call(dtype, 512, width, group, True)
-    yield "bf16 128, 16 heads, step", lambda: call(torch.bfloat16, 1, 128, 16, False)
-    yield "bf16 128, 16 heads, step 1M", lambda: call(torch.bfloat16, 1, 128, 16, False, 2**20 - 1)
+        width = f"{K}" if K == V else f"{K}/{V}"
+        label = f"{named(dtype)} {width}, {group} heads, {block}, back"
+        yield label, partial(call, dtype, K, V, group, block)
+    yield "bfloat16 128, 16 heads, step", partial(call, torch.bfloat16, 128, 128, 16, T=1)
+    yield "bfloat16 128, 16 heads, step 1M", partial(call, torch.bfloat16, 128, 128, 16, T=1, past=2**20 - 1)
+    yield "float32 256, 16 heads, step", partial(call, torch.float32, 256, 256, 16, T=1)
 
 
 def pointwise() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -125,43 +148,102 @@ def pointwise() -> Iterator[tuple[str, Callable[[], object]]]:
         (torch.bfloat16, 24, 96, 2304),
         (torch.bfloat16, 128, 128, 16384),
         (torch.float32, 32, 128, 4096),
+        (torch.float32, 256, 128, 32768),
     ):
-        label = f"{str(dtype).removeprefix('torch.')} {heads} x {width}, {hidden}"
-        yield label, lambda shape=(dtype, heads, width, hidden): call(*shape)
+        yield f"{named(dtype)} {heads} x {width}, {hidden}", partial(call, dtype, heads, width, hidden)
 
 
 CALLS = {"lightning": lightning, "infllm": infllm, "pointwise": pointwise}
 
 
-def main(arch: str = "sm_90", *names: str) -> None:
-    capability = int(arch.removeprefix("sm_"))
+def main(*arguments: str) -> None:
+    cards = [name for name in arguments if name.startswith("sm_")] or CARDS
+    ops = [name for name in arguments if name in CALLS] or list(CALLS)
+    unknown = set(arguments) - set(cards) - set(ops) - {"--shared"}
+    if unknown:
+        sys.exit(f"{', '.join(sorted(unknown))}: expected cards ({', '.join(CARDS)}), {', '.join(CALLS)}, --shared")
+    if len(cards) == 1:
+        sys.exit("\n".join(compile_for(cards[0], ops, "--shared" in arguments)) or None)
+    # Triton keeps what it compiled for one card
+    rest = [*ops, *(["--shared"] if "--shared" in arguments else [])]
+    failed = [card for card in cards if subprocess.run([sys.executable, __file__, card, *rest], check=False).returncode]
+    sys.exit(f"does not fit: {', '.join(failed)}" if failed else None)
+
+
+def compile_for(card: str, ops: list[str], shared_only: bool) -> list[str]:
+    """Compile, print, and return what does not fit."""
+    capability = int(card.removeprefix("sm_"))
+    most = SHARED_BYTES[capability]
     triton.runtime.driver.set_active(Card(capability))
-    most = SHARED_BYTES.get(capability, SHARED_BYTES[80])
+    if shared_only:
+        knobs.runtime.add_stages_inspection_hook = without_registers
     compiled: dict[str, Any] = {}
     misfits: list[str] = []
+    of_tunings = False
+
+    def fits(kernel: Any) -> bool:
+        return kernel.metadata.shared <= most and kernel.metadata.tmem_size <= TENSOR_COLUMNS
 
     def compile_only(self: JITFunction, *arguments: Any, grid: object, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         compiled.setdefault(kernel.hash, kernel)
+        if not of_tunings and not fits(kernel):
+            misfits.append(
+                f"{card}, {label}: {kernel.name} takes {kernel.metadata.shared} bytes of shared memory of {most}"
+            )
         return kernel
 
     def compile_tunings(self: Autotuner, *arguments: Any, grid: object, warmup: bool, **options: Any) -> None:
+        nonlocal of_tunings
+        of_tunings = True
         kernels = self.warmup(*arguments, grid=grid, **options)
-        if min(kernel.metadata.shared for kernel in kernels) > most:
-            misfits.append(f"no tuning of {kernels[0].name} takes at most {most} bytes of shared memory: {options}")
+        of_tunings = False
+        if not any(map(fits, kernels)):
+            least = min(kernel.metadata.shared for kernel in kernels)
+            misfits.append(
+                f"{card}, {label}: {kernels[0].name} takes {least} bytes of shared memory and more, of {most}"
+            )
 
     run = JITFunction.run
     JITFunction.run, Autotuner.run = compile_only, compile_tunings  # type: ignore[method-assign]
-    for op in names or CALLS:
+    worst: dict[str, list[int]] = {}
+    print(f"{card}, {most} bytes of shared memory", flush=True)
+    for op in ops:
         for label, call in CALLS[op]():
             known = set(compiled)
             call()
-            for key in [key for key in compiled if key not in known]:
-                report(label, compiled[key])
-    sys.exit("\n".join(misfits) or None)
+            for kernel in [compiled[key] for key in compiled if key not in known]:
+                numbers = report(label, kernel, shared_only)
+                if fits(kernel):
+                    worst[kernel.name] = [*map(max, numbers, worst.get(kernel.name, numbers))]
+    for name, (shared, registers, spilled) in worst.items():
+        print(f"{card} at most  {name:18} shared {shared:6}  registers {registers:3}  spilled {spilled:4}", flush=True)
+    return misfits
 
 
-def report(label: str, kernel: Any) -> None:
+def without_registers(*arguments: Any) -> tuple[str, str] | None:
+    """Leave out what comes after shared memory is known; without arguments, the name of that in Triton's cache."""
+    if not arguments:
+        return "shared", "shared"
+    stages = arguments[1]
+
+    def name_only(source: Any, metadata: dict[str, Any]) -> str:
+        metadata["name"] = source.rpartition("define ptx_kernel void @")[2].partition("(")[0].strip('"')
+        return ""
+
+    stages["ptx"], stages["cubin"] = name_only, lambda source, metadata: b""
+    return None
+
+
+def report(label: str, kernel: Any, shared_only: bool) -> list[int]:
+    """Print what a kernel takes; return its shared memory, registers and bytes spilled."""
+    options = kernel.metadata
+    line = (
+        f"{label:32} {kernel.name:18} warps {options.num_warps} stages {options.num_stages}  shared {options.shared:6}"
+    )
+    if shared_only:
+        print(line, flush=True)
+        return [options.shared, 0, 0]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -172,12 +254,12 @@ def report(label: str, kernel: Any) -> None:
     registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     names = ("HGMMA", "WARPGROUP.DEPBAR", "HMMA", "(?:LDL|STL)")
     hopper, waits, older, moves = (len(re.findall(rf"\b{name}\b", sass)) for name in names)
-    options = kernel.metadata
     print(
-        f"{label:28} {kernel.name:18} warps {options.num_warps} stages {options.num_stages}  registers {registers:3}  "
-        f"spilled {spilled:4} ({moves:3})  shared {options.shared:6}  HGMMA {hopper:3}  waits {waits:3}  HMMA {older:3}",
+        f"{line}  registers {registers:3}  spilled {spilled:4} ({moves:3})  "
+        f"HGMMA {hopper:3}  waits {waits:3}  HMMA {older:3}",
         flush=True,
     )
+    return [options.shared, registers, spilled]
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ def chosen_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     if (why_not := gpu.unavailable()) is not None:
         pytest.skip(why_not)
 
-    def choose(device: str, *ops: str) -> None:
-        kernels = {op: {"triton": replace(dispatch.BACKENDS[op]["triton"], devices=(device,))} for op in ops}
+    def choose(device: str, *ops: str, **changes: object) -> None:
+        kernels = {op: {"triton": replace(dispatch.BACKENDS[op]["triton"], devices=(device,), **changes)} for op in ops}
         monkeypatch.setattr(dispatch, "BACKENDS", {**dispatch.BACKENDS, **kernels})
 
     return choose
@@ -60,7 +60,8 @@ def on_meta(chosen_on: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> 
         shown = [(tuple(x.shape), x.stride()) if isinstance(x, torch.Tensor) else x for x in arguments]
         kernels.append(f"{kernel.__name__} {grid} {shown} {options}")
 
-    chosen_on("meta", "lightning", "infllm", "pointwise")
+    chosen_on("meta", "lightning", "pointwise")
+    chosen_on("meta", "infllm", refuses=lambda tensors: None)
     monkeypatch.setattr("triton.runtime.interpreter.InterpretedFunction.run", run)
     monkeypatch.setattr("triton.runtime.autotuner.Autotuner.run", lambda self, *arguments, **options: None)
     monkeypatch.setattr(gpu, "refuses", lambda tensors: None)

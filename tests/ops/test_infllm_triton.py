@@ -93,6 +93,7 @@ def test_compressed_keys_are_means_of_complete_windows(size: int, stride: int) -
         (32, 8, 4, 1, 5, 1, 1, 3, "exact"),
         (48, 5, 3, 1, 20, 0, 0, 2, "coarse"),
         (64, 32, 16, 1, 32, 1, 1, 3, "coarse"),
+        (320, 64, 64, 1, 2, 0, 0, 2, "coarse"),
     ],
 )
 def test_the_kernels_are_the_definition(
@@ -107,6 +108,32 @@ def test_the_kernels_are_the_definition(
     expected = attend(q, k, v, positions, geometry, "reference")
     assert_close(attend(q, k, v, positions, geometry), expected)
     assert_close(attend(q[:, 7:8], k, v, positions[:, 7:8], geometry), expected[:, 7:8])
+
+
+@pytest.mark.parametrize("block", [16, 40, 64])
+def test_a_block_is_read_in_parts_that_fit(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "TILE_BYTES", 2**13)
+    assert select_module.tile_keys(select_module.padded(block), torch.float32, K, V) == 16
+    geometry = replace(SMALL, block_size=block, window_size=block)
+    inputs = [x.requires_grad_() for x in qkv(5, 7 * block + 3)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    positions = torch.tensor([[7 * block + 2, -1, 6 * block, 5 * block + 17, 3]], device=DEVICE)
+    weight = torch.randn(1, 5, 4, V, device=DEVICE)
+    actual, expected = attend(*inputs, positions, geometry), attend(*wide, positions, geometry, "reference")
+    assert_close(actual, expected.float())
+    for a, b in zip(gradients(actual, inputs, weight), gradients(expected, wide, weight), strict=True):
+        assert_close(a, b.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 64, 96, 128, 160, 192, 256])
+@pytest.mark.parametrize("group", [1, 5, 16])
+def test_tiles_are_powers_of_two_that_fit_whatever_the_width(dtype: torch.dtype, width: int, group: int) -> None:
+    tokens, heads = select_module.list_tile(512, group, dtype, width, 64)
+    keys = select_module.tile_keys(1024, dtype, width, 64)
+    for rows in (tokens * heads, keys):
+        assert rows & (rows - 1) == 0 and rows >= 16
+        assert rows <= 64 and rows * select_module.padded(width) * dtype.itemsize <= gpu.TILE_BYTES
 
 
 def laid_out(x: Tensor, generator: random.Random) -> Tensor:
@@ -439,8 +466,8 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
         attend(*(x.to("meta") for x in (q, k, v)), None, SMALL, start=147)
     with pytest.raises(BackendError, match="heads are 264 wide; it takes up to 256"):
         attend(*(x.repeat(1, 1, 1, 33) for x in (q, k)), v, run(147, 3), SMALL)
-    with pytest.raises(BackendError, match="takes blocks of at most 128 tokens, not of 256"):
-        kernels.attend(q, k, v, k, k, None, replace(SMALL, block_size=256, window_size=0), SCALE, 147)
+    with pytest.raises(BackendError, match="65 heads share a key of 8 numbers; it takes up to 32"):
+        attend(q.repeat_interleave(65, 2)[:, :, :130], k, v, run(147, 3), SMALL)
     with pytest.raises(BackendError, match="takes groups of at most 32 heads, not of 65"):
         kernels.attend(q.repeat_interleave(65, 2)[:, :, :130], k, v, k, k, None, SMALL, SCALE, 147)
 

@@ -10,6 +10,7 @@ from sala.errors import BackendError
 from sala.model import MiniCPMSALAForCausalLM, SalaCache
 from sala.model.config import FULL_ROWS
 from sala.ops.dispatch import choose, explain
+from sala.ops.gpu import exceeds_groups
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +27,18 @@ def obstacle(model: MiniCPMSALAForCausalLM) -> str | None:
 
 def looks(model: MiniCPMSALAForCausalLM) -> str | None:
     """Return which operator of the model's steps would look at numbers on its device, None when none does."""
-    assert model.config.head_dim is not None
-    if FULL_ROWS.keys().isdisjoint(model.config.mixer_types):
+    config = model.config
+    assert config.head_dim is not None and config.num_key_value_heads is not None
+    if FULL_ROWS.keys().isdisjoint(config.mixer_types):
         return None
-    query_111K = torch.empty(1, 1, 1, model.config.head_dim, dtype=model.dtype, device=model.device)
-    backend = choose("infllm", tensors=(query_111K,)).__name__.rpartition(".")[2]
+    query_11HK, key_11GK = (
+        torch.empty(1, 1, heads, config.head_dim, dtype=model.dtype, device=model.device)
+        for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    backend = choose("infllm", tensors=(query_11HK, key_11GK)).__name__.rpartition(".")[2]
     if backend == "triton":
         return None
-    reason = explain("infllm", model.device.type)[1]
+    reason = exceeds_groups((query_11HK, key_11GK)) or explain("infllm", model.device.type)[1]
     return f"block-sparse attention runs through {backend}, which looks at positions ({reason})"
 
 

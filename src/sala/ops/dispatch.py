@@ -1,5 +1,7 @@
 """Which implementation of an operator runs: the table of backends, and the choice among them."""
 
+import functools
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from sala.errors import BackendError, nearest
 from sala.ops import gpu, native
+
+logger = logging.getLogger("sala")
 
 
 def _never(*_: object) -> None:
@@ -24,7 +28,8 @@ class Backend:
     devices: the types of device on whose tensors it may be chosen for the user; None: any.
     details: returns more of the reason, that only this machine knows.
     unavailable: returns why this machine cannot run it, or None.
-    refuses: takes a call's tensors and returns why it does not take them, or None.
+    refuses: takes a call's tensors and returns why it does not take them, or None: by their kind, as a matter of course.
+    exceeds: likewise, by their sizes; said once where it would have been chosen for the user.
     fusible: a compiler makes more of plain torch, and gets it instead where the choice is not the user's.
     """
 
@@ -34,6 +39,7 @@ class Backend:
     details: Callable[[], str | None] = _never
     unavailable: Callable[[], str | None] = _never
     refuses: Callable[[Sequence[Tensor | None]], str | None] = _never
+    exceeds: Callable[[Sequence[Tensor | None]], str | None] = _never
     fusible: bool = False
 
     def automatic_on(self, device: str) -> bool:
@@ -46,7 +52,11 @@ Refuses = Callable[[Sequence[Tensor | None]], str | None]
 
 
 def _rows(
-    op: str, refuses: Refuses = native.refuses, triton_refuses: Refuses | None = None, fusible: bool = False
+    op: str,
+    refuses: Refuses = native.refuses,
+    triton_refuses: Refuses | None = None,
+    triton_exceeds: Refuses = _never,
+    fusible: bool = False,
 ) -> Mapping[str, Backend]:
     """Return the backends of an operator; one in Triton where it is said what that does not take."""
     triton = Backend(
@@ -57,6 +67,7 @@ def _rows(
         details=gpu.describe,
         unavailable=gpu.unavailable,
         refuses=triton_refuses or _never,
+        exceeds=triton_exceeds,
         fusible=fusible,
     )
     return MappingProxyType(
@@ -80,14 +91,14 @@ def _rows(
 # a row's key is the backend's file, its `backend=` value and its test id; the best stands first
 BACKENDS: Mapping[str, Mapping[str, Backend]] = MappingProxyType(
     {
-        "lightning": _rows("lightning", triton_refuses=gpu.refuses_states),
-        "infllm": _rows("infllm", triton_refuses=gpu.refuses_wide),
+        "lightning": _rows("lightning", triton_refuses=gpu.refuses_states, triton_exceeds=gpu.exceeds_width),
+        "infllm": _rows("infllm", triton_refuses=gpu.refuses, triton_exceeds=gpu.exceeds_groups),
         "dense": _rows("dense"),
         "linear": _rows("linear", native.refuses_many_rows, fusible=True),
         # plain torch promotes where dtypes differ, as with norms kept in float32. On a GPU torch.compile makes one kernel of
         # it and of what stands beside it, over the edges of our functions and with gradients; a kernel of ours would cut
         # its graph there
-        "pointwise": _rows("pointwise", native.refuses_mixed, gpu.refuses_rows, fusible=True),
+        "pointwise": _rows("pointwise", native.refuses_mixed, gpu.refuses_rows, gpu.exceeds_rows, fusible=True),
     }
 )
 
@@ -123,11 +134,16 @@ def choose(op: str, backend: str = "auto", tensors: Sequence[Tensor | None] = ()
     if backend == "auto":
         device = next((tensor.device.type for tensor in tensors if tensor is not None), "cpu")
         row = next(
-            r for r in rows.values() if r.automatic_on(device) and not r.refuses(tensors) and not r.unavailable()
+            row
+            for name, row in rows.items()
+            if row.automatic_on(device)
+            and not row.refuses(tensors)
+            and not row.unavailable()
+            and not _too_large(op, name, row.exceeds(tensors))
         )
     elif backend in rows:
         row = rows[backend]
-        why_not = row.refuses(tensors) or row.unavailable()
+        why_not = row.refuses(tensors) or row.exceeds(tensors) or row.unavailable()
         if why_not:
             raise BackendError(f"{op}: backend {backend!r} cannot run: {why_not}")
     else:
@@ -137,6 +153,22 @@ def choose(op: str, backend: str = "auto", tensors: Sequence[Tensor | None] = ()
     # not from sys.modules: of what is imported since it looked there first, torch.compile knows nothing
     package, _, name = row.module.rpartition(".")
     return getattr(sys.modules[package], name)
+
+
+def _too_large(op: str, backend: str, why: str | None) -> bool:
+    return why is not None and _said(op, backend, why)
+
+
+# torch.compile takes the answer as it is: a log cannot be traced
+@torch.compiler.assume_constant_result
+def _said(op: str, backend: str, why: str) -> bool:
+    _say(op, backend, why)
+    return True
+
+
+@functools.cache
+def _say(op: str, backend: str, why: str) -> None:
+    logger.warning("%s: backend %r is not used: %s; plain torch runs, slower", op, backend, why)
 
 
 # torch.compile cannot trace an import, and takes its result as it is; what follows are look-ups

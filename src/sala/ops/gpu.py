@@ -20,6 +20,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # bfloat16 in the tensor cores and asynchronous copies, which the kernels are written for
 CAPABILITY = (8, 0)
 MAX_WIDTH = 256
+# of a tile of queries that a program of block-sparse attention holds, of keys, or of values: 64 rows of 128 numbers of two
+# bytes each. With it every shape fits into the shared memory of every card
+TILE_BYTES = 2**14
+# programs side by side in the second direction of a grid, CUDA's limit
+MAX_GROUPS = 2**16 - 1
 # tokens may lie so far apart, in numbers: within a program, of 128 tokens at most, their distances are of 32 bits
 MAX_APART = 2**24
 # of elementwise work, where all threads of a program hold one row
@@ -80,37 +85,56 @@ def refuses(tensors: Sequence[Tensor | None]) -> str | None:
 
 
 def refuses_states(tensors: Sequence[Tensor | None]) -> str | None:
-    """As `refuses`, for lightning's q, k, v, log_decay, ...: a state has to fit into the registers of one program."""
-    if tensors:
-        q, _, v, log_decay, *_ = tensors
-        assert q is not None and v is not None and log_decay is not None
-        widest = max(q.shape[-1], v.shape[-1])
-        if widest > MAX_WIDTH:
-            return f"heads are {widest} wide; it takes up to {MAX_WIDTH}"
-        if torch.is_grad_enabled() and log_decay.requires_grad:
-            return "a gradient of log_decay is wanted and it has none"
+    """As `refuses`, for lightning's q, k, v, log_decay, ..."""
+    if tensors and (log_decay := tensors[3]) is not None and torch.is_grad_enabled() and log_decay.requires_grad:
+        return "a gradient of log_decay is wanted and it has none"
     return refuses(tensors)
 
 
-def refuses_wide(tensors: Sequence[Tensor | None]) -> str | None:
-    """As `refuses`, for queries, keys and values: a row of each has to fit into the registers of one program."""
-    # no `default`: torch.compile cannot trace it
-    widest = max([0, *(x.shape[-1] for x in tensors if x is not None and x.is_floating_point())])
-    return f"heads are {widest} wide; it takes up to {MAX_WIDTH}" if widest > MAX_WIDTH else refuses(tensors)
-
-
 def refuses_rows(tensors: Sequence[Tensor | None]) -> str | None:
-    """As `refuses`, for elementwise work: one dtype, rows that one program can hold, and no gradients."""
+    """As `refuses`, for elementwise work: one dtype, and no gradients."""
     given = [tensor for tensor in tensors if tensor is not None]
     for tensor in given:
         if tensor.dtype != given[0].dtype:
             return f"tensors are {given[0].dtype} and {tensor.dtype}; it takes one dtype"
-        width = max(tensor.shape[-1], math.prod(tensor.shape[2:]))
-        if width > MAX_ROW:
-            return f"rows are {width} wide; it takes up to {MAX_ROW}"
         if torch.is_grad_enabled() and tensor.requires_grad:
             return "a gradient is wanted and it has no backward pass"
     return refuses(tensors)
+
+
+def exceeds_width(tensors: Sequence[Tensor | None]) -> str | None:
+    """Return why heads are too wide, of q, k and v or keys alone: a row of each has to fit into the registers of one program."""
+    # no `default`: torch.compile cannot trace it
+    widest = max([0, *(x.shape[-1] for x in tensors[:3] if x is not None)])
+    return f"heads are {widest} wide; it takes up to {MAX_WIDTH}" if widest > MAX_WIDTH else None
+
+
+def exceeds_groups(tensors: Sequence[Tensor | None]) -> str | None:
+    """As `exceeds_width`, and why groups are too large or too many, of queries with their keys, or keys alone."""
+    floating = [x for x in tensors if x is not None and x.is_floating_point()]
+    if not floating:
+        return None
+    queries, keys = floating[0], floating[min(1, len(floating) - 1)]
+    G = keys.shape[2]
+    if queries.shape[0] * G > MAX_GROUPS:
+        return f"rows and groups are {queries.shape[0]} x {G}; it takes up to {MAX_GROUPS:,}"
+    widths = [x.shape[-1] for x in floating]
+    most = tile_rows(max(x.itemsize for x in floating), *widths)
+    if queries.shape[2] > most * G:
+        return f"{queries.shape[2] // G} heads share a key of {max(widths)} numbers; it takes up to {most}"
+    return exceeds_width(floating)
+
+
+def tile_rows(itemsize: int, *widths: int) -> int:
+    """Return how many rows fit into TILE_BYTES, heads of queries or keys: a power of two, as of width 128 where all are narrower."""
+    widest = max(128, *widths)
+    return TILE_BYTES // (itemsize * (128 if widest <= 128 else MAX_WIDTH))
+
+
+def exceeds_rows(tensors: Sequence[Tensor | None]) -> str | None:
+    """Return why rows are too wide for elementwise work: a program holds one."""
+    widest = max([0, *(max(x.shape[-1], math.prod(x.shape[2:])) for x in tensors if x is not None)])
+    return f"rows are {widest} wide; it takes up to {MAX_ROW}" if widest > MAX_ROW else None
 
 
 class Strided(NamedTuple):

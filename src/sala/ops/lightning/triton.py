@@ -35,20 +35,24 @@ STEP_ELEMENTS = 4096
 # the smallest positive float32 is exp(-103.3): beyond this exponent a factor is zero
 REACH = tl.constexpr(104.0)
 
+NARROW = triton.Config({"BV": 32}, num_warps=4, num_stages=2)
+# of float32 wider than 128, whose tiles are large: nothing is loaded ahead
+SLIM = triton.Config({"BV": 32}, num_warps=4, num_stages=1)
 # values a program, what else is compiled for; wider tiles of values do not fit into the registers
 TUNINGS = [
     triton.Config({"BV": 64}, num_warps=4, num_stages=2),
     triton.Config({"BV": 64}, num_warps=4, num_stages=3),
     triton.Config({"BV": 32}, num_warps=8, num_stages=2),
-    triton.Config({"BV": 32}, num_warps=4, num_stages=2),
+    NARROW,
+    SLIM,
 ]
 
 
 def _fitting(tunings: list[triton.Config], arguments: dict[str, Any], **options: Any) -> list[triton.Config]:
-    """Return the tunings worth a try; the narrowest is all there is for narrow values and for products of float32."""
-    if arguments["V"] <= 32 or options["WIDE"] == tl.float32:
-        return tunings[-1:]
-    return tunings
+    """Return the tunings worth a try; there is one for narrow values, and for products of float32."""
+    if options["WIDE"] == tl.float32:
+        return [SLIM if options["BK"] > 128 else NARROW]
+    return [NARROW] if arguments["V"] <= 32 else tunings[:-1]
 
 
 @triton.jit
@@ -612,7 +616,7 @@ def states_between(
         **products,
         **flags,
         num_warps=8 if k_tile * v_tile == 128 * 128 else 4,
-        num_stages=3 if k.dtype == torch.bfloat16 else 2,
+        num_stages={torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}[k.dtype],
     )
     carry_kernel[(_num_rows(k, cu_seqlens) * H * triton.cdiv(K * V, CARRY_BLOCK),)](
         *(states, initial, log_decay, seen_before, cu_seqlens, *sizes, *_strides(initial)),

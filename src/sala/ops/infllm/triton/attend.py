@@ -14,16 +14,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sala.errors import BackendError
 from sala.ops import gpu
 from sala.ops.dense import dense_attention
 from sala.ops.infllm.geometry import SparseGeometry
 from sala.ops.infllm.triton.backward import gradients
 from sala.ops.infllm.triton.blocks import load_block, score_entry
 from sala.ops.infllm.triton.score import PRECISION, rows_of_tile
-from sala.ops.infllm.triton.select import FEW_QUERIES, LIST_BITS, choose, chunk_tokens, list_tile, numbers, stages
+from sala.ops.infllm.triton.select import (
+    FEW_QUERIES,
+    LIST_BITS,
+    choose,
+    chunk_tokens,
+    list_tile,
+    numbers,
+    padded,
+    stages,
+    tile_keys,
+)
 
-MAX_BLOCK = 128
 # entries of a list that a program reads for each token of its tile, where there are few queries
 FEW_ENTRIES = 2
 # rows of a program that combines, and how many of their pieces it takes at a time
@@ -45,8 +53,6 @@ def attend(
 ) -> Tensor:
     """Return (B, T, H, V) in v's dtype, differentiable through q, k and v where they are no pages; see `infllm_attention`."""
     block_size = geometry.block_size
-    if block_size > MAX_BLOCK:
-        raise BackendError(f"infllm: backend 'triton' takes blocks of at most {MAX_BLOCK} tokens, not of {block_size}")
     if start == 0 and page_table_BP is None:
         # the beginning reads everything before it: torch's own causal attention
         num_dense = min(q_BTHK.shape[1], geometry.first_sparse_position(q_BTHK.shape[1] - 1))
@@ -239,12 +245,12 @@ def attend_lists(
     if pieces > 1:
         out = out_BTHV.new_empty(pieces, B, T, H, V, dtype=torch.float32)
         log = out_BTHV.new_empty(pieces, B, T, H, dtype=torch.float32)
-    widths = [max(16, triton.next_power_of_2(width)) for width in (K, V)]
+    widths = [padded(K), padded(V)]
     _attend[tiles, B * G, pieces](
         *map(gpu.strided, (q_BTHK, k_BSGK, v_BSGV)), positions_BT, lists_BGNL, counts_BGN2, out, log, page_table_BP,
         T, first, first_tile, lists_BGNL.shape[2], width, piece_entries, page_count,
         scale * math.log2(math.e), B, H // G, G, K, V,
-        block_size, max(16, triton.next_power_of_2(block_size)), tokens, heads, *widths, LIST_BITS, page_size, pieces > 1,
+        block_size, tile_keys(padded(block_size), v_BSGV.dtype, *widths), tokens, heads, *widths, LIST_BITS, page_size, pieces > 1,
         num_warps=8 if max(widths) > 128 else 4,
         num_stages=stages(2, v_BSGV.dtype, *widths),
     )  # fmt: skip
@@ -284,9 +290,10 @@ def _walk(
     """Add entries begin..end-1 of a list to the running softmax; EDGE where a row may not see some of their keys."""
     # a loop that may be left out has its sums started elsewhere, and then each product waits for the one before
     if begin < end:
-        for i in range(begin, end):
-            score_MN, _, chose_M, part, place_N, is_key_N = score_entry(
-                tl.load(entries + i), b, g, q_MK, k, pages, place_M, position_M, K, scale_log2,
+        PARTS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS
+        for i in range(begin * PARTS, end * PARTS):
+            score_MN, _, chose_M, row, place_N, is_key_N = score_entry(
+                tl.load(entries + i // PARTS), i % PARTS, b, g, q_MK, k, pages, place_M, position_M, K, scale_log2,
                 BLOCK, KEYS, WIDTH, BITS, PAGE, EDGE,
             )  # fmt: skip
             higher_M = tl.where(chose_M, tl.maximum(peak_M, tl.max(score_MN, 1)), peak_M)
@@ -295,7 +302,7 @@ def _walk(
             weight_MN = tl.exp2(score_MN - tl.where(chose_M & (nothing_M == 0), higher_M, float("inf"))[:, None])
             shrink_M = tl.exp2(peak_M - tl.where(nothing_M, 0.0, higher_M))
             sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
-            v_NV = load_block(v, part, g, place_N, is_key_N, V, VALUE_WIDTH)
+            v_NV = load_block(v, row, g, place_N, is_key_N, V, VALUE_WIDTH)
             out_MV = tl.dot(weight_MN.to(v_NV.dtype), v_NV, out_MV * shrink_M[:, None], input_precision=PRECISION)
             peak_M = higher_M
     return peak_M, sum_M, out_MV

@@ -15,7 +15,7 @@ from torch import Tensor
 from sala.ops import gpu
 from sala.ops.infllm.triton.blocks import load_block, score_entry
 from sala.ops.infllm.triton.score import PRECISION, rows_of_tile
-from sala.ops.infllm.triton.select import LIST_BITS, list_tile, stages
+from sala.ops.infllm.triton.select import LIST_BITS, list_tile, padded, stages, tile_keys
 
 # queries whose table is turned round at a time; the first blocks are chosen by all of them, and one program reads them
 QUERIES = 8192
@@ -57,8 +57,8 @@ def gradients(
     delta_BTH = torch.empty_like(log_BTH)
     group, scale_log2 = H // G, scale * math.log2(math.e)
     tokens, heads = list_tile(T, group, v_BSGV.dtype, K, V)
-    keys = max(16, triton.next_power_of_2(block_size))
-    widths = [max(16, triton.next_power_of_2(width)) for width in (K, V)]
+    widths = [padded(K), padded(V)]
+    keys = tile_keys(padded(block_size), v_BSGV.dtype, *widths)
     num_stages = stages(2, v_BSGV.dtype, *widths)
     warps = 8 if tokens * heads > 64 or max(widths) > 128 else 4
     # eight share the products of a tile badly, and are needed where its sums do not fit into the registers of four
@@ -73,7 +73,7 @@ def gradients(
     for first in range(0, T, QUERIES):
         chunk = min(QUERIES, T - first)
         order, bounds = _turned(table_BTGN[:, first : first + chunk], num_blocks)
-        _keys[num_blocks, B * G](
+        _keys[num_blocks * triton.cdiv(block_size, keys), B * G](
             *tensors, positions_BT, log_BTH, delta_BTH, order, bounds, dk_BSGK, dv_BSGV,
             T, S, first, chunk, G * table_BTGN.shape[3], num_blocks, scale_log2, scale, group, G, K, V,
             block_size, keys, tokens, heads, *widths, num_warps=key_warps, num_stages=num_stages,
@@ -118,12 +118,13 @@ def _walk_queries(
     EDGE: tl.constexpr,
 ):
     """Add what entries begin..end-1 of a list give the queries; EDGE where a row may not see some of their keys."""
-    for i in range(begin, end):
-        score_MN, k_NK, chose_M, part, place_N, is_key_N = score_entry(
-            tl.load(entries + i), b, g, q_MK, k, None, place_M, position_M, K, scale_log2,
+    PARTS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS
+    for i in range(begin * PARTS, end * PARTS):
+        score_MN, k_NK, chose_M, row, place_N, is_key_N = score_entry(
+            tl.load(entries + i // PARTS), i % PARTS, b, g, q_MK, k, None, place_M, position_M, K, scale_log2,
             BLOCK, KEYS, WIDTH, BITS, 0, EDGE,
         )  # fmt: skip
-        v_NV = load_block(v, part, g, place_N, is_key_N, V, VALUE_WIDTH)
+        v_NV = load_block(v, row, g, place_N, is_key_N, V, VALUE_WIDTH)
         weight_MN = tl.exp2(score_MN - tl.where(chose_M, log_M, float("inf"))[:, None])
         back_MN = tl.dot(grad_MV, tl.trans(v_NV), input_precision=PRECISION)
         back_MN = weight_MN * (back_MN - delta_M[:, None])
@@ -228,7 +229,8 @@ def _keys(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
 ):
-    block, bg = tl.program_id(0), tl.program_id(1)
+    PARTS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS
+    block, part, bg = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
     b, g = (bg // G).to(tl.int64), (bg % G).to(tl.int64)
     begin = tl.load(bounds + bg * num_blocks + block)
     end = tl.load(bounds + bg * num_blocks + block + 1)
@@ -238,8 +240,9 @@ def _keys(
         is_head_M = row_M % HEADS < group
         column_K = tl.arange(0, WIDTH)
         column_V = tl.arange(0, VALUE_WIDTH)
-        token_N = block * BLOCK + tl.arange(0, KEYS)
-        is_key_N = (tl.arange(0, KEYS) < BLOCK) & (token_N < S)
+        key_N = part * KEYS + tl.arange(0, KEYS)
+        token_N = block * BLOCK + key_N
+        is_key_N = (key_N < BLOCK) & (token_N < S)
         is_key_NK = is_key_N[:, None] & (column_K < K)[None, :]
         is_key_NV = is_key_N[:, None] & (column_V < V)[None, :]
         k_NK = load_block(k, b, g, token_N, is_key_N, K, WIDTH)

@@ -12,7 +12,7 @@ from sala.ops import gpu
 from sala.ops.infllm.geometry import SparseGeometry
 from sala.ops.infllm.triton.score import normalizers, score_blocks
 
-# rows of a tile of scores, tokens by the heads of a group, and the most tokens of it
+# the most rows of a tile of scores, tokens by the heads of a group, and the most tokens of it
 SCORE_ROWS = 128
 SCORE_TOKENS = 32
 # blocks a program scores at a time, and windows it passes over
@@ -24,9 +24,7 @@ PANEL_BYTES = 2**28
 FEW_QUERIES = 16
 FEW_SPLIT_BLOCKS = 64
 FEW_SPLIT_WINDOWS = 256
-# rows of a tile that reads its blocks together, what a Hopper's tensor cores multiply at a time, and the most tokens of
-# it: the bits below a block in a list say whose it is
-LIST_ROWS = 64
+# the most tokens of a tile that reads its blocks together: the bits below a block in a list say whose it is
 LIST_BITS = 8
 # blocks that a program looks at together, times its queries
 CHOICE_ELEMENTS = 4096
@@ -36,12 +34,17 @@ FEW_CHOICE_ELEMENTS = 16384
 
 def list_tile(T: int, group: int, dtype: torch.dtype, *widths: int) -> tuple[int, int]:
     """Return `tile_shape` of the tiles that read their blocks together."""
-    return tile_shape(group, T, tile_rows(LIST_ROWS, dtype, *widths), LIST_BITS)
+    return tile_shape(group, T, gpu.tile_rows(dtype.itemsize, *widths), LIST_BITS)
 
 
-def tile_rows(most: int, dtype: torch.dtype, *widths: int) -> int:
-    """Return the rows of a tile: `most` of 128 numbers of two bytes each, fewer where a row takes more."""
-    return max(32, most * 256 // (max(128, *widths) * dtype.itemsize))
+def tile_keys(most: int, dtype: torch.dtype, *widths: int) -> int:
+    """Return how many keys are loaded at a time: `most`, or as many as a tile holds."""
+    return min(most, gpu.tile_rows(dtype.itemsize, *widths))
+
+
+def padded(width: int) -> int:
+    """Return a width as products take it: a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(width))
 
 
 def stages(most: int, dtype: torch.dtype, *widths: int) -> int:
@@ -162,7 +165,7 @@ def choose(
     size, stride, coarse_size, coarse_stride, block, init, local, count, exact = geometry
     step, reach = block // stride, (size - 1) // stride
     dtype = torch.promote_types(torch.promote_types(q_BTHK.dtype, k1_BNGK.dtype), k2_BNGK.dtype)
-    score_tokens, heads = tile_shape(group, T, tile_rows(SCORE_ROWS, dtype, K), SCORE_TOKENS)
+    score_tokens, heads = tile_shape(group, T, min(SCORE_ROWS, 2 * gpu.tile_rows(dtype.itemsize, K)), SCORE_TOKENS)
     tiles = triton.cdiv(tokens, score_tokens)
     few = T <= FEW_QUERIES
     # of the fine tier those, at least, that a query without a coarse window sees
@@ -174,25 +177,24 @@ def choose(
     logs = torch.empty(splits, B * G, tiles * score_tokens * heads, dtype=torch.float32, device=device)
     panels = torch.empty(1 + reach, B * G, tokens, num_blocks, dtype=torch.int32, device=device)
     scale_log2 = scale * math.log2(math.e)
-    width = max(16, triton.next_power_of_2(K))
     # keys may be kept in another dtype than queries: the wider holds both
     q, k1, k2 = (gpu.strided(x.to(dtype)) for x in (q_BTHK, k1_BNGK, k2_BNGK))
     shared = {
         "TOKENS": score_tokens,
         "HEADS": heads,
-        "WIDTH": width,
+        "WIDTH": padded(K),
         "num_warps": 8 if score_tokens * heads > 64 else 4,
         "num_stages": stages(3, dtype, K),
     }
     normalizers[tiles, B * G, splits](
         q, k1, k2, positions_BT, first_sparse_B, logs,
         T, first, split_windows, scale_log2, group, G, K,
-        size, stride, coarse_size, coarse_stride, bool(exact), WINDOWS=SCORE_WINDOWS, **shared,
+        size, stride, coarse_size, coarse_stride, bool(exact), WINDOWS=tile_keys(SCORE_WINDOWS, dtype, K), **shared,
     )  # fmt: skip
     score_blocks[tiles, B * G, triton.cdiv(num_blocks, split_blocks)](
         q, k1, positions_BT, first_sparse_B, logs, panels,
         T, first, tokens, num_blocks, split_blocks, splits, scale_log2, group, G, K,
-        size, stride, block, reach, BLOCKS=SCORE_BLOCKS, PARTS=16 if few else 1, **shared,
+        size, stride, block, reach, BLOCKS=tile_keys(SCORE_BLOCKS, dtype, K), PARTS=16 if few else 1, **shared,
     )  # fmt: skip
     table_width = 0 if table_BTGN is None else table_BTGN.shape[3]
     list_tiles, list_width = (0, 0) if lists_BGNL is None else lists_BGNL.shape[2:]
