@@ -156,6 +156,12 @@ def test_the_first_process_of_a_machine_speaks_first(sala, tmp_path, monkeypatch
         (["model.vocab_size=10"], "the model a vocab_size of 10; expected the model's own"),
         (["stages.short.trainable=linear_attention"], "chooses nothing in a model with mixers attention"),
         (["stages.short.sparse=true"], "sparse_config is None"),
+        (["init.lags=[1]", "model.attn_use_rope=true"], "init: qk_bias_std and lags need query and key biases"),
+        (["init.lags=[1]", "model.qkv_bias=true"], "expected model.attn_use_rope: true"),
+        (
+            ["init.lags=[1, 2, 3]", "model.qkv_bias=true", "model.attn_use_rope=true"],
+            "asks for 3 heads; expected at most the 2",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_is_one_line_and_leaves_no_folder(

@@ -78,10 +78,10 @@ def test_biases_that_are_not_there_are_an_error(init: Init) -> None:
 
 
 def test_more_lags_than_heads_are_an_error() -> None:
-    with pytest.raises(RecipeError, match="asks for 5 heads; a layer has 4"):
+    with pytest.raises(RecipeError, match="asks for 5 heads; expected at most the 4 of a layer"):
         initialize(model(), Init(lags=(1, 2, 3, 4, 5)))
 
 
 def test_lags_in_a_model_that_does_not_turn_are_an_error() -> None:
-    with pytest.raises(RecipeError, match=r"set model\.attn_use_rope: true"):
+    with pytest.raises(RecipeError, match=r"expected model\.attn_use_rope: true"):
         initialize(model(attn_use_rope=False), Init(lags=(1,)))

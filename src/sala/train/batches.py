@@ -199,7 +199,7 @@ class Corpus:
         if set(stage.data) != {"text"}:
             raise RecipeError(
                 f"the data is {', '.join(stage.data)}, but this tokenizer has no words for generated "
-                "tasks; name folders of shards under 'sources' in the recipe, or use data: {text: 1}"
+                "tasks; expected folders of shards for them under 'sources' (--set sources.NAME.shards=FOLDER), or data: {text: 1}"
             )
         prefix = [] if self.begin is None else [self.begin]
         size = stage.length - len(prefix)

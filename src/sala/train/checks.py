@@ -11,6 +11,7 @@ from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.model.families import config_from
 from sala.model.mixers import sparse_mixers, with_mixers
 from sala.train.batches import Data
+from sala.train.initial import require_init
 from sala.train.loop import trainable_parameters
 from sala.train.recipe import ConversionRecipe, Recipe, TrainingRecipe
 
@@ -84,9 +85,14 @@ def require_freezable(recipe: ConversionRecipe, teacher: Any) -> None:
 
 
 def require_trainable(recipe: Recipe, config: MiniCPMSALAConfig) -> None:
-    """Raise SalaError when a stage would train nothing of a model, freeze what it does not have apart, or select no blocks."""
+    """Raise SalaError when a recipe cannot train a model of this configuration.
+
+    A stage would train nothing of it, freeze what it does not have apart or select no blocks, or `init` asks for what it has not.
+    """
     with torch.device("meta"):
         model = MiniCPMSALAForCausalLM(config)
+    if isinstance(recipe, TrainingRecipe):
+        require_init(model, recipe.init)
     for view, stage in zip(views(recipe, model), recipe.stages, strict=True):
         if stage.loss != "align":
             trainable_parameters(view, stage.trainable, freeze_qk=stage.freeze_qk)

@@ -12,15 +12,29 @@ LAG_PAIRS = 12
 LAG_STRENGTH = 6.0
 
 
+def require_init(model: MiniCPMSALAForCausalLM, init: Init) -> None:
+    """Raise RecipeError when biases or lag heads are asked of a model without them, or without rotary positions."""
+    if not (init.qk_bias_std or init.lags):
+        return
+    attention = model.model.layers[0].self_attn
+    if attention.q_proj.bias is None:
+        raise RecipeError("init: qk_bias_std and lags need query and key biases; expected model.qkv_bias: true")
+    if len(init.lags) > attention.num_heads:
+        raise RecipeError(
+            f"init.lags asks for {len(init.lags)} heads; expected at most the {attention.num_heads} of a layer"
+        )
+    if init.lags and model.model.rope is None:
+        raise RecipeError("init.lags are rotations of biases; expected model.attn_use_rope: true")
+
+
 @torch.no_grad()
 def initialize(model: MiniCPMSALAForCausalLM, init: Init) -> None:
     """Set the weights of `model` as `init` says, from torch's global random numbers.
 
     Raises:
-        RecipeError: biases or lag heads are asked of a model without query and key biases, or without rotary positions.
+        RecipeError: see `require_init`.
     """
-    if (init.qk_bias_std or init.lags) and model.model.layers[0].self_attn.q_proj.bias is None:
-        raise RecipeError("init: qk_bias_std and lags need query and key biases; set model.qkv_bias: true")
+    require_init(model, init)
     for name, parameter in model.model.layers.named_parameters():
         if init.matrices == "fan_in" and parameter.ndim == 2:
             ends_branch = name.split(".")[-2] in ("o_proj", "down_proj")
@@ -38,10 +52,7 @@ def _seed_lags(model: MiniCPMSALAForCausalLM, lags: tuple[int, ...]) -> None:
     alone, and is largest where the query's bias is the key's, turned back by the lag.
     """
     attention = model.model.layers[0].self_attn
-    if len(lags) > attention.num_heads:
-        raise RecipeError(f"init.lags asks for {len(lags)} heads; a layer has {attention.num_heads}")
-    if model.model.rope is None:
-        raise RecipeError("init.lags are rotations of biases; set model.attn_use_rope: true")
+    assert model.model.rope is not None
     frequencies = torch.tensor(model.model.rope[0])
     half = len(frequencies)
     size = torch.where(torch.arange(half) < LAG_PAIRS, LAG_STRENGTH, 0.0)
