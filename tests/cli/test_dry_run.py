@@ -71,7 +71,9 @@ def test_the_mesh_that_a_plan_asks_for_is_one(sala, name, gpus) -> None:
     plan, told = ("train", name, "--dry-run", "--gpus", gpus), []
     while (outcome := sala(*plan, *told)).code:
         assert "GPUs do not divide into copies of" in outcome.err and len(told) < 40, outcome.err
-        told += outcome.err.partition("one copy over all of them: ")[2].split()
+        advice = outcome.err.partition("one copy over all of them: ")[2].split()
+        assert advice
+        told += advice
     assert told and "GPU-hours" in outcome.out
 
 
