@@ -1,6 +1,6 @@
 """Compile every kernel that the operators would launch, for GPUs that need not be there, and print what each one takes.
 
-    python scripts/compile_kernels.py [sm_80 sm_89 ...] [lightning infllm pointwise] [--shared]
+    python scripts/compile_kernels.py [sm_80 sm_89 ...] [lightning infllm pointwise] [--shared] [--only="float32 256, back"]
 
 Without names all cards and all operators. The operators run as they are on tensors of the CPU, but a launch compiles
 instead. Of each kernel and tuning: registers a thread, bytes spilled a thread inside and outside loops together and the
@@ -8,6 +8,7 @@ instructions that move them, shared memory a program, tensor core instructions (
 waits for Hopper's: as many as those mean that each waits for the one before. Then the most that each kernel takes. Ends with
 an error where a launch, or every tuning of it, takes more shared memory or tensor memory than the card has.
 
+--only: the calls whose label begins so.
 --shared: shared memory alone, which is known before registers are: a few times as fast.
 """
 
@@ -159,18 +160,23 @@ CALLS = {"lightning": lightning, "infllm": infllm, "pointwise": pointwise}
 def main(*arguments: str) -> None:
     cards = [name for name in arguments if name.startswith("sm_")] or CARDS
     ops = [name for name in arguments if name in CALLS] or list(CALLS)
-    unknown = set(arguments) - set(cards) - set(ops) - {"--shared"}
-    if unknown:
-        sys.exit(f"{', '.join(sorted(unknown))}: expected cards ({', '.join(CARDS)}), {', '.join(CALLS)}, --shared")
+    rest = [name for name in arguments if name not in cards]
+    only = "".join(name.removeprefix("--only=") for name in rest if name.startswith("--only="))
+    for name in arguments:
+        if name.removeprefix("sm_") not in map(str, SHARED_BYTES) and name not in (
+            *CALLS,
+            "--shared",
+            f"--only={only}",
+        ):
+            sys.exit(f"{name!r}: expected cards ({', '.join(CARDS)}), {', '.join(CALLS)}, --shared, --only=LABEL")
     if len(cards) == 1:
-        sys.exit("\n".join(compile_for(cards[0], ops, "--shared" in arguments)) or None)
+        sys.exit("\n".join(compile_for(cards[0], ops, "--shared" in arguments, only)) or None)
     # Triton keeps what it compiled for one card
-    rest = [*ops, *(["--shared"] if "--shared" in arguments else [])]
     failed = [card for card in cards if subprocess.run([sys.executable, __file__, card, *rest], check=False).returncode]
     sys.exit(f"does not fit: {', '.join(failed)}" if failed else None)
 
 
-def compile_for(card: str, ops: list[str], shared_only: bool) -> list[str]:
+def compile_for(card: str, ops: list[str], shared_only: bool, only: str) -> list[str]:
     """Compile, print, and return what does not fit."""
     capability = int(card.removeprefix("sm_"))
     most = SHARED_BYTES[capability]
@@ -210,6 +216,8 @@ def compile_for(card: str, ops: list[str], shared_only: bool) -> list[str]:
     print(f"{card}, {most} bytes of shared memory", flush=True)
     for op in ops:
         for label, call in CALLS[op]():
+            if not label.startswith(only):
+                continue
             known = set(compiled)
             call()
             for kernel in [compiled[key] for key in compiled if key not in known]:
