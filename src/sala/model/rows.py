@@ -75,7 +75,9 @@ class Rows:
     @property
     def unread(self) -> bool:
         """Whether the positions are on a device that a layer must not wait for."""
-        return self.capacity is not None or (self.real is not None and not self.positions_BT.is_cpu)
+        if self.capacity is not None:
+            return True
+        return self.real is not None and (torch.compiler.is_exporting() or not self.positions_BT.is_cpu)
 
     def in_order(self, new_BT: Tensor) -> Tensor:
         """Return keys or values (B, S, ...) of a call without a cache, the one of position p at index p, behind a row's end zeros."""
@@ -131,6 +133,8 @@ def place_rows(
             f"{past} tokens in the cache and {length} new ones"
         )
     real = attention_mask.bool()
+    if torch.compiler.is_exporting():
+        return _place_traced(real, past)
     # all that is ever asked of a mask, where it lies
     ends, new_tokens = torch.stack([real.sum(1), real[:, past:].sum(1)]).tolist()
     if all(end == past + length for end in ends):
@@ -146,6 +150,28 @@ def place_rows(
         mask_BT=mask,
         ends=tuple(ends),
         real=(row_N, column_N, positions[row_N, column_N]),
+    )
+
+
+def _place_traced(real_BS: Tensor, past: int) -> Rows:
+    """Return places by shapes alone, for a program that has not seen the mask: padding stands behind a row's last token.
+
+    Raises:
+        InputError: after a cache, whose lengths such a program does not know.
+    """
+    if past:
+        raise InputError(f"a mask after {past} tokens of a cache cannot be exported; expected use_cache=False")
+    B, T = real_BS.shape
+    place_BT = torch.where(
+        real_BS, real_BS.long().cumsum(1) - 1, real_BS.sum(1, keepdim=True) + (~real_BS).long().cumsum(1) - 1
+    )
+    row_N = torch.arange(B, device=real_BS.device).repeat_interleave(T)
+    column_N = torch.arange(T, device=real_BS.device).repeat(B)
+    return Rows(
+        place_BT.masked_fill(~real_BS, -1),
+        mask_BT=real_BS,
+        ends=(T,) * B,
+        real=(row_N, column_N, place_BT.flatten()),
     )
 
 

@@ -179,8 +179,16 @@ def infllm_attention(
             pages = {"page_table_BP": page_table_BP.contiguous()}
         else:
             k_BSGK, v_BSGV = (in_order(x, page_table_BP, last_B) for x in (k_BSGK, v_BSGV))
+    is_dense = last_position < geometry.first_sparse_position(last_position)
+    if static and torch.compiler.is_exporting():
+        if not is_dense:
+            raise InputError(
+                f"{k_rows.shape[1]} tokens with a mask cannot be exported: which blocks are read depends on the mask; "
+                f"expected no mask, or fewer than {geometry.first_sparse_position(last_position) + 1} tokens"
+            )
+        return dense_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, scale=scale, static=True)
     # of a static call a later position may be sparse
-    is_dense = not static and last_position < geometry.first_sparse_position(last_position)
+    is_dense = is_dense and not static
     if backend != "reference" and not pages and is_dense:
         # on a GPU torch's own kernels are those of full attention
         dense_backend = "eager" if backend == "triton" else backend

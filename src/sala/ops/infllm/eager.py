@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from sala.errors import InputError
 from sala.ops.dense import common_start, dense_attention, row_by_row
 from sala.ops.infllm.geometry import SparseGeometry
+from sala.ops.native.operator import mapped
 
 # queries whose windows are scored in one product
 SELECT_QUERIES = 128
@@ -145,6 +147,10 @@ def _attend_sparse(
     scale: float,
 ) -> Tensor:
     """Return (T, H, V) for queries of one row, a tile at a time."""
+    if mapped():
+        raise InputError(
+            "vmap over queries that choose blocks: every row reads others; expected torch.func.grad, row by row"
+        )
     # what lies behind the last key need not be a number, and a weight of zero would not hide it
     num_keys = int(positions_T.max()) + 1
     k_SGK, v_SGV = k_SGK[:num_keys].contiguous(), v_SGV[:num_keys].contiguous()
@@ -162,7 +168,7 @@ def _attend_sparse(
             )
         else:
             work = _share_blocks(torch.cat(tables), positions_C, geometry.block_size)
-            parts.append(_BlockAttention.apply(q_CHK, k_SGK, v_SGV, work, scale))
+            parts.append(_BlockAttention.apply(q_CHK, k_SGK, v_SGV, work, scale)[0])
     return torch.cat(parts)
 
 
@@ -340,7 +346,7 @@ class _BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q_CHK: Tensor, k_SGK: Tensor, v_SGV: Tensor, work: _Work, scale: float) -> Tensor:
+    def forward(q_CHK: Tensor, k_SGK: Tensor, v_SGV: Tensor, work: _Work, scale: float) -> tuple[Tensor, Tensor]:
         C, H, _ = q_CHK.shape
         G, V = v_SGV.shape[1:]
         group = H // G
@@ -363,13 +369,18 @@ class _BlockAttention(torch.autograd.Function):
             part_PMV = torch.bmm(probs_PMHS.flatten(1, 2).to(v_SGV.dtype), v_PSV)
             out_RHV.mul_(shrink_RH[..., None]).index_add_(0, rows_P, part_PMV.view(-1, group, V).to(wide))
         out_CHV = (out_RHV / total_RH[..., None]).view(C + 1, H, V)[:C].to(v_SGV.dtype)
-        ctx.work, ctx.scale = work, scale
-        ctx.save_for_backward(q_CHK, k_SGK, v_SGV, out_CHV, peak_RH + total_RH.log())
-        return out_CHV
+        return out_CHV, peak_RH + total_RH.log()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        # beside the forward pass: torch.func asks for it
+        *qkv, ctx.work, ctx.scale = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*qkv, *output)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_CHV: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_CHV: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q_CHK, k_SGK, v_SGV, out_CHV, log_total_RH = ctx.saved_tensors
         C, H, K = q_CHK.shape
         G, V = v_SGV.shape[1:]

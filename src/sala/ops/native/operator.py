@@ -47,9 +47,24 @@ def watched() -> bool:
     )
 
 
+def transformed() -> bool:
+    """Return whether a transform of torch.func (grad, vmap) is at work, whose tensors have no address."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def mapped() -> bool:
+    """Return whether vmap is at work: a tensor stands for many."""
+    return transformed() and any(
+        transform.key() == torch._C._functorch.TransformType.Vmap
+        for transform in torch._C._functorch.get_interpreter_stack()
+    )
+
+
 def refuses(tensors: Sequence[Tensor | None]) -> str | None:
     """Return why the library does not take these tensors, None when it does."""
     recording = torch.is_grad_enabled()
+    if transformed():
+        return "a transform of torch.func is at work"
     for tensor in tensors:
         if tensor is None:
             continue
