@@ -218,6 +218,19 @@ def has_place(name: str, shape: Sequence[int], shapes: Mapping[str, torch.Size],
     return True
 
 
+def check_whole(name: object, missing: Collection[str], others: Collection[str], known: Collection[str]) -> None:
+    """Refuse what transformers has loaded in part: tensors that a checkpoint lacks, or has beyond the network's.
+
+    Raises:
+        CheckpointError: there are some; the message names the first.
+    """
+    if others:
+        first = min(others)
+        raise CheckpointError(f"tensor {first!r} in {name} has no place in the network{nearest(first, known)}")
+    if missing:
+        raise CheckpointError(f"{name} lacks {len(missing)} tensors, the first is {min(missing)!r}")
+
+
 def require_all(found: Collection[str], shapes: Mapping[str, torch.Size], folder: Path) -> None:
     """Raise CheckpointError when a checkpoint lacks tensors of the network."""
     if missing := shapes.keys() - found:

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput, logging
 
 from sala.errors import InputError
 from sala.model.cache import LayerCache, SalaCache, given
+from sala.model.checkpoint import check_whole
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.documents import ends_of_call, labels_within, shifted_labels_within
 from sala.model.generation import SalaGeneration
@@ -69,10 +70,32 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _supports_sdpa = True
     _skip_keys_device_placement = [CACHE]  # noqa: RUF012
+    # what old files have and nothing reads, and the head where only the layers are loaded
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"^lm_head\.weight$"]  # noqa: RUF012
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Do nothing, as `MiniCPMSALAConfig.register_for_auto_class`."""
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, name: Any = None, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load a checkpoint as transformers does, all of it or nothing: transformers draws the tensors that are missing.
+
+        A folder that holds the layers alone (of `MiniCPMSALAModel`) gets a new head.
+        output_loading_info: returns (model, names of what is missing and of what else there is), for the caller to judge.
+
+        Raises:
+            CheckpointError: it lacks tensors of the network, or has others.
+        """
+        loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if output_loading_info:
+            return model, info
+        new = {"lm_head.weight"} if MiniCPMSALAModel.__name__ in (model.config.architectures or ()) else set()
+        check_whole(name, set(info["missing_keys"]) - new, info["unexpected_keys"], model.state_dict())
+        return model
 
     def _refuse(self, output_attentions: bool | None, is_causal: bool | None) -> None:
         if is_causal is False:

@@ -136,7 +136,13 @@ def place_rows(
     if torch.compiler.is_exporting():
         return _place_traced(real, past)
     # all that is ever asked of a mask, where it lies
-    ends, new_tokens = torch.stack([real.sum(1), real[:, past:].sum(1)]).tolist()
+    is_mask = (attention_mask == real).all(1)
+    ends, new_tokens, fits = torch.stack([real.sum(1), real[:, past:].sum(1), is_mask.long()]).tolist()
+    if not all(fits):
+        raise InputError(
+            f"row {fits.index(0)} of attention_mask has other values than 0 and 1; expected 0 on padding and 1 elsewhere "
+            "(documents in one row are marked by cu_seqlens, seq_idx or position_ids)"
+        )
     if all(end == past + length for end in ends):
         return place_rows(batch, length, past, device)
     real = real.to(device, non_blocking=device.type == "cuda")
