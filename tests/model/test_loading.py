@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from model.shapes import tiny_model, tokens
+from model.shapes import tiny_config, tiny_model, tokens
 from sala import load_model
 from sala.errors import CheckpointError, SalaError
 from sala.model import MiniCPMSALAForCausalLM
@@ -72,7 +72,9 @@ def test_layers_saved_alone_get_a_new_head(tmp_path: Path) -> None:
 
 def test_who_asks_what_was_loaded_judges_by_himself(tmp_path: Path) -> None:
     change_weights(saved(tmp_path), lambda w: w.pop("model.norm.weight"))
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    model, info = MiniCPMSALAForCausalLM.from_pretrained(
+        pretrained_model_name_or_path=tmp_path, config=tiny_config(), output_loading_info=True
+    )
     assert isinstance(model, MiniCPMSALAForCausalLM)
     assert set(info["missing_keys"]) == {"model.norm.weight"}
 

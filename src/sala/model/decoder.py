@@ -78,9 +78,7 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
         """Do nothing, as `MiniCPMSALAConfig.register_for_auto_class`."""
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, name: Any = None, *args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint as transformers does, all of it or nothing: transformers draws the tensors that are missing.
 
         A folder that holds the layers alone (of `MiniCPMSALAModel`) gets a new head.
@@ -89,9 +87,10 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
         Raises:
             CheckpointError: it lacks tensors of the network, or has others.
         """
+        name, judges = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         model, info = loaded
-        if output_loading_info:
+        if judges:
             return model, info
         new = {"lm_head.weight"} if MiniCPMSALAModel.__name__ in (model.config.architectures or ()) else set()
         check_whole(name, set(info["missing_keys"]) - new, info["unexpected_keys"], model.state_dict())
