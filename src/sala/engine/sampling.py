@@ -121,7 +121,7 @@ class Sampler:
         """
         scores_1X: Tensor = self.processors(seen_1T, logits_1X)  # type: ignore[arg-type]
         token_1 = scores_1X.argmax(dim=-1) if self.greedy else self._choose(scores_1X)
-        return token_1.where(logits_1X.isfinite().all(), NO_TOKEN)
+        return token_1.masked_fill(~logits_1X.isfinite().all(), NO_TOKEN)
 
     def _choose(self, scores_1X: Tensor) -> Tensor:
         # the first of exponential clocks to ring (torch.multinomial does the same, but looks at the numbers before)
