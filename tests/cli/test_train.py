@@ -270,7 +270,7 @@ def test_shards_are_counted_and_those_of_another_tokenizer_refused(sala, recipe,
     assert "1 documents are longer than 64 and are cut" in outcome.err
 
 
-def test_shards_of_ones_own_tokenizer_ask_for_it_by_the_option(sala, recipe, tmp_path):
+def test_shards_of_ones_own_tokenizer_ask_for_it_by_the_option(sala, recipe, tmp_path, monkeypatch):
     train_tokenizer([Document("a.py", TEXT)], vocab_size=300).save_pretrained(tmp_path / "words")
     (tmp_path / "long.txt").write_text(TEXT)
     outcome = sala("data", tmp_path / "long.txt", "--out", tmp_path / "web", "--tokenizer", tmp_path / "words")
@@ -285,6 +285,13 @@ def test_shards_of_ones_own_tokenizer_ask_for_it_by_the_option(sala, recipe, tmp
     assert not (tmp_path / "run").exists()
     assert sala("train", recipe, *plan, *shards, *mine).code == 0
     assert sala("train", recipe, *run, *shards, *mine).code == 0
+    # the words are found from another folder too
+    monkeypatch.chdir(tmp_path)
+    again = ("train", recipe, "--out", "relative", *shards, "--tokenizer", "words")
+    assert sala(*again).code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert sala("train", "export", "../relative", "--out", "model").code == 0
     # a teacher's tokenizer is the teacher's
     for what in (("--out", tmp_path / "hybrid"), plan):
         sources = ("--set", f"sources={{text: {{shards: {tmp_path / 'web'}}}}}")

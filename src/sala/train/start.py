@@ -47,12 +47,16 @@ def start_of(model: Any, origin: Origin | None, tokenizer: PreTrainedTokenizerBa
     checkpoint = None
     if model is not None:
         name = None if origin is None else origin.name
-        # another command may stand in another folder
-        place = str(Path(name).resolve()) if name is not None and Path(name).exists() else name
+        place = None if name is None else _place(name)
         on_hub = origin is not None and origin.on_hub
         checkpoint = {"name": name, "place": place, "on_hub": on_hub, "sha256": fingerprint(model)}
-    words = {"name": str(tokenizer.name_or_path), "sha256": tokenizer_hash(tokenizer)}
+    words = {"name": _place(str(tokenizer.name_or_path)), "sha256": tokenizer_hash(tokenizer)}
     return {"checkpoint": checkpoint, "tokenizer": words, "data": data.describe()}
+
+
+def _place(name: str) -> str:
+    """Return a name that another command understands too, which may stand in another folder."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def require_same_start(there: Mapping[str, Any], here: Mapping[str, Any], run: Path) -> None:
