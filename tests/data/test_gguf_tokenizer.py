@@ -150,7 +150,29 @@ def test_a_saved_tokenizer_is_the_same(tmp_path):
 
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-PIECES = ["▁", "t", "h", "e", "r", "a", "th", "the", "▁the", "▁a", "er", "▁t", "▁ther", "1", "9", "</", "s", ">", "s>"]
+PIECES = [
+    "▁",
+    "t",
+    "h",
+    "e",
+    "r",
+    "a",
+    "th",
+    "the",
+    "▁the",
+    "▁a",
+    "er",
+    "▁t",
+    "▁ther",
+    "1",
+    "9",
+    "<",
+    "/",
+    "</",
+    "s",
+    ">",
+    "s>",
+]
 SENTENCEPIECE = ["<unk>", "<s>", "</s>", *BYTES, *PIECES]
 SCORES = [0.0] * 259 + [-float(rank) for rank in range(len(PIECES))]
 
@@ -170,6 +192,12 @@ def test_a_sentencepiece_vocabulary_is_merged_by_its_scores(text, tmp_path):
     assert ours.decode(ids) == text
 
 
+def test_a_control_token_spelled_out_is_no_merge(tmp_path):
+    ours = load_tokenizer(sentencepiece(tmp_path / "x.gguf"))
+    assert ours("the</s>").input_ids[-1] == 2
+    assert 2 not in ours("the</s>", split_special_tokens=True).input_ids
+
+
 def test_of_a_sentencepiece_vocabulary_a_space_goes_first_unless_the_file_says_no(tmp_path):
     words = load_tokenizer(sentencepiece(tmp_path / "a.gguf")).tokenize("the")
     bare = load_tokenizer(sentencepiece(tmp_path / "b.gguf", add_space_prefix=False)).tokenize("the")
@@ -182,7 +210,7 @@ def test_of_a_sentencepiece_vocabulary_a_space_goes_first_unless_the_file_says_n
         ("gpt2", {"pre": "falcon"}, "tokenizer.ggml.pre = 'falcon' in .*; expected one of gpt-2, smollm"),
         ("gpt2", {}, "tokenizer.ggml.pre = None"),
         ("bert", {}, "tokenizer.ggml.model = 'bert' in .*; expected 'gpt2' or 'llama'"),
-        ("gpt2", {"pre": "qwen2", "bos_token_id": 9999}, "names token 9999 and has 278; expected a whole vocabulary"),
+        ("gpt2", {"pre": "qwen2", "bos_token_id": 9999}, "names token 9999 and has 280; expected a whole vocabulary"),
         ("llama", {}, "neither tokenizer.ggml.merges nor tokenizer.ggml.scores"),
     ],
 )

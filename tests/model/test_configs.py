@@ -27,13 +27,13 @@ def read(name: str) -> dict:
     return json.loads(CONFIGS[name].read_text())
 
 
-def frequencies(config: PreTrainedConfig) -> torch.Tensor:
-    """What transformers' rotary embedding turns by."""
+def rotation(config: PreTrainedConfig) -> tuple[torch.Tensor, float]:
+    """What transformers' rotary embedding turns by, and its factor on cosine and sine."""
     kind = config.rope_parameters["rope_type"]
     if kind == "default":
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return config.rope_parameters["rope_theta"] ** -(torch.arange(0, width, 2) / width)
-    return ROPE_INIT_FUNCTIONS[kind](config)[0]
+        return config.rope_parameters["rope_theta"] ** -(torch.arange(0, width, 2) / width), 1.0
+    return ROPE_INIT_FUNCTIONS[kind](config)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,9 @@ def test_a_real_file_says_what_transformers_reads_in_it(name):
     for field in {*SHARED_FIELDS} - NOT_COMPARED:
         assert getattr(ours, field) == getattr(theirs, field), field
     width = ours.qk_rope_head_dim or ours.head_dim
-    torch.testing.assert_close(torch.tensor(inverse_frequencies(ours, width)[0]), frequencies(theirs).float())
+    (mine, factor), (other, their_factor) = inverse_frequencies(ours, width), rotation(theirs)
+    torch.testing.assert_close(torch.tensor(mine), other.float())
+    assert factor == pytest.approx(their_factor)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind in CONFIG_MAPPING])

@@ -74,10 +74,6 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"^lm_head\.weight$"]  # noqa: RUF012
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing, as `MiniCPMSALAConfig.register_for_auto_class`."""
-
-    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint as transformers does, all of it or nothing: transformers draws the tensors that are missing.
 
