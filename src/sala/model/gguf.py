@@ -5,7 +5,7 @@ llama.cpp defines the format (ggml-org/ggml, docs/gguf.md) and, in its converter
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,7 @@ class GGUFFile:
     def __init__(self, path: Path):
         self.path = path
         stat = path.stat()
-        self._reader = _open(path, stat.st_mtime_ns, stat.st_size)
-        self.tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._said, self.tensors = _open(path, stat.st_mtime_ns, stat.st_size)
         self.architecture: str = self.get("general.architecture")
         if self.get("split.count", 1) > 1:
             raise CheckpointError(
@@ -91,14 +90,13 @@ class GGUFFile:
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return what the file says under a key: a number, a string, or a list."""
-        field = self._reader.fields.get(key)
-        return default if field is None else field.contents()
+        return self._said.get(key, default)
 
     @functools.cached_property
     def own(self) -> dict[str, Any]:
         """What is said under the architecture's own name, by the rest of the key."""
         prefix = f"{self.architecture}."
-        return {key.removeprefix(prefix): self.get(key) for key in self._reader.fields if key.startswith(prefix)}
+        return {key.removeprefix(prefix): value for key, value in self._said.items() if key.startswith(prefix)}
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of a config.json of the family that the architecture is."""
@@ -234,15 +232,18 @@ def _llama3_factors(theta: float, width: int, factor: float) -> NDArray[np.float
 
 # reading a table of contents takes seconds, and one command asks for it several times
 @functools.lru_cache(maxsize=1)
-def _open(path: Path, changed_ns: int, size_bytes: int) -> Any:
+def _open(path: Path, changed_ns: int, size_bytes: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return values and tensors by name. The reader itself, which keeps every token of a vocabulary twice, is let go."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise CheckpointError(
             f"reading {path} needs `gguf`; expected it installed: pip install 'sala[gguf]'"
         ) from error
-    reader: Callable[[Path], Any] = GGUFReader
+    open_file: Callable[[Path], Any] = GGUFReader
     try:
-        return reader(path)
+        reader = open_file(path)
+        values = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
         raise CheckpointError(f"{path} is truncated or not a GGUF file: {error}; expected a whole one") from error
+    return values, {tensor.name: tensor for tensor in reader.tensors}
