@@ -48,12 +48,10 @@ def added_and_normed(norm: nn.Module, x: Tensor, branch: Tensor, scale: float) -
 
 def _unnoticed(norm: nn.Module) -> bool:
     """Whether nobody sees if the module is called: none has wrapped it, hooked it or replaced its forward."""
-    return (
-        type(norm) is RMSNorm
-        and not norm._forward_pre_hooks
-        and not norm._forward_hooks
-        and not norm._backward_pre_hooks
-        and not norm._backward_hooks
-        and "forward" not in norm.__dict__
-        and not _has_any_global_hook()
+    if type(norm) is not RMSNorm or _has_any_global_hook():
+        return False
+    # by the dictionary: this is asked of every norm in every decoding step
+    own = norm.__dict__
+    return "forward" not in own and not (
+        own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]
     )
