@@ -19,7 +19,7 @@ from sala.train.checkpoint import Checkpoints
 from sala.train.folder import Measured, RunFolder, RunOptions, StageKeeper
 from sala.train.loop import Progress
 from sala.train.parallel import ONE_PROCESS
-from sala.train.recipe import Recipe, override, parse_recipe
+from sala.train.recipe import Recipe, load_recipe, override, parse_recipe
 from train.ranks import another_process
 
 STEPS = 6
@@ -94,7 +94,6 @@ def changed(setting: str) -> dict[str, Any]:
         (changed("model.head_dim=8"), "has model.head_dim = None, this recipe 8"),
         (changed("sources.text.shards=a"), "has sources.text = None, this recipe {'shards': 'a', "),
         (changed("stages.first.steps=7"), "has stages.0.steps = 6, this recipe 7"),
-        (PLAIN | {"stages": PLAIN["stages"][:1]}, "has the number of stages = 2, this recipe 1"),
         (ANOTHER_KIND | {"conversion": {"keep": {"count": 1}}}, "has model = {'hidden_size': 8, .*}, this recipe None"),
     ],
 )
@@ -102,6 +101,50 @@ def test_another_recipe_is_refused_with_the_field(values: dict[str, Any], messag
     begun(tmp_path / "run")
     with pytest.raises(RecipeError, match=message):
         RunFolder(tmp_path / "run", parse_recipe(values), START, ONE_PROCESS)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (changed("stages.second.steps=7"), "has stages.1.steps = 6, this recipe 7"),
+        (PLAIN | {"stages": PLAIN["stages"][:1]}, "has the number of stages = 2, this recipe 1"),
+    ],
+)
+def test_a_stage_may_change_until_it_has_begun(
+    values: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    begun(path)
+    for facts in (None, {"stage": 0}):
+        monkeypatch.setattr("sala.train.folder.newest_facts", lambda folder, facts=facts: facts)
+        with RunFolder(path, parse_recipe(values), START, ONE_PROCESS):
+            assert parse_recipe(values) == load_recipe(path / "recipe.yaml")
+        with RunFolder(path, recipe(), START, ONE_PROCESS):
+            pass
+    monkeypatch.setattr("sala.train.folder.newest_facts", lambda folder: {"stage": 1})
+    with pytest.raises(RecipeError, match=message):
+        RunFolder(path, parse_recipe(values), START, ONE_PROCESS)
+
+
+def test_a_source_may_change_until_a_stage_that_reads_it_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = changed("sources.text.shards=a")
+    values["sources"]["later"] = {"shards": "b"}
+    values["stages"][1]["data"] = {"later": 1}
+    start = START | {"data": {"text": "a of 3 documents", "later": "b of 4 documents"}}
+    other = start | {"data": start["data"] | {"later": "c of 5 documents"}}
+    path = tmp_path / "run"
+    with RunFolder(path, parse_recipe(values), start, ONE_PROCESS):
+        pass
+    values["sources"]["later"]["shards"] = "c"
+    with RunFolder(path, parse_recipe(values), other, ONE_PROCESS) as folder:
+        assert folder.measured.known("start") == other
+    with pytest.raises(InputError, match="drew 'text' from a of 3 documents"):
+        RunFolder(path, parse_recipe(values), other | {"data": other["data"] | {"text": "d"}}, ONE_PROCESS)
+    monkeypatch.setattr("sala.train.folder.newest_facts", lambda folder: {"stage": 1})
+    with pytest.raises(InputError, match="drew 'later' from c of 5 documents"):
+        RunFolder(path, parse_recipe(values), start, ONE_PROCESS)
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:

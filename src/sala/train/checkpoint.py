@@ -224,11 +224,6 @@ class Checkpoints:
             f"old checkpoints in {self.folder} cannot be deleted", deletion.result if deletion else _nothing
         )
 
-    def newest_facts(self) -> dict[str, Any] | None:
-        """Return the facts of the newest complete checkpoint, which is not verified; None when there is none."""
-        published = self._published()
-        return _read_manifest(published[-1])["facts"] if published else None
-
     def require(self, which: Literal["newest", "previous"]) -> list[Path]:
         """Return the complete checkpoints from the oldest to the newest, none of them verified. Collective.
 
@@ -298,10 +293,7 @@ class Checkpoints:
 
     def _published(self) -> list[Path]:
         """Return the complete checkpoints from the oldest to the newest, one a step."""
-        if not self.folder.is_dir():
-            return []
-        folders = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-        return list({_order(path)[0]: path for path in sorted(folders, key=_order)}.values())
+        return _published(self.folder)
 
     def _claim(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -382,6 +374,23 @@ def _told(error: BaseException) -> tuple[type[SalaError], str]:
     text = " ".join(str(cause or error).split())
     kind = DiskError if isinstance(cause, OSError) else CheckpointError
     return kind, text if cause is not None else f"{type(error).__name__}: {text}"
+
+
+def newest_facts(folder: Path) -> dict[str, Any] | None:
+    """Return the facts of the newest complete checkpoint, which is not verified; None when there is none.
+
+    Raises:
+        CheckpointError: its manifest is damaged.
+    """
+    published = _published(folder)
+    return _read_manifest(published[-1])["facts"] if published else None
+
+
+def _published(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    folders = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return list({_order(path)[0]: path for path in sorted(folders, key=_order)}.values())
 
 
 def _order(folder: Path) -> tuple[int, int]:

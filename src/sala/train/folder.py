@@ -13,9 +13,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self
 
-from sala.errors import DiskError, InputError, RecipeError, SalaError
+from sala.errors import CheckpointError, DiskError, InputError, RecipeError, SalaError
 from sala.train.batches import Feed
-from sala.train.checkpoint import Checkpoints, Saved
+from sala.train.checkpoint import Checkpoints, Saved, newest_facts
 from sala.train.loop import NonFiniteError, Observer, Progress
 from sala.train.parallel import ONE_PROCESS, World
 from sala.train.recipe import Recipe, load_recipe
@@ -99,6 +99,12 @@ class Measured:
             lambda: [results[i] if i in results else self._recall(names[i], partial(compute, i)) for i in range(count)]
         )
 
+    def put(self, name: str, value: Any) -> None:
+        """Write down a result, or another in its place."""
+        path = self._path(name)
+        if path is not None:
+            self.world.on_main(lambda: write_whole(path, f"{json.dumps(value)}\n".encode()))
+
     def known(self, name: str) -> Any:
         """Return a result that is there already, or None."""
         return self._recall(name, lambda: None) if self._has(name) else None
@@ -162,7 +168,9 @@ class RunFolder:
         self.record: Record | None = None
         self.unwritten: DiskError | None = None
         try:
-            self.measured.once(START, lambda: start)
+            there = self.measured.known(START)
+            # sources of stages that have not begun may be others by now
+            self.measured.put(START, start if there is None else there | {"data": start["data"]})
             world.on_main(self._open_record)
         except DiskError as error:
             raise self._with_advice(error) from error
@@ -176,7 +184,7 @@ class RunFolder:
         )
 
     def _with_advice(self, error: DiskError) -> DiskError:
-        facts = self.checkpoints.newest_facts()
+        facts = newest_facts(self.path / CHECKPOINTS)
         where = (
             "from the beginning"
             if facts is None
@@ -333,9 +341,13 @@ def _require_own(path: Path, recipe: Recipe, start: Mapping[str, Any]) -> None:
         return
     if not (path / RECIPE).is_file():
         raise InputError(f"{str(path)!r} exists and is no folder of a run; right would be a new folder")
-    _require_same(_what(load_recipe(path / RECIPE).resolved), _what(recipe.resolved), path)
+    recorded = load_recipe(path / RECIPE)
+    begun = _stages_begun(path, recorded)
+    _require_same(_what(recorded, begun), _what(recipe, begun), path)
     if (there := Measured(path / MEASURED, ONE_PROCESS).known(START)) is not None:
-        require_same_start(there, start, path)
+        unread = recipe.sources.keys() - _sources_read(recipe, begun)
+        data = {name: description for name, description in start["data"].items() if name not in unread}
+        require_same_start(there, {**start, "data": data}, path)
     if (path / FINAL).exists():
         raise Finished(f"the run in {str(path)!r} is finished: its model is {str(path / FINAL)!r}")
 
@@ -358,12 +370,32 @@ def _settle(path: Path, recipe: Recipe, start: Mapping[str, Any]) -> None:
     write_whole(path / RECIPE, recipe.text.encode())
 
 
-def _what(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a resolved recipe without how it is run."""
+def _stages_begun(path: Path, recipe: Recipe) -> int:
+    """Return how many stages of a run have begun, at least one: up to that of its newest checkpoint. The others may change."""
+    try:
+        facts = newest_facts(path / CHECKPOINTS)
+    except CheckpointError:
+        # what it had begun is not known; whoever reads the checkpoint says what is wrong with it
+        facts = {"stage": len(recipe.stages) - 1}
+    if (path / FINAL).exists():
+        return len(recipe.stages)
+    return 1 if facts is None else facts["stage"] + 1
+
+
+def _sources_read(recipe: Recipe, begun: int) -> set[str]:
+    return {name for stage in recipe.stages[:begun] for name in stage.data}
+
+
+def _what(recipe: Recipe, begun: int) -> dict[str, Any]:
+    """Return a recipe as plain values, without how it is run and without the stages that have not begun."""
+    resolved = recipe.resolved
     what = {name: value for name, value in resolved.items() if name not in HOW}
     what["stages"] = [
-        {name: value for name, value in stage.items() if name not in HOW_OF_STAGE} for stage in resolved["stages"]
+        {name: value for name, value in stage.items() if name not in HOW_OF_STAGE}
+        for stage in resolved["stages"][:begun]
     ]
+    read = _sources_read(recipe, begun)
+    what["sources"] = {name: source for name, source in resolved["sources"].items() if name in read}
     return what
 
 
