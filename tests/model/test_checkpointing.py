@@ -1,11 +1,19 @@
 """Gradient checkpointing, which computes a layer again in the backward pass, changes no gradient."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 from model.shapes import tiny_model, tokens
 from sala.errors import InputError
 from sala.model import MiniCPMSALAForCausalLM, new_cache
+from sala.model.decoder import DecoderLayer
 
 
 def gradients(model: MiniCPMSALAForCausalLM, **options: object) -> dict[str, torch.Tensor | None]:
@@ -25,6 +33,27 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool, use_ca
     recomputed = gradients(model, use_cache=use_cache)
     for name, gradient in gradients(tiny_model()).items():
         torch.testing.assert_close(recomputed[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("implementation", CheckpointImpl)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*use_reentrant")
+def test_a_layer_with_a_cache_is_never_computed_again(implementation: CheckpointImpl) -> None:
+    """As FSDP's wrapper would, of which the model does not know."""
+    expected = gradients(tiny_model())
+    for use_cache in (False, True):
+        model = tiny_model()
+        apply_activation_checkpointing(
+            model,
+            checkpoint_wrapper_fn=partial(checkpoint_wrapper, checkpoint_impl=implementation),
+            check_fn=lambda module: isinstance(module, DecoderLayer),
+        )
+        if use_cache:
+            with pytest.raises(InputError, match="computed again"):
+                gradients(model, use_cache=True)
+        else:
+            recomputed = gradients(model, use_cache=False)
+            for (name, gradient), other in zip(expected.items(), recomputed.values(), strict=True):
+                torch.testing.assert_close(other, gradient, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_a_cache_is_left_out_under_gradient_checkpointing_and_kept_without_gradients() -> None:

@@ -20,6 +20,8 @@ class LayerCache(CacheLayerMixin):
     """The part of transformers' layer interface that is the same for every mixer of ours."""
 
     is_croppable = False
+    # whether a call is reading: outside of one nobody has a reason to write
+    open = False
 
     def tensors(self) -> list[GrowingTensor]:
         raise NotImplementedError
@@ -300,16 +302,21 @@ class SalaCache(Cache):
         Raises:
             InputError: as in `step`.
         """
+        layers = [layer for layer in self.layers if isinstance(layer, LayerCache)]
         with self.step():
             mark = self.mark(copied=False)
+            for layer in layers:
+                layer.open = True
             try:
                 yield
             except BaseException:
-                for layer in self.layers:
-                    assert isinstance(layer, LayerCache)
+                for layer in layers:
                     layer.erase(rows)
                 self.rewind(mark)
                 raise
+            finally:
+                for layer in layers:
+                    layer.open = False
 
     def place_step(self, position_1: Tensor, batch: int, capacity: int) -> Rows:
         """Return the places of one new token a row, at the position, int64 (1,), that only the device knows.

@@ -54,6 +54,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.residual_scale = config.residual_scale
 
     def forward(self, hidden_BTD: Tensor, rows: Rows, cache: LayerCache | None = None) -> Tensor:
+        if cache is not None and rows.capacity is None and not cache.open:
+            raise InputError(
+                "a layer with a cache is computed again, as under activation checkpointing; expected use_cache=False"
+            )
         branch_BTD = self.self_attn(self.input_layernorm(hidden_BTD), rows, cache)
         hidden_BTD, x_BTD = added_and_normed(self.post_attention_layernorm, hidden_BTD, branch_BTD, self.residual_scale)
         return add_scaled(hidden_BTD, self.mlp(x_BTD), self.residual_scale)
