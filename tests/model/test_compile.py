@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from absent_card import CARD, choose_for_card
 from model.shapes import tiny_config, tiny_model, tokens
-from sala.model import MiniCPMSALAForCausalLM
+from sala.model import MiniCPMSALAForCausalLM, new_cache
 from sala.ops.dispatch import unavailable
 
 LAYERS = {"num_hidden_layers": 2, "mixer_types": ["minicpm4", "lightning-attn"]}
@@ -68,3 +68,16 @@ def test_on_a_gpu_kernels_are_steps_of_one_graph_and_the_rest_is_for_the_compile
     assert all(parameter.grad is not None for parameter in model.parameters())
     compression = ["infllm_triton_compress"] * 2
     assert operators(counter) == [*compression, "infllm_triton_attend", "lightning_scan"]
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_not_compiled_again_at_every_step() -> None:
+    model = tiny_model(**LAYERS)
+    counter = CompileCounterWithBackend("eager")
+    step = torch.compile(model, backend=counter)
+    cache = new_cache(model.config, reserve=100)
+    model(tokens(1, 30), cache=cache)
+    for _ in range(12):
+        step(tokens(1, 1), cache=cache)
+    # the lengths that it was compiled for first, then any; and each tier's first complete window
+    assert counter.frame_count <= 5

@@ -11,7 +11,8 @@ class SeenTokens:
         self.parts: list[Tensor] | None = []
 
     def append(self, ids_BT: Tensor | None) -> None:
-        if ids_BT is None or self.parts is None:
+        # a compiled program would be compiled again for every length of the list
+        if ids_BT is None or self.parts is None or torch.compiler.is_compiling():
             self.parts = None
         else:
             self.parts.append(ids_BT.detach().clone())
