@@ -174,7 +174,8 @@ def states_kernel(
     last_chunk = tl.cdiv(stop - start, C)
     if not MASKED:
         # a head that forgets within the segment: all else would be multiplied by zero
-        reach = tl.minimum(REACH / tl.maximum(-slope, 1e-9), 1e9).to(tl.int32) + 1
+        # a constant divided by `/` stays a constant for the interpreter of Triton 3.7
+        reach = tl.minimum(tl.fdiv(REACH, tl.maximum(-slope, 1e-9)), 1e9).to(tl.int32) + 1
         if REVERSE:
             last_chunk = tl.cdiv(tl.minimum(stop - start, reach), C)
         else:
