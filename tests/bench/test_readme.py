@@ -77,3 +77,17 @@ def test_speed_of_a_model_is_what_was_measured() -> None:
     points = results("latency-100m-long.json")["points"][1:] + results("latency-100m-million.json")["points"][-1:]
     assert decoding[1:] == [f"{point['decode_tokens_s']:.1f}" for point in points]
     assert first_token[1:] == [f"{point['first_token_s']:,.0f} s" for point in points]
+
+
+@pytest.mark.parametrize(
+    ("start", "run"),
+    [
+        ("teacher, after the hybrid's long stage, in text / noise", "long-0"),
+        ("the same with rotations stretched by YaRN, in text / noise", "long-yarn-0"),
+    ],
+)
+def test_the_controls_are_those_that_were_measured(start: str, run: str) -> None:
+    points = results("controls.json")["runs"][run]["retrieval"]
+    for length, cell in zip((512, 1024, 4096, 16384), row(start), strict=True):
+        pair = [p["accuracy"] for h in ("text", "noise") for p in points if (p["haystack"], p["length"]) == (h, length)]
+        assert cell == " / ".join(f"{accuracy:.3f}" for accuracy in pair)
