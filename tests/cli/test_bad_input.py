@@ -44,7 +44,7 @@ def reshape(folder):
 CHECKPOINTS = {
     "missing shard": (remove_shard, "lacks model-00002-of-"),
     "truncated shard": (truncate, "truncated"),
-    "wrong shape": (reshape, "has shape (7,); right would be (32,)"),
+    "wrong shape": (reshape, "has shape (7,); expected (32,)"),
     "unknown model type": (
         lambda f: edit(f, lambda c: c.update(model_type="mamba")),
         "model_type 'mamba' is not supported",
@@ -179,7 +179,7 @@ def test_a_chunk_longer_than_any_prompt_changes_nothing(sala, hybrid):
             "expected 1 to 1,024",
         ),
         (["train", "plot", "a" * 5000], "File name too long; expected a shorter name"),
-        (["select", "--scores", "scores.json", "--keep", "1", "--plot", ""], "right would be 'layers.png'"),
+        (["select", "--scores", "scores.json", "--keep", "1", "--plot", ""], "expected 'layers.png'"),
     ],
 )
 def test_extremes_of_other_verbs_are_one_line(verb, message, sala, tmp_path, monkeypatch):
@@ -242,7 +242,7 @@ def test_recipes_without_what_they_start_from_are_refused(sala, teacher, tmp_pat
         (["--model", "m", "--keep", "1", "--first-last"], "first and last"),
         (["--model", "m", "--keep", "1", "--eps", "0"], "above 0"),
         (["--keep", "1"], "needs a model's name; it has: m, hypenet-2b"),
-        (["--model", "m", "--keep", "1", "--plot", "layers.jpg"], "right would be 'layers.png'"),
+        (["--model", "m", "--keep", "1", "--plot", "layers.jpg"], "expected 'layers.png'"),
         (["--model", "m", "--keep", "1", "--plot", "absent/layers.png"], "No such file or directory"),
     ],
 )

@@ -81,8 +81,8 @@ def test_the_mesh_that_a_plan_asks_for_is_one(sala, name, gpus) -> None:
     ("arguments", "message"),
     [
         (("demo", "--dry-run", "--gpu", "h1000"), "'h1000' is not known"),
-        (("demo", "--dry-run", "--gpu", "inf", "--memory", "80"), "right would be numbers above 0"),
-        (("demo", "--dry-run", "--gpu", "h100", "--memory", "nan"), "right would be numbers above 0"),
+        (("demo", "--dry-run", "--gpu", "inf", "--memory", "80"), "expected numbers above 0"),
+        (("demo", "--dry-run", "--gpu", "h100", "--memory", "nan"), "expected numbers above 0"),
         (("demo", "--dry-run", "--gpus", "3"), "windows a batch do not divide over 3 data-parallel ranks"),
         (("demo", "--dry-run", "--out", "x"), "--out has no effect with --dry-run"),
         (("demo", "--dry-run", "--keep", "3"), "--keep has no effect with --dry-run"),

@@ -69,7 +69,7 @@ def test_a_checkpoint_is_planned_in_the_dtype_that_it_is_stored_in(sala, teacher
         (("--model", "sala-10m", "--memory", "32G"), "32GiB, 24GB"),
         (("--model", "sala-10m", "--length", "long"), "512, 16K or 1M"),
         (("--model", "sala-10m", "--device", "tpu"), "device 'tpu' is not on this machine"),
-        (("--model", "sala-10m", "--dtype", "int8"), "right would be one of bf16"),
+        (("--model", "sala-10m", "--dtype", "int8"), "expected one of bf16"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(options, message, sala):

@@ -157,7 +157,7 @@ def test_the_first_process_of_a_machine_speaks_first(sala, tmp_path, monkeypatch
         (["model.hiden_size=3"], "unknown key; did you mean 'hidden_size'?"),
         (["stages.short.data={txt: 1}"], "stages.0 ('short'): data task 'txt' is unknown; known: text, "),
         (["stages.short.length=8"], "stages.0 ('short'): length 8 is too short for the tasks; at least 32"),
-        (["stages.short.steps=null", "stages.short.tokens=1000"], "right would be 896 (steps 7) or 1,024 (steps 8)"),
+        (["stages.short.steps=null", "stages.short.tokens=1000"], "expected 896 (steps 7) or 1,024 (steps 8)"),
         (["stages.short.learning_rate.peak=1e999"], "peak: Input should be a finite number"),
         (["seed=-1"], "seed: Input should be greater than or equal to 0"),
         (["model.vocab_size=10"], "the model a vocab_size of 10; expected the model's own"),
@@ -304,7 +304,7 @@ def test_a_folder_that_is_no_run_of_ours_is_one_line(sala, recipe, tmp_path, lit
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("name: [")
     for run, message in (
-        (tmp_path / "file", "is a file; right would be a new folder"),
+        (tmp_path / "file", "is a file; expected a new folder"),
         (tmp_path / "file" / "run", "Not a directory"),
         (tmp_path / "run", "recipe.yaml is not YAML"),
     ):

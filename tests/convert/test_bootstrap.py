@@ -83,7 +83,7 @@ def test_scores_are_the_means_of_items() -> None:
     ("recall", "message"),
     [
         ([(1, 0), (1, 0, 1)], "recall scores of layer 0 have 2 items, those of layer 1 have 3"),
-        ([(1,), (0,)], "have 1 items; right would be 2 or more"),
+        ([(1,), (0,)], "have 1 items; expected 2 or more"),
         ([(), ()], "have 0 items"),
     ],
 )

@@ -69,7 +69,7 @@ def test_a_truncated_shard_is_named_when_opened(tmp_path: Path) -> None:
     make_shards(tmp_path / "out", LENGTHS, shard_tokens=8)
     path = tmp_path / "out" / "tokens-00001.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"tokens-00001\.bin has \d+ bytes; right would be"):
+    with pytest.raises(InputError, match=r"tokens-00001\.bin has \d+ bytes; expected"):
         Shards(tmp_path / "out")
     path.unlink()
     with pytest.raises(InputError, match=r"tokens-00001\.bin is missing"):

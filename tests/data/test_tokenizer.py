@@ -83,5 +83,5 @@ def test_a_damaged_tokenizer_is_refused(
 ) -> None:
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / name).write_text(content)
-    with pytest.raises(CheckpointError, match=r"cannot be read .*; right would be whole tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"cannot be read .*; expected whole tokenizer\.json"):
         load_tokenizer(tmp_path)

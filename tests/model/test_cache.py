@@ -155,7 +155,7 @@ def test_a_cache_cannot_be_cut_back():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m(tokens(1, 9), attention_mask=torch.ones(1, 8)), r"right would be \(1, 9\)"),
+        (lambda m: m(tokens(1, 9), attention_mask=torch.ones(1, 8)), r"expected \(1, 9\)"),
         (
             lambda m: m(tokens(1, 9), position_ids=torch.arange(1, 10)[None]),
             "position_ids are 1 at token 0 of row 0; expected 0",

@@ -38,18 +38,18 @@ def test_an_unknown_sparse_field_is_named():
         ({"attn_logits_scaling": 1}, "above 1"),
         ({"lightning_layerwise_decay": True}, "False"),
         ({"sparse_config": None}, "sparse_config is None"),
-        ({"hidden_size": "abc"}, "hidden_size = 'abc'; right would be int"),
-        ({"hidden_size": -16}, "hidden_size = -16; right would be a number above 0"),
-        ({"intermediate_size": 2.5}, "intermediate_size = 2.5; right would be int"),
-        ({"num_attention_heads": 0}, "num_attention_heads = 0; right would be a number above 0"),
-        ({"num_key_value_heads": True}, "num_key_value_heads = True; right would be int or NoneType"),
-        ({"mixer_types": 5}, "mixer_types = 5; right would be list or tuple"),
-        ({"mixer_types": "attention"}, "mixer_types = 'attention'; right would be list or tuple"),
-        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps = '1e-6'; right would be float"),
-        ({"rope_theta": "10000"}, "rope_theta = '10000'; right would be float or int"),
-        ({"sparse_config": [1]}, r"sparse_config = \[1\]; right would be dict or NoneType"),
-        ({"initializer_range": -1}, "initializer_range = -1; right would be 0 or more"),
-        ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1; right would be bool"),
+        ({"hidden_size": "abc"}, "hidden_size = 'abc'; expected int"),
+        ({"hidden_size": -16}, "hidden_size = -16; expected a number above 0"),
+        ({"intermediate_size": 2.5}, "intermediate_size = 2.5; expected int"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0; expected a number above 0"),
+        ({"num_key_value_heads": True}, "num_key_value_heads = True; expected int or NoneType"),
+        ({"mixer_types": 5}, "mixer_types = 5; expected list or tuple"),
+        ({"mixer_types": "attention"}, "mixer_types = 'attention'; expected list or tuple"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps = '1e-6'; expected float"),
+        ({"rope_theta": "10000"}, "rope_theta = '10000'; expected float or int"),
+        ({"sparse_config": [1]}, r"sparse_config = \[1\]; expected dict or NoneType"),
+        ({"initializer_range": -1}, "initializer_range = -1; expected 0 or more"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1; expected bool"),
     ],
 )
 def test_a_value_that_cannot_be_built_is_refused(change, message):
@@ -64,9 +64,7 @@ def test_the_numbers_of_mup_need_not_be_whole(name):
 
 def test_heads_of_odd_width_cannot_turn():
     config = tiny_config(head_dim=7, attn_use_rope=True)
-    with pytest.raises(
-        ConfigError, match="heads of width 7 cannot turn, pair by pair; right would be an even head_dim"
-    ):
+    with pytest.raises(ConfigError, match="heads of width 7 cannot turn, pair by pair; expected an even head_dim"):
         MiniCPMSALAForCausalLM(config)
 
 

@@ -98,7 +98,7 @@ def test_other_documents_are_not_compiled_again(layer: int) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, c: m(tokens(1, 9), context=c), "right would be cu_seqlens from 0 to 18"),
+        (lambda m, c: m(tokens(1, 9), context=c), "expected cu_seqlens from 0 to 18"),
         (
             lambda m, c: m(tokens(1, 9), cu_seqlens=torch.tensor([0, 9]), context=c),
             "to 18, 9 tokens on each of 2 ranks",

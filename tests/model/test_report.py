@@ -66,7 +66,7 @@ def test_a_report_has_what_the_folder_holds(folder):
     ("change", "message"),
     [
         (lambda state: state.pop("model.norm.weight"), "lacks 1 tensors, the first is 'model.norm.weight'"),
-        (lambda state: state.update({"model.norm.weight": torch.ones(7)}), r"has shape \(7,\); right would be \(32,\)"),
+        (lambda state: state.update({"model.norm.weight": torch.ones(7)}), r"has shape \(7,\); expected \(32,\)"),
         (lambda state: state.update({"model.nrom.weight": torch.ones(7)}), "did you mean 'model.norm.weight'"),
     ],
 )

@@ -313,7 +313,7 @@ def test_a_run_resumed_before_the_newest_leaves_that_history(saved_twice: Checkp
 
 def test_a_run_that_was_not_resumed_replaces_nothing(saved_twice: Checkpoints) -> None:
     other = Checkpoints(saved_twice.folder)
-    said = f"{saved_twice.folder / LATER} is later, and this run was not resumed; right would be to resume it, or another folder"
+    said = f"{saved_twice.folder / LATER} is later, and this run was not resumed; resume it, or name another folder"
     with pytest.raises(CheckpointError, match=f"^a checkpoint of step 15 cannot be started: {said}$"):
         other.save(15, values(15), {})
     assert names(saved_twice.folder) == [EARLIER, LATER]
@@ -449,7 +449,7 @@ def test_what_a_checkpoint_cannot_hold_is_refused_before_it_starts(tmp_path: Pat
         checkpoints.save(1, {"a": {"b": torch.zeros(1)}, "a.b": torch.zeros(1)}, {})
     with pytest.raises(TypeError, match="Tensor is not JSON serializable"):
         checkpoints.save(1, {}, {"loss": torch.zeros(1)})
-    with pytest.raises(ValueError, match="^keep is 0; right would be 1 or more$"):
+    with pytest.raises(ValueError, match="^keep is 0; expected 1 or more$"):
         Checkpoints(tmp_path, keep=0)
     assert not (tmp_path / "run").exists()
 
@@ -736,7 +736,7 @@ def test_a_folder_in_use_is_read_but_not_written(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     with ranks.another_process(save_once, tmp_path):
         assert checkpoints.newest() is not None
-        said = f"{tmp_path} is in use by another process; right would be to end it first"
+        said = f"{tmp_path} is in use by another process; end that process first"
         with pytest.raises(CheckpointError, match=f"^a checkpoint of step 2 cannot be started: {said}$"):
             checkpoints.save(2, {}, {})
     checkpoints.save(2, {}, {})

@@ -81,23 +81,23 @@ def test_the_kind_follows_from_the_content() -> None:
         (changed(TRAINING, "stages.0.tokns=48"), r"unknown key 'tokns'; did you mean 'tokens'"),
         (
             changed(TRAINING, "stages.0.steps=null", "stages.0.tokens=100"),
-            r"tokens 100 is not a multiple of 2 x 8 tokens; right would be 96 \(steps 6\) or 112 \(steps 7\)",
+            r"tokens 100 is not a multiple of 2 x 8 tokens; expected 96 \(steps 6\) or 112 \(steps 7\)",
         ),
         (
             changed(TRAINING, "stages.0.batch=null", "stages.0.batch_tokens=3"),
-            r"batch_tokens 3 is not a multiple of 8 tokens; right would be 8 \(batch 1\)",
+            r"batch_tokens 3 is not a multiple of 8 tokens; expected 8 \(batch 1\)",
         ),
         (changed(TRAINING, "stages.0.batch=null", "stages.0.batch_tokens=1e3"), r"a whole number above 0, got '1e3'"),
-        (changed(TRAINING, "stages.0.micro_batch=3"), r"right would be one of 1, 2"),
+        (changed(TRAINING, "stages.0.micro_batch=3"), r"expected one of 1, 2"),
         (changed(TRAINING, "stages.0.batch=36", "stages.0.micro_batch=5"), r"one of 1, 2, 3, 4, 6, 9, 12, 18, 36$"),
         (changed(TRAINING, "stages.0.mesh.dp_shard=3"), r"2 windows a batch do not divide over 3 .*one of 1, 2"),
         (
             changed(TRAINING, "mesh.cp=3"),
-            r"8 tokens do not divide over 3 context-parallel ranks; right would be 6 or 9",
+            r"8 tokens do not divide over 3 context-parallel ranks; expected 6 or 9",
         ),
         (
             changed(TRAINING, "stages.0.micro_batch=2", "mesh.dp_shard=2"),
-            r"1 windows of each rank are not a multiple of micro_batch 2; right would be one of 1",
+            r"1 windows of each rank are not a multiple of micro_batch 2; expected one of 1",
         ),
         (changed(TRAINING, "stages.0.data.text=0"), r"text has weight 0 throughout"),
         (changed(TRAINING, "stages.0.data.text=-1"), r"a weight is a number, or a list.*got -1"),

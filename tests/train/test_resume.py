@@ -190,7 +190,7 @@ def test_a_run_goes_on_as_what_it_is(folder: Path, done: Any, tmp_path: Path) ->
     model = runs.load_model(changed)
     model.model.norm.weight.data += 1
     model.save_pretrained(changed)
-    assert f"started with another checkpoint; right would be its own ('{folder}')" in start(changed)
+    assert f"started with another checkpoint; expected its own ('{folder}')" in start(changed)
     # how it is run may change
     assert isinstance(start(stages=[first | {"micro_batch": 1}, *values["stages"][1:]], compile="auto"), int)
 

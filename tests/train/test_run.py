@@ -116,7 +116,7 @@ def test_a_mesh_of_another_number_of_processes_is_refused(
 ) -> None:
     recipe = parse_recipe(training_recipe().resolved | {"mesh": {"dp_shard": 2}})
     with pytest.raises(
-        RecipeError, match=r"mesh is of 2 ranks .*and 1 process runs; right would be `torchrun --nproc-per-node 2"
+        RecipeError, match=r"mesh is of 2 ranks .*and 1 process runs; expected `torchrun --nproc-per-node 2"
     ):
         train(recipe, tmp_path / "run", tokenizer=tokenizer, data=corpus)
     assert list(tmp_path.iterdir()) == []

@@ -40,7 +40,7 @@ def test_a_measurement_that_is_damaged_is_named(tmp_path: Path) -> None:
     measured = Measured(tmp_path, ONE_PROCESS)
     assert measured.once("kept", lambda: [1, 2]) == measured.once("kept", lambda: None) == [1, 2]
     (tmp_path / "kept.json").write_text("[1, ")
-    with pytest.raises(InputError, match=rf"^{tmp_path / 'kept.json'} is damaged .*; right would be to delete it"):
+    with pytest.raises(InputError, match=rf"^{tmp_path / 'kept.json'} is damaged .*; delete it"):
         measured.once("kept", lambda: [1, 2])
 
 
@@ -52,7 +52,7 @@ def claim(path: Path) -> None:
 def test_of_two_processes_the_second_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "run"
     with another_process(claim, path):
-        with pytest.raises(CheckpointError, match="is in use by another process; right would be to end it first"):
+        with pytest.raises(CheckpointError, match="is in use by another process; end that process first"):
             RunFolder(path, recipe(), START, ONE_PROCESS)
         assert not (path / "recipe.yaml").exists()
 

@@ -99,7 +99,7 @@ def timer_of(device: torch.device, clock: str = "wall") -> Timer:
     if device.type != "cuda":
         return HostTimer(clock)
     if clock != "wall":
-        raise InputError(f"clock {clock!r} on a GPU, which is timed by its own; right would be to leave it out")
+        raise InputError(f"clock {clock!r} on a GPU, which is timed by its own; leave the option out")
     return CudaTimer(device)
 
 

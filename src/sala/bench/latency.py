@@ -70,7 +70,7 @@ def latency(
     """
     if not repeats or min(repeats.values()) < 1 or max(repeats) > len(tokens_T):
         raise InputError(
-            f"repeats {dict(repeats)} by length with {len(tokens_T)} tokens; right would be at least one length, one "
+            f"repeats {dict(repeats)} by length with {len(tokens_T)} tokens; expected at least one length, one "
             "repeat of each, and as many tokens as the longest"
         )
     for model in models.values():

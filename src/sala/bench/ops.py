@@ -129,7 +129,7 @@ def check(case: Case, inputs: Inputs, backend: str) -> list[Parity]:
         if not found.holds:
             raise ParityError(
                 f"{case.name}, backend {backend}, {_name(inputs.dtype)}: differs from {found.against} by {found.error:.3g}, "
-                f"right would be at most {found.tolerance:.3g}; not timed"
+                f"expected at most {found.tolerance:.3g}; not timed"
             )
     return checks
 
@@ -141,7 +141,7 @@ def choice(what: str, name: str, known: Mapping[str, Value]) -> Value:
         InputError: nothing does; names the nearest.
     """
     if name not in known:
-        raise InputError(f"{what} {name!r}; right would be one of {', '.join(known)}{nearest(name, known)}")
+        raise InputError(f"{what} {name!r}; expected one of {', '.join(known)}{nearest(name, known)}")
     return known[name]
 
 
@@ -155,7 +155,7 @@ def _chosen(plan: OpsPlan, device: torch.device) -> list[Case]:
             if name not in known:
                 raise InputError(f"no {what} {name!r}; there are {', '.join(sorted(known))}{nearest(name, known)}")
     if plan.repeats < 1 or not plan.lengths:
-        raise InputError(f"{plan.repeats} repeats of {len(plan.lengths)} lengths; right would be at least one of each")
+        raise InputError(f"{plan.repeats} repeats of {len(plan.lengths)} lengths; expected at least one of each")
     cases = [
         case
         for case in CASES

@@ -182,14 +182,14 @@ def _check(plan: LatencyPlan, available: int) -> None:
             raise InputError(f"no contestant {who!r}; there are {', '.join(WHO)}{nearest(who, WHO)}")
     if not plan.lengths or min(plan.repeats, plan.chunk, plan.new_tokens, *plan.lengths) < 1:
         raise InputError(
-            f"{plan.repeats} repeats, chunks of {plan.chunk}, {plan.new_tokens} new tokens; right would be at least one"
+            f"{plan.repeats} repeats, chunks of {plan.chunk}, {plan.new_tokens} new tokens; expected at least one"
         )
     configs = {HYBRID: hybrid_config, TWIN: lambda name: our_config(twin_config(name))}
     weights = sum(num_parameters(configs[who](plan.shape)) for who in plan.only or WHO) * plan.dtype.itemsize
     if weights > available:
         raise InputError(
             f"the weights of {' and '.join(plan.only or WHO)} of {plan.shape} take {human_bytes(weights)}, "
-            f"{human_bytes(available)} are available; right would be a smaller shape, or one of them with --only"
+            f"{human_bytes(available)} are available; expected a smaller shape, or one of them with --only"
         )
 
 

@@ -73,7 +73,7 @@ def write_report(folder: Path, out: Path) -> tuple[str, list[Path]]:
 def read_results(folder: Path) -> dict[str, Results]:
     """Return the files of `sala bench` in a folder, by their names without the ending; other JSON is passed over."""
     if not folder.is_dir():
-        raise InputError(f"no folder {str(folder)!r}; right would be one with the files of sala bench")
+        raise InputError(f"no folder {str(folder)!r}; expected one with the files of sala bench")
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -84,7 +84,7 @@ def read_results(folder: Path) -> dict[str, Results]:
             found[path.stem] = results
     if not found:
         raise InputError(
-            f"no file in {str(folder)!r} is of sala bench {', '.join(ROWS)}; right would be one that --out wrote"
+            f"no file in {str(folder)!r} is of sala bench {', '.join(ROWS)}; expected one that --out wrote"
         )
     return found
 

@@ -131,7 +131,7 @@ def _check(plan: TrainPlan) -> None:
             if name not in known:
                 raise InputError(f"no {what} {name!r}; there are {', '.join(known)}{nearest(name, known)}")
     if min(plan.tokens, plan.steps, plan.warm_up, plan.blocks_length, *plan.lengths, *plan.topk) < 1:
-        raise InputError(f"a number below one in {asdict(plan)}; right would be at least one of each")
+        raise InputError(f"a number below one in {asdict(plan)}; expected at least one of each")
 
 
 def _count(model: Any) -> int:

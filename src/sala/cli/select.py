@@ -27,7 +27,7 @@ def select(
 
     if plot is not None and plot.suffix != ".png":
         right = str(plot.with_suffix(".png")) if plot.name else "layers.png"
-        raise InputError(f"--plot {str(plot)!r}: the picture is a PNG; right would be {right!r}")
+        raise InputError(f"--plot {str(plot)!r}: the picture is a PNG; expected {right!r}")
     table = read_scores(scores, model)
     selection = Selection(
         num_layers=table.num_layers,

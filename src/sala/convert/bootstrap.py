@@ -37,7 +37,7 @@ class Outcomes:
                     f"{sizes[wrong[0]]}; every layer needs the same ones"
                 )
             if sizes[0] < 2:
-                raise InputError(f"the {name} scores have {sizes[0]} items; right would be 2 or more")
+                raise InputError(f"the {name} scores have {sizes[0]} items; expected 2 or more")
             tables[name] = np.asarray(rows, np.float64)
         return cls(**tables)
 

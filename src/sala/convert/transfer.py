@@ -52,7 +52,7 @@ def require_teacher(config: MiniCPMSALAConfig) -> None:
     if config.attn_use_output_gate:
         # the gates that a conversion adds would take the place of those that the teacher was trained with
         raise ConfigError(
-            "the teacher has output gates (attn_use_output_gate = true), as a converted model has; right would be a model "
+            "the teacher has output gates (attn_use_output_gate = true), as a converted model has; expected a model "
             "without, such as a Llama, Qwen or MiniCPM"
         )
 

@@ -214,7 +214,7 @@ def _parquet(path: Path, field: str, on_bytes: Callable[[int], None]) -> Iterato
                 raise InputError(f"{path} has no column {field!r}, only {', '.join(names)}{nearest(field, names)}")
             columns = [name for name in (field, "tools") if name in names]
             if twice := [name for name in columns if names.count(name) > 1]:
-                raise InputError(f"{path} has several columns {twice[0]!r}; right would be one of that name")
+                raise InputError(f"{path} has several columns {twice[0]!r}; expected one of that name")
             size, total, number = path.stat().st_size, max(file.metadata.num_rows, 1), 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
                 for values in zip(*(batch.column(name) for name in columns), strict=True):

@@ -202,7 +202,7 @@ class Shards:
             size = path.stat().st_size if path.is_file() else None
             if size != facts["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise InputError(f"shard {path} {found}; right would be {facts['bytes']} bytes: tokenise again")
+                raise InputError(f"shard {path} {found}; expected {facts['bytes']} bytes: tokenise again")
         if tokenizer is not None and (given := tokenizer_hash(tokenizer)) != self.header["tokenizer"]["sha256"]:
             made = self.header["tokenizer"]
             raise TokenizerError(
@@ -271,5 +271,5 @@ def _read_header(folder: Path) -> Mapping[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise InputError(f"{path} is not of format {FORMAT!r}; right would be a folder that `sala data` wrote")
+        raise InputError(f"{path} is not of format {FORMAT!r}; expected a folder that `sala data` wrote")
     return header

@@ -44,9 +44,7 @@ class Source:
     def __post_init__(self) -> None:
         for length, weight in self.length_weights.items():
             if length < 0 or not 0 <= weight < math.inf:
-                raise RecipeError(
-                    f"length_weights {length}: {weight}; right would be a length and a weight of 0 or more"
-                )
+                raise RecipeError(f"length_weights {length}: {weight}; expected a length and a weight of 0 or more")
         if not any(count and weight for count, weight in zip(self._survey[0], self._bucket_weights, strict=True)):
             raise RecipeError(f"no document of {self.shards.folder} has a length with a weight above 0")
 
@@ -193,7 +191,7 @@ class Stream(Iterator[PackedBatch]):
         if batch % ranks:
             below, above = batch // ranks * ranks, (batch // ranks + 1) * ranks
             raise RecipeError(
-                f"batch {batch} does not divide among {ranks} ranks; right would be {f'{below} or ' if below else ''}{above}"
+                f"batch {batch} does not divide among {ranks} ranks; expected {f'{below} or ' if below else ''}{above}"
             )
         if not 0 <= rank < ranks:
             raise RecipeError(f"rank {rank} is not one of {ranks}")
@@ -262,7 +260,7 @@ class Stream(Iterator[PackedBatch]):
         for name, value in mine.items():
             if (theirs := state["made_of"].get(name)) != value:
                 raise InputError(
-                    f"the data's position cannot be taken up: {name} was {theirs!r} and is {value!r} now; right would be "
+                    f"the data's position cannot be taken up: {name} was {theirs!r} and is {value!r} now; expected "
                     "the run's own recipe and shards"
                 )
         if (left := self.num_windows - state["window"]) % self.batch:

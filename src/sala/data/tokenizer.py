@@ -89,7 +89,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # of many kinds, as transformers and its JSON have no one for it
         raise CheckpointError(
-            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {error}); right would be whole tokenizer.json "
+            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {error}); expected whole tokenizer.json "
             "and tokenizer_config.json"
         ) from error
 

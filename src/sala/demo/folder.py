@@ -25,7 +25,7 @@ def report_folder(path: Path) -> Iterator[Path]:
     if path.exists() and not is_replaceable(path):
         raise InputError(
             f"output {str(path)!r} exists and is not a report of this demo (no {RESULTS} and {PAGE} in it); "
-            "right would be a new folder or an earlier report"
+            "expected a new folder or an earlier report"
         )
     new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     for leftover in (new, old):

@@ -120,7 +120,7 @@ def run_curves(
             write_json(path, learning_curve(wanted, teacher))
         run = json.loads(path.read_text(encoding="utf-8"))
         if run["recipe"] != wanted.resolved:
-            raise InputError(f"{path} was run with another recipe; right would be a new folder, or delete this run")
+            raise InputError(f"{path} was run with another recipe; expected a new folder, or delete this run")
         runs.append(run)
         summary = summarize_curves(runs, teacher_tokens())
         write_json(out, summary)

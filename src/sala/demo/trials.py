@@ -181,7 +181,7 @@ def run_trials(
         if name not in trials:
             raise InputError(f"trial {name!r} is unknown{nearest(name, trials)}; known: {', '.join(trials)}")
     if second_teacher is None and any(trials[name].second_teacher for name in only):
-        raise InputError("a trial of the second teacher needs one; right would be --second-teacher FOLDER")
+        raise InputError("a trial of the second teacher needs one; expected --second-teacher FOLDER")
     names = only or [name for name, trial in trials.items() if second_teacher is not None or not trial.second_teacher]
     plan = plan or full_plan(recipe)
     work.mkdir(parents=True, exist_ok=True)
@@ -276,7 +276,7 @@ def _require_same(path: Path, teacher: str, recipe: ConversionRecipe, plan: Plan
         ("plan", run["plan"], _plain(plan)),
     ):
         if found != wanted:
-            raise InputError(f"{path} was run with another {what}; right would be a new folder, or delete this run")
+            raise InputError(f"{path} was run with another {what}; expected a new folder, or delete this run")
 
 
 def _plain(plan: Plan) -> dict[str, Any]:

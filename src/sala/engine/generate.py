@@ -165,7 +165,7 @@ def _warn_beyond_training(model: MiniCPMSALAForCausalLM, tokens: int) -> None:
 def _records(model: MiniCPMSALAForCausalLM, graph: bool | None) -> bool:
     why_not = obstacle(model)
     if graph and why_not is not None:
-        raise InputError(f"no CUDA graph can be recorded: {why_not}; right would be not to ask for one")
+        raise InputError(f"no CUDA graph can be recorded: {why_not}; ask for none (--no-graph)")
     if graph is None and why_not is not None and model.device.type == "cuda":
         log.info("decoding without a CUDA graph: %s", why_not)
     return why_not is None and graph is not False

@@ -124,7 +124,7 @@ class Steps:
         except RuntimeError as error:
             # nothing of it has run: what the step would have changed is as it was
             raise BackendError(
-                f"a decoding step could not be recorded as a CUDA graph: {str(error).splitlines()[0]}; right would be to "
+                f"a decoding step could not be recorded as a CUDA graph: {str(error).splitlines()[0]}; "
                 "decode without one (sala generate --no-graph, graph=False)"
             ) from error
         return graph

@@ -85,7 +85,7 @@ def _dtype(name: str, config: MiniCPMSALAConfig) -> torch.dtype:
         return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     if name not in DTYPES:
         known = (AUTO, *DTYPES)
-        raise InputError(f"dtype {name!r} is unknown; right would be one of {', '.join(known)}{nearest(name, known)}")
+        raise InputError(f"dtype {name!r} is unknown; expected one of {', '.join(known)}{nearest(name, known)}")
     return DTYPES[name]
 
 
@@ -103,7 +103,5 @@ def find_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"device {name!r} is not on this machine ({reason}); right would be cpu, or leave it out"
-        ) from error
+        raise InputError(f"device {name!r} is not on this machine ({reason}); expected cpu, or leave it out") from error
     return device

@@ -110,10 +110,10 @@ def plan_memory(
     """
     if precision not in PRECISIONS:
         raise InputError(
-            f"dtype {precision!r}; right would be one of {', '.join(PRECISIONS)}{nearest(precision, PRECISIONS)}"
+            f"dtype {precision!r}; expected one of {', '.join(PRECISIONS)}{nearest(precision, PRECISIONS)}"
         )
     if min(length, chunk) < 1:
-        raise InputError(f"{length} tokens in chunks of {chunk}; right would be at least one of each")
+        raise InputError(f"{length} tokens in chunks of {chunk}; expected at least one of each")
     row = PRECISIONS[precision]
     weights = weight_bytes(config, row)
 

@@ -130,11 +130,11 @@ def encode_prompt(
         begin = []
     ids = [*begin, *ids, *([] if chat else end)]
     if not ids:
-        raise InputError("the prompt has no tokens; right would be at least one")
+        raise InputError("the prompt has no tokens; expected at least one")
     if max(ids) >= vocab_size:
         raise InputError(
             f"the tokenizer gave id {max(ids)}, the model has embeddings for 0 to {vocab_size - 1}; "
-            "right would be the tokenizer that the model was trained with"
+            "expected the tokenizer that the model was trained with"
         )
     return ids
 

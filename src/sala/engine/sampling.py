@@ -65,7 +65,7 @@ class Sampling:
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):
             cut = "top_p" if self.top_p < 1 else "top_k"
             raise InputError(
-                f"{cut} = {getattr(self, cut)} has no effect at temperature 0; right would be a temperature too, like 0.9"
+                f"{cut} = {getattr(self, cut)} has no effect at temperature 0; expected a temperature too, like 0.9"
             )
 
 

@@ -87,7 +87,7 @@ def read_json(path: Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; right would be an object")
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected an object")
     return value
 
 
@@ -100,9 +100,7 @@ def shard_files(folder: Path) -> list[Path]:
     files = _named_shards(folder)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(
-            f"{folder} lacks {', '.join(missing)}; right would be safetensors files, all of the index"
-        )
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}; expected safetensors files, all of the index")
     if (folder / ADAPTER).is_file():
         raise CheckpointError(
             f"{folder} has an {ADAPTER}, whose adapter is not in the weights; expected merged weights"
@@ -212,9 +210,7 @@ def has_place(name: str, shape: Sequence[int], shapes: Mapping[str, torch.Size],
             return False
         raise CheckpointError(f"tensor {name!r} in {where} has no place in the network{nearest(name, shapes)}")
     if tuple(shape) != tuple(shapes[name]):
-        raise CheckpointError(
-            f"tensor {name!r} in {where} has shape {tuple(shape)}; right would be {tuple(shapes[name])}"
-        )
+        raise CheckpointError(f"tensor {name!r} in {where} has shape {tuple(shape)}; expected {tuple(shapes[name])}")
     return True
 
 
@@ -250,7 +246,7 @@ def output_folder(path: str | Path) -> Iterator[Path]:
     target = Path(os.path.expanduser(path))
     with writing(target):
         if target.exists():
-            raise InputError(f"output {str(target)!r} exists already; right would be a new folder")
+            raise InputError(f"output {str(target)!r} exists already; expected a new folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         working = target.parent / f".{target.name}.{uuid4().hex}"
         working.mkdir()

@@ -212,7 +212,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         """The numbers of InfLLM-V2; a configuration without `sparse_config` never selects."""
         if self.sparse_config is None:
             raise ConfigError(
-                "sparse_config is None, but a block-sparse mixer needs one; right would be the released numbers"
+                "sparse_config is None, but a block-sparse mixer needs one; expected the released numbers"
             )
         return SparseGeometry(**{k: v for k, v in self.sparse_config.items() if k != "use_nope"})
 
@@ -231,9 +231,9 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         for name, hint in MiniCPMSALAConfig.__annotations__.items():
             value, kinds = getattr(self, name), [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
             if not _is_one_of(value, kinds):
-                raise ConfigError(f"{name} = {value!r}; right would be {' or '.join(kind.__name__ for kind in kinds)}")
+                raise ConfigError(f"{name} = {value!r}; expected {' or '.join(kind.__name__ for kind in kinds)}")
             if name in ABOVE_ZERO and value is not None and not value > 0:
-                raise ConfigError(f"{name} = {value}; right would be a number above 0")
+                raise ConfigError(f"{name} = {value}; expected a number above 0")
 
     def _accept_dtype(self, fields: dict[str, Any]) -> None:
         dtype = self.dtype or fields.pop("torch_dtype", None)
@@ -257,7 +257,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         layers, mixers = self.num_hidden_layers, self.mixer_types
         if len(mixers) != layers:
             raise ConfigError(
-                f"mixer_types has {len(mixers)} entries, num_hidden_layers is {layers}; right would be one a layer"
+                f"mixer_types has {len(mixers)} entries, num_hidden_layers is {layers}; expected one a layer"
             )
         if layer_types and list(layer_types) != self.layer_types:
             raise ConfigError(
@@ -268,26 +268,24 @@ class MiniCPMSALAConfig(PreTrainedConfig):
             if count % group:
                 raise ConfigError(f"{heads} = {count} is not a multiple of {groups} = {group}")
         if not self.initializer_range >= 0:
-            raise ConfigError(f"initializer_range = {self.initializer_range}; right would be 0 or more")
+            raise ConfigError(f"initializer_range = {self.initializer_range}; expected 0 or more")
         if self.lightning_scale not in LIGHTNING_SCALES:
             raise ConfigError(
-                f"lightning_scale = {self.lightning_scale!r}; right would be one of {', '.join(LIGHTNING_SCALES)}"
+                f"lightning_scale = {self.lightning_scale!r}; expected one of {', '.join(LIGHTNING_SCALES)}"
             )
         if self.hidden_act != "silu":
-            raise ConfigError(f"hidden_act = {self.hidden_act!r} is not supported; right would be 'silu'")
+            raise ConfigError(f"hidden_act = {self.hidden_act!r} is not supported; expected 'silu'")
         if self.attention_dropout:
-            raise ConfigError(f"attention_dropout = {self.attention_dropout} is not supported; right would be 0.0")
+            raise ConfigError(f"attention_dropout = {self.attention_dropout} is not supported; expected 0.0")
         if self.lightning_layerwise_decay:
-            raise ConfigError("lightning_layerwise_decay = True is another model's decay; right would be False")
+            raise ConfigError("lightning_layerwise_decay = True is another model's decay; expected False")
         if self.attn_logits_scaling is not None and self.attn_logits_scaling <= 1:
-            raise ConfigError(
-                f"attn_logits_scaling = {self.attn_logits_scaling}; right would be a base above 1, or null"
-            )
+            raise ConfigError(f"attn_logits_scaling = {self.attn_logits_scaling}; expected a base above 1, or null")
         for name in mixers:
             if name != "lightning-attn" and (name in LATENT_ROWS) != (self.kv_lora_rank is not None):
                 raise ConfigError(
                     f"mixer type {name!r} with kv_lora_rank = {self.kv_lora_rank}; "
-                    f"right would be {', '.join(LATENT_ROWS)} with the latent fields, and no others"
+                    f"expected {', '.join(LATENT_ROWS)} with the latent fields, and no others"
                 )
         if not FULL_ROWS.keys().isdisjoint(mixers):
             self._validate_sparse()
@@ -296,7 +294,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         """Fill in and check what multi-head latent attention needs."""
         missing = [name for name in LATENT_FIELDS[:-1] if getattr(self, name) is None]
         if missing:
-            raise ConfigError(f"{missing[0]} is None; right would be a width, or null in all of {LATENT_FIELDS}")
+            raise ConfigError(f"{missing[0]} is None; expected a width, or null in all of {LATENT_FIELDS}")
         assert self.qk_nope_head_dim is not None and self.qk_rope_head_dim is not None
         rotated, width = self.qk_rope_head_dim, self.qk_nope_head_dim + self.qk_rope_head_dim
         if self.v_head_dim is None:
@@ -316,7 +314,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
             ("rope_scaling", not mscale, f"one without mscale_all_dim (here {mscale}), which scales scores"),
         ):
             if not fits:
-                raise ConfigError(f"{name} = {getattr(self, name)} with latent attention; right would be {right}")
+                raise ConfigError(f"{name} = {getattr(self, name)} with latent attention; expected {right}")
 
     def _validate_sparse(self) -> None:
         sparse = self.sparse_config or {}
@@ -325,9 +323,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
             if name not in known:
                 raise ConfigError(f"unknown field {name!r} = {value!r} in sparse_config{nearest(name, known)}")
         if sparse.get("use_nope"):
-            raise ConfigError(
-                "sparse_config.use_nope = True is not supported; right would be False (the released value)"
-            )
+            raise ConfigError("sparse_config.use_nope = True is not supported; expected False (the released value)")
         _ = self.sparse_geometry
 
 

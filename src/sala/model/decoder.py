@@ -118,7 +118,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         mixers: list[Any] = [layer.self_attn for layer in self.layers]
         widths = {mixer.rotary_width for mixer in mixers if mixer.needs_rope}
         if len(widths) > 1:
-            raise InputError(f"layers that rotate turn widths {sorted(widths)}; right would be one width")
+            raise InputError(f"layers that rotate turn widths {sorted(widths)}; expected one width")
         self.rope = inverse_frequencies(config, widths.pop()) if widths else None
         self.gradient_checkpointing = False
         self.post_init()

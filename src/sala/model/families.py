@@ -179,7 +179,7 @@ def config_from(fields: Mapping[str, Any]) -> MiniCPMSALAConfig:
     there = {**family.defaults, **fields}
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
         if not isinstance(there[name], int):
-            raise CheckpointError(f"{name} is {there[name]!r} in {what}; right would be a whole number")
+            raise CheckpointError(f"{name} is {there[name]!r} in {what}; expected a whole number")
     if there["num_attention_heads"] % (there.get("num_key_value_heads") or 1) and "num_key_value_heads" not in fields:
         # the class's number is for its own number of heads; here a model could not have it
         there["num_key_value_heads"] = None

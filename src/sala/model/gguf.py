@@ -237,9 +237,7 @@ def _open(path: Path, changed_ns: int, size_bytes: int) -> tuple[Mapping[str, An
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise CheckpointError(
-            f"reading {path} needs `gguf`; expected it installed: pip install 'sala[gguf]'"
-        ) from error
+        raise CheckpointError(f"reading {path} needs `gguf`; install it with pip install 'sala[gguf]'") from error
     open_file: Callable[[Path], Any] = GGUFReader
     try:
         reader = open_file(path)

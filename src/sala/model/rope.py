@@ -22,7 +22,7 @@ def inverse_frequencies(config: MiniCPMSALAConfig, width: int) -> tuple[tuple[fl
         ConfigError: the width is odd, or `rope_scaling` names a kind that is not supported.
     """
     if width % 2:
-        raise ConfigError(f"heads of width {width} cannot turn, pair by pair; right would be an even head_dim")
+        raise ConfigError(f"heads of width {width} cannot turn, pair by pair; expected an even head_dim")
     if config.rope_scaling is None:
         exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
         return tuple((1.0 / config.rope_theta**exponents).tolist()), 1.0
@@ -32,7 +32,7 @@ def inverse_frequencies(config: MiniCPMSALAConfig, width: int) -> tuple[tuple[fl
     if kind == "longrope" and config.rope_scaling["long_factor"] != config.rope_scaling["short_factor"]:
         raise ConfigError(
             "rope_scaling of type 'longrope' with a long_factor of its own changes keys already cached when a text grows past "
-            "the original length; right would be the same list as short_factor"
+            "the original length; expected the same list as short_factor"
         )
     donor = LlamaConfig(
         hidden_size=config.hidden_size,

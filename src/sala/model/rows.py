@@ -122,14 +122,14 @@ def place_rows(
         return _place_packed(length, cu_seqlens.cpu(), device, context)
     if context is not None:
         raise InputError(
-            f"a context of {context.ranks} ranks without cu_seqlens: ranks share a packed row; right would be "
+            f"a context of {context.ranks} ranks without cu_seqlens: ranks share a packed row; expected "
             f"cu_seqlens from 0 to {context.ranks * length}, the tokens of all of them"
         )
     if attention_mask is None:
         return Rows(torch.arange(past, past + length, device=device).expand(batch, length), start=past)
     if attention_mask.ndim != 2 or attention_mask.shape != (batch, past + length):
         raise InputError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; right would be ({batch}, {past + length}): "
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected ({batch}, {past + length}): "
             f"{past} tokens in the cache and {length} new ones"
         )
     real = attention_mask.bool()

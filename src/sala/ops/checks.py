@@ -29,4 +29,4 @@ def check_devices(**tensors: Tensor | None) -> None:
     first, device = next((name, x.device) for name, x in tensors.items() if x is not None)
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
-            raise InputError(f"{name} on {tensor.device}, {first} on {device}; right would be one device")
+            raise InputError(f"{name} on {tensor.device}, {first} on {device}; expected one device")

@@ -194,7 +194,7 @@ def operator(
 
 def _refuse_gradient(name: str, *_: object) -> None:
     raise BackendError(
-        f"{name} has no gradient of its own: backend 'triton' is not differentiated twice here; right would be 'reference'"
+        f"{name} has no gradient of its own: backend 'triton' is not differentiated twice here; expected 'reference'"
     )
 
 

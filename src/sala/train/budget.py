@@ -142,7 +142,7 @@ def cluster(
         InputError: the name is not known, or a number comes without memory.
     """
     if not 0 < mfu <= 1:
-        raise InputError(f"--mfu {mfu}: a part of the peak; right would be above 0 and at most 1, such as 0.4")
+        raise InputError(f"--mfu {mfu}: a part of the peak; expected above 0 and at most 1, such as 0.4")
     if gpu in GPUS:
         card = GPUS[gpu]
         tflops, memory_gib = getattr(card, precision), card.memory if memory_gib is None else memory_gib
@@ -156,7 +156,7 @@ def cluster(
         if memory_gib is None:
             raise InputError(f"--gpu {gpu} says TFLOP/s only; give --memory, the GiB of a card")
     if not (0 < tflops < math.inf and 0 < memory_gib < math.inf):
-        raise InputError(f"--gpu {gpu} with --memory {memory_gib}: right would be numbers above 0")
+        raise InputError(f"--gpu {gpu} with --memory {memory_gib}: expected numbers above 0")
     return Cluster(gpu, tflops * 1e12, memory_gib * 2**30, mfu, gpus)
 
 

@@ -148,7 +148,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = True):
         if keep < 1:
-            raise ValueError(f"keep is {keep}; right would be 1 or more")
+            raise ValueError(f"keep is {keep}; expected 1 or more")
         self.folder, self.keep, self.asynchronous = Path(folder), keep, asynchronous
         self._ranks = _Ranks()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -308,7 +308,7 @@ class Checkpoints:
         published = self._published()
         if self._last_step is None and published and _order(published[-1])[0] > step:
             raise CheckpointError(
-                f"{published[-1]} is later, and this run was not resumed; right would be to resume it, or another folder"
+                f"{published[-1]} is later, and this run was not resumed; resume it, or name another folder"
             )
         times = [_order(path)[1] for path in published if _order(path)[0] == step]
         name = f"step-{step:010}" + (f"-{times[0] + 1}" if times else "")
@@ -506,7 +506,7 @@ def _lock(path: Path) -> int:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise CheckpointError(f"{path.parent} is in use by another process; right would be to end it first") from None
+        raise CheckpointError(f"{path.parent} is in use by another process; end that process first") from None
     return descriptor
 
 

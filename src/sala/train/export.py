@@ -28,7 +28,7 @@ class _Known(Measured):
 
     def _recall(self, name: str, compute: Callable[[], Any]) -> Any:
         if not self._has(name):
-            raise InputError(f"{self._path(name)} is missing; right would be the whole folder of a run")
+            raise InputError(f"{self._path(name)} is missing; expected the whole folder of a run")
         return super()._recall(name, compute)
 
 
@@ -77,7 +77,7 @@ def _while_it_is_there(checkpoint: Path | None) -> Iterator[None]:
         if checkpoint is None or checkpoint.is_dir():
             raise
         raise InputError(
-            f"the run has replaced {checkpoint} while it was read; right would be the same command again, or a run that "
+            f"the run has replaced {checkpoint} while it was read; repeat the command, or a run that "
             "keeps more checkpoints (--keep)"
         ) from error
 
@@ -100,7 +100,7 @@ def export(
         CheckpointError: the checkpoint is damaged (see `Checkpoints.newest`).
     """
     if not (run / RECIPE).is_file():
-        raise InputError(f"{str(run)!r} is no folder of a run; right would be one, such as --out of sala train")
+        raise InputError(f"{str(run)!r} is no folder of a run; expected one, such as --out of sala train")
     recipe, checkpoints = load_recipe(run / RECIPE), Checkpoints(run / CHECKPOINTS)
     published = checkpoints.require(resume)
     chosen = published[-1 if resume == "newest" else -2] if published else None
@@ -113,14 +113,12 @@ def _export(
     run: Path, folder: Path, recipe: Recipe, checkpoints: Checkpoints, saved: Saved | None, halo: Callable[..., Any]
 ) -> Progress:
     if saved is None:
-        raise InputError(
-            f"the run in {str(run)!r} has saved nothing yet; right would be to wait for its first checkpoint"
-        )
+        raise InputError(f"the run in {str(run)!r} has saved nothing yet; wait for its first checkpoint")
     index, progress = saved.facts["stage"], progress_of(saved.facts["progress"])
     if recipe.stages[index].loss == "align":
         raise InputError(
             f"the run in {str(run)!r} is saved at step {progress.step} of stage {progress.stage!r}, before its layers are "
-            "selected: there is no hybrid yet; right would be to wait for a checkpoint of the next stage"
+            "selected: there is no hybrid yet; wait for a checkpoint of the next stage"
         )
     measured = _Known(run / MEASURED, ONE_PROCESS)
     there = measured.once(START, dict)

@@ -123,7 +123,7 @@ class Measured:
                 return json.loads(path.read_bytes())
             except ValueError as error:
                 raise InputError(
-                    f"{path} is damaged ({error}); right would be to delete it, and the same command makes it again"
+                    f"{path} is damaged ({error}); delete it, and the same command makes it again"
                 ) from error
         # as JSON gives it back, so that the first start sees what a later one will
         text = json.dumps(compute())
@@ -336,11 +336,11 @@ def progress_of(values: Mapping[str, Any]) -> Progress:
 def _require_own(path: Path, recipe: Recipe, start: Mapping[str, Any]) -> None:
     """Require that `path` is new, or the run of `recipe` from `start` that can go on."""
     if path.exists() and not path.is_dir():
-        raise InputError(f"{str(path)!r} is a file; right would be a new folder")
+        raise InputError(f"{str(path)!r} is a file; expected a new folder")
     if not path.exists() or not _begun(path):
         return
     if not (path / RECIPE).is_file():
-        raise InputError(f"{str(path)!r} exists and is no folder of a run; right would be a new folder")
+        raise InputError(f"{str(path)!r} exists and is no folder of a run; expected a new folder")
     recorded = load_recipe(path / RECIPE)
     begun = _stages_begun(path, recorded)
     _require_same(_what(recorded, begun), _what(recipe, begun), path)
@@ -410,6 +410,6 @@ def _require_same(there: Any, given: Any, path: Path, place: str = "") -> None:
         _require_same(len(there), len(given), path, f"the number of {place}")
     elif there != given:
         raise RecipeError(
-            f"the run in {str(path)!r} has {place} = {there!r}, this recipe {given!r}; right would be its own recipe "
+            f"the run in {str(path)!r} has {place} = {there!r}, this recipe {given!r}; expected its own recipe "
             f"({path / RECIPE}), or a new folder"
         )

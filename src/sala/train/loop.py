@@ -216,7 +216,7 @@ def trainable_parameters(model: nn.Module, what: str, *, freeze_qk: bool = False
     named = dict(model.named_parameters())
     if freeze_qk:
         if any("kv_b_proj" in name for name in named):
-            raise SalaError("freeze_qk: latent attention makes keys and values in one projection; right would be false")
+            raise SalaError("freeze_qk: latent attention makes keys and values in one projection; expected false")
         named = {name: tensor for name, tensor in named.items() if not set(name.split(".")) & {*QUERIES_AND_KEYS}}
     if what == "all":
         return named
@@ -239,7 +239,7 @@ def _groups_to_clip(named: dict[str, nn.Parameter], stage: Stage) -> list[list[n
 
 LOOK = "Lower the learning rate, or look at these documents"
 # the first token of a document, padding, and a user's side of a chat are not predicted
-NOTHING = "None of its tokens counts in this loss; right would be a larger batch, longer windows or other documents"
+NOTHING = "None of its tokens counts in this loss; expected a larger batch, longer windows or other documents"
 
 
 def _require_finite(

@@ -95,7 +95,7 @@ class World:
             sizes = f"dp_replicate {mesh.dp_replicate}, dp_shard {mesh.dp_shard}, cp {mesh.cp}"
             raise RecipeError(
                 f"{place}the mesh is of {mesh.ranks} ranks ({sizes}), and {self.ranks} "
-                f"{'process runs' if self.ranks == 1 else 'processes run'}; right would be `torchrun --nproc-per-node "
+                f"{'process runs' if self.ranks == 1 else 'processes run'}; expected `torchrun --nproc-per-node "
                 f"{mesh.ranks} -m sala.cli ...`, or --set '{field}={{dp_shard: {self.ranks}}}'"
             )
         if precision != "float32" and not dist.is_initialized():

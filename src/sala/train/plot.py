@@ -30,7 +30,7 @@ def plot_run(folder: Path, out: Path) -> None:
         DiskError: `out` cannot be written.
     """
     if out.suffix != ".png":
-        raise InputError(f"--out {str(out)!r}: the picture is a PNG; right would be {str(out.with_suffix('.png'))!r}")
+        raise InputError(f"--out {str(out)!r}: the picture is a PNG; expected {str(out.with_suffix('.png'))!r}")
     figure = draw(in_stages(read_metrics(folder)), folder.resolve().name)
     picture = io.BytesIO()
     # the program's version in the file would make equal runs differ

@@ -131,7 +131,7 @@ def _whole(spelling: str, tokens: Any, field: str, sizes: list[Any]) -> int:
         fits = (f"{n * unit:,} ({field} {n:,})" for n in (tokens // unit, tokens // unit + 1) if n)
         raise ValueError(
             f"{spelling} {tokens:,} is not a multiple of {' x '.join(f'{size:,}' for size in sizes)} tokens; "
-            f"right would be {' or '.join(fits)}"
+            f"expected {' or '.join(fits)}"
         )
     return tokens // unit
 
@@ -223,7 +223,7 @@ class Stage(Part):
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(
                 f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; "
-                f"right would be one of {_divisors(self.batch)}"
+                f"expected one of {_divisors(self.batch)}"
             )
         if self.learning_rate.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.learning_rate.warmup_steps} leaves nothing of {self.steps} steps")
@@ -259,7 +259,7 @@ class Keep(Part):
         if self.layers is not None and (given := self.changed("fraction", "count", "method", "first_last", "epsilon")):
             raise ValueError(f"{given} has no effect with layers")
         if self.method != "halo" and self.changed("epsilon"):
-            raise ValueError(f"epsilon has no effect with method {self.method!r}; right would be 'halo', or no epsilon")
+            raise ValueError(f"epsilon has no effect with method {self.method!r}; expected 'halo', or no epsilon")
         amounts = [name for name in ("fraction", "count", "layers") if getattr(self, name) is not None]
         if self.method != "none" and len(amounts) != 1:
             raise ValueError(f"give one of fraction, count, layers; given: {', '.join(amounts) or 'none'}")
@@ -310,17 +310,17 @@ def require_mesh_fits(stage: Stage, mesh: Mesh, place: str) -> None:
     if stage.batch % mesh.data_parallel:
         raise ValueError(
             f"{place}{stage.batch} windows a batch do not divide over {mesh.data_parallel} data-parallel ranks; "
-            f"right would be one of {_divisors(stage.batch)}"
+            f"expected one of {_divisors(stage.batch)}"
         )
     share = stage.batch // mesh.data_parallel
     if stage.micro_batch is not None and share % stage.micro_batch:
         raise ValueError(
             f"{place}{share} windows of each rank are not a multiple of micro_batch {stage.micro_batch}; "
-            f"right would be one of {_divisors(share)}"
+            f"expected one of {_divisors(share)}"
         )
     if stage.length % mesh.cp:
         raise ValueError(
-            f"{place}{stage.length} tokens do not divide over {mesh.cp} context-parallel ranks; right would be "
+            f"{place}{stage.length} tokens do not divide over {mesh.cp} context-parallel ranks; expected "
             f"{stage.length // mesh.cp * mesh.cp:,} or {(stage.length // mesh.cp + 1) * mesh.cp:,}"
         )
 
@@ -373,9 +373,7 @@ class Recipe(Part):
         names = [stage.name for stage in self.stages]
         for index, name in enumerate(names):
             if name in names[:index]:
-                raise ValueError(
-                    f"stages.{index}: a stage before it is called {name!r} too; right would be another name"
-                )
+                raise ValueError(f"stages.{index}: a stage before it is called {name!r} too; expected another name")
         return self
 
     @model_validator(mode="after")

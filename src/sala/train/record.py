@@ -169,14 +169,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.is_file():
         what = f"no folder {str(folder)!r}" if not folder.is_dir() else f"{str(folder)!r} has no {METRICS}"
-        raise InputError(f"{what}; right would be the folder of a run, such as --out of sala train")
+        raise InputError(f"{what}; expected the folder of a run, such as --out of sala train")
     rows = list(rows_of(path.read_bytes()))
     if not rows:
-        raise InputError(f"{path} has no step yet; right would be a run that has made one")
+        raise InputError(f"{path} has no step yet; expected a run that has made one")
     names = {field.name for field in dataclasses.fields(Progress)}
     for row in rows:
         if missing := names - row.keys():
-            raise InputError(f"{path} lacks {', '.join(sorted(missing))}; right would be a file that sala train wrote")
+            raise InputError(f"{path} lacks {', '.join(sorted(missing))}; expected a file that sala train wrote")
     return rows
 
 

@@ -66,11 +66,11 @@ def require_same_start(there: Mapping[str, Any], here: Mapping[str, Any], run: P
         if (theirs and theirs["sha256"]) != (mine and mine["sha256"]):
             own = "random weights" if theirs is None else repr(theirs["name"])
             raise InputError(
-                f"the run in {str(run)!r} started with another {what}; right would be its own ({own}), or a new folder"
+                f"the run in {str(run)!r} started with another {what}; expected its own ({own}), or a new folder"
             )
     for name, description in here["data"].items():
         if (theirs := there["data"].get(name)) != description:
             raise InputError(
-                f"the run in {str(run)!r} drew {name!r} from {theirs}; here it is {description}. Right would be its own "
+                f"the run in {str(run)!r} drew {name!r} from {theirs}; here it is {description}. Expected: its own "
                 "data, or a new folder"
             )

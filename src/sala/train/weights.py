@@ -103,7 +103,7 @@ class Weights:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise DiskError(
-                f"{str(path)!r} cannot be read on rank {self.world.rank}: {error.strerror}; right would be a folder that all "
+                f"{str(path)!r} cannot be read on rank {self.world.rank}: {error.strerror}; expected a folder that all "
                 "ranks see"
             ) from error
         if self.world.main:
