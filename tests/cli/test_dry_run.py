@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sala.train import recipe_names
+from sala.recipe import recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())

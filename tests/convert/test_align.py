@@ -6,9 +6,9 @@ import torch
 
 from sala.convert.align import Twins
 from sala.convert.transfer import hybrid_config, linear_twin, own
+from sala.recipe import Optimizer, Stage
 from sala.train.batches import StepFeed, WindowBatch
 from sala.train.loop import Progress, run_stage
-from sala.train.recipe import Optimizer, Stage
 
 STAGE = Stage.model_validate(
     {

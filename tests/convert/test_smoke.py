@@ -10,7 +10,8 @@ import torch
 from sala.convert import halo
 from sala.data import Document, train_tokenizer
 from sala.model.families import load_model
-from sala.train import Scorers, load_recipe, read_corpus, train
+from sala.recipe import load_recipe
+from sala.train import Scorers, read_corpus, train
 
 TEXT = "def read(path):\n    return open(path).read()\n" * 40
 

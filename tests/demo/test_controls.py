@@ -10,7 +10,7 @@ from sala.demo.controls import CONTROLS, LONGEST, control_recipe, controls_table
 from sala.errors import InputError
 from sala.model.families import load_config
 from sala.model.rope import inverse_frequencies, trained_length
-from sala.train import load_recipe
+from sala.recipe import load_recipe
 
 
 def test_a_control_trains_on_the_stage_that_the_conversion_ends_with() -> None:

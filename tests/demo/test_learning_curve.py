@@ -9,7 +9,7 @@ import pytest
 from sala.demo.learning_curve import draw_curves, run_curves, summarize_curves, teacher_tokens
 from sala.demo.plots import save_plot
 from sala.errors import InputError, RecipeError
-from sala.train import load_recipe
+from sala.recipe import load_recipe
 
 
 def test_a_curve_counts_all_tokens_and_starts_where_a_hybrid_does(

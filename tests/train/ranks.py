@@ -16,10 +16,10 @@ import torch.distributed as dist
 from sala.convert.align import Twins
 from sala.convert.transfer import hybrid_config, linear_twin, own
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from sala.recipe import Mesh, Optimizer, Stage
 from sala.train.batches import WindowBatch
 from sala.train.loop import Progress, run_stage
 from sala.train.parallel import Parallel, World
-from sala.train.recipe import Mesh, Optimizer, Stage
 
 X, LENGTH, BATCH = 40, 48, 4
 SPARSE = {

@@ -19,10 +19,10 @@ from sala.convert import halo
 from sala.data import Document, Record, load_tokenizer, train_tokenizer, write_shards
 from sala.errors import SalaError
 from sala.model.families import load_model
-from sala.train import Origin, RunOptions, Scorers, World, loop, parse_recipe, train
+from sala.recipe import Recipe, Stage, parse_recipe
+from sala.train import Origin, RunOptions, Scorers, World, loop, train
 from sala.train.batches import Data, Feed, WindowBatch, read_corpus, read_data
 from sala.train.loop import Progress
-from sala.train.recipe import Recipe, Stage
 from sala.train.run import new_model
 
 TEXT = "def read(path):\n    return open(path).read()\n" * 40

@@ -12,7 +12,8 @@ from sala.errors import InputError, RecipeError
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.model.families import config_from
 from sala.model.report import num_parameters
-from sala.train import budget, load_recipe, parse_recipe
+from sala.recipe import Conversion, Keep, Stage, load_recipe, parse_recipe
+from sala.train import budget
 from sala.train.batches import WindowBatch
 from sala.train.budget import (
     DEVICE_NAMES,
@@ -29,7 +30,6 @@ from sala.train.budget import (
 from sala.train.compile import Compiled
 from sala.train.loop import Pass, _backward, _training_only, trainable_parameters
 from sala.train.parallel import ALONE
-from sala.train.recipe import Conversion, Keep, Stage
 
 T, B, X = 12, 4, 20
 SPARSE = {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "window_size": 4, "topk": 2, "dense_len": 8}

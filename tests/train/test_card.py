@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 
-from sala.train import load_recipe
+from sala.recipe import load_recipe
 from sala.train.card import model_card, versions
 from sala.train.loop import Progress
 

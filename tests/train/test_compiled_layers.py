@@ -6,10 +6,10 @@ from unittest import mock
 import pytest
 import torch
 
+from sala.recipe import Mesh, Optimizer
 from sala.train import compile as compiling
 from sala.train.loop import run_stage
 from sala.train.parallel import ALONE, Parallel, start_world
-from sala.train.recipe import Mesh, Optimizer
 from train import ranks
 
 LAYERS, STEPS = 2, 2

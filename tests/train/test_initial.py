@@ -7,8 +7,8 @@ import torch
 
 from sala.errors import RecipeError
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from sala.recipe import Init
 from sala.train.initial import initialize
-from sala.train.recipe import Init
 
 
 def model(**changes: Any) -> MiniCPMSALAForCausalLM:

@@ -9,12 +9,12 @@ import torch
 
 from sala.errors import BackendError, SalaError
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from sala.recipe import Mesh, Optimizer, Stage
 from sala.train import compile as compiling
 from sala.train.batches import StepFeed
 from sala.train.batches import WindowBatch as Batch
 from sala.train.loop import NonFiniteError, Progress, part_of, run_stage, trainable_parameters
 from sala.train.parallel import Parallel, World
-from sala.train.recipe import Mesh, Optimizer, Stage
 
 X = 20
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.optim import AdamW
 
+from sala.recipe import Optimizer
 from sala.train.muon import Muon
 from sala.train.optimizer import make_optimizers
-from sala.train.recipe import Optimizer
 
 NAMES = {
     "model.embed_tokens.weight": (8, 4),

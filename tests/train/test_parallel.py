@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from sala.recipe import Mesh
 from sala.train.parallel import ONE_PROCESS, World, shadow, start_world
-from sala.train.recipe import Mesh
 from train import ranks
 
 STAGES = {

@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sala.recipe import Mesh
 from sala.train.parallel import ONE_PROCESS, World, start_world
-from sala.train.recipe import Mesh
 from train import ranks
 
 STAGES = {

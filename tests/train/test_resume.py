@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sala.train import parse_recipe
+from sala.recipe import parse_recipe
 from sala.train.weights import PREFIX
 from train import ranks, runs
 

@@ -15,10 +15,10 @@ from sala.data import Document, train_tokenizer
 from sala.errors import CheckpointError, InputError, RecipeError, SalaError
 from sala.model.checkpoint import read_tensors
 from sala.model.families import load_config, load_model
+from sala.recipe import ConversionRecipe, TrainingRecipe, load_recipe, override, parse_recipe
 from sala.train.batches import Corpus, StepFeed, WindowBatch, read_corpus
 from sala.train.checks import require_same_shape
 from sala.train.folder import Finished
-from sala.train.recipe import ConversionRecipe, TrainingRecipe, load_recipe, override, parse_recipe
 from sala.train.run import Scorers, new_model, sample, train
 from sala.train.start import Origin
 

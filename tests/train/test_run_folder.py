@@ -15,11 +15,11 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sala.errors import CheckpointError, InputError, RecipeError, SalaError
+from sala.recipe import Recipe, load_recipe, override, parse_recipe
 from sala.train.checkpoint import Checkpoints
 from sala.train.folder import Measured, RunFolder, RunOptions, StageKeeper
 from sala.train.loop import Progress
 from sala.train.parallel import ONE_PROCESS
-from sala.train.recipe import Recipe, load_recipe, override, parse_recipe
 from train.ranks import another_process
 
 STEPS = 6

@@ -19,11 +19,11 @@ from sala.data import Document, load_tokenizer
 from sala.errors import DiskError
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.model.families import load_model
+from sala.recipe import Mesh, Optimizer
 from sala.train import RunOptions, Scorers, train
 from sala.train.batches import read_corpus
 from sala.train.loop import run_stage
 from sala.train.parallel import Parallel, World, shadow
-from sala.train.recipe import Mesh, Optimizer
 from sala.train.weights import PREFIX, Weights
 from train import ranks, runs
 

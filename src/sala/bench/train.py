@@ -24,11 +24,11 @@ from sala.bench.shapes import attention_shape, hybrid_config, twin_config
 from sala.engine.memory import available_bytes, human_bytes
 from sala.errors import InputError, nearest
 from sala.model import MiniCPMSALAForCausalLM
-from sala.train import Progress, Recipe, Stage, World, start_world
+from sala.recipe import LearningRate, Mesh, Recipe, Stage
+from sala.train import Progress, World, start_world
 from sala.train.batches import StepFeed, WindowBatch
 from sala.train.budget import Networks, model_flops, peak_flops, stage_memory
 from sala.train.parallel import PRECISIONS
-from sala.train.recipe import LearningRate, Mesh
 from sala.train.run import StageRunner
 
 NEXT_TOKEN, DISTILL = "next_token", "distill"

@@ -51,7 +51,7 @@ def convert(
     """
     prepare(threads)
     from sala.errors import RecipeError
-    from sala.train import ConversionRecipe, load_recipe
+    from sala.recipe import ConversionRecipe, load_recipe
 
     loaded = load_recipe(recipe, settings or ())
     if not isinstance(loaded, ConversionRecipe):

@@ -13,9 +13,8 @@ from sala.cli.start import BUILTIN_TEACHER, load_words, naming_tokenizer, plan_d
 
 if TYPE_CHECKING:
     from sala.model import MiniCPMSALAConfig
-    from sala.train import ConversionRecipe, TrainingRecipe
+    from sala.recipe import ConversionRecipe, LearningRate, Mesh, TrainingRecipe
     from sala.train.budget import Cluster, Networks, StageBudget
-    from sala.train.recipe import LearningRate, Mesh
 
 GIB = 2**30
 
@@ -64,7 +63,8 @@ def _shape(
     from sala.model.checkpoint import find_checkpoint
     from sala.model.families import config_from, load_config
     from sala.model.report import check_tensors
-    from sala.train import ConversionRecipe, Origin, TrainingRecipe
+    from sala.recipe import ConversionRecipe, TrainingRecipe
+    from sala.train import Origin
 
     if start is None and isinstance(recipe, TrainingRecipe):
         source = tokenizer or BUILTIN_TEACHER

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sala.model import MiniCPMSALAConfig
-    from sala.train import Data, Recipe
+    from sala.recipe import Recipe
+    from sala.train import Data
     from sala.train.budget import Networks
 
 BUILTIN_TEACHER = "embedded-teacher"
@@ -17,7 +18,7 @@ BUILTIN_TEACHER = "embedded-teacher"
 def require_start(recipe: "Recipe", teacher: str | None, model: str | None, *, dry_run: bool = False) -> None:
     """Raise RecipeError unless there is what the recipe starts from, and nothing else; a plan may do without a teacher."""
     from sala.errors import RecipeError
-    from sala.train import ConversionRecipe, TrainingRecipe
+    from sala.recipe import ConversionRecipe, TrainingRecipe
 
     if isinstance(recipe, ConversionRecipe):
         if (teacher is None and not dry_run) or model is not None:
@@ -66,7 +67,7 @@ def plan_networks(
         SalaError: the recipe does not fit them.
     """
     from sala.convert import planned_configs
-    from sala.train import ConversionRecipe, TrainingRecipe
+    from sala.recipe import ConversionRecipe, TrainingRecipe
     from sala.train.budget import Networks
     from sala.train.checks import model_config, require_same_shape, require_trainable, require_vocabulary
 

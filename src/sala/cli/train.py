@@ -86,7 +86,7 @@ def train(
     """
     prepare(threads)
     from sala.errors import InputError
-    from sala.train import load_recipe
+    from sala.recipe import load_recipe
 
     loaded = load_recipe(recipe, settings or ())
     if dry_run:
@@ -152,7 +152,8 @@ def run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, option
     from sala.eval import layer_scorers
     from sala.model.checkpoint import find_checkpoint
     from sala.model.families import load_model
-    from sala.train import ConversionRecipe, Finished, Origin, Scorers, read_data, start_world, train
+    from sala.recipe import ConversionRecipe
+    from sala.train import Finished, Origin, Scorers, read_data, start_world, train
 
     words = load_words(tokenizer or start or BUILTIN_TEACHER)
     network: Any = None if start is None else load_model(find_checkpoint(start), dtype="stored")

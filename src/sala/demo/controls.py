@@ -25,7 +25,8 @@ from sala.errors import InputError, RecipeError, nearest, require_writable
 from sala.model import MiniCPMSALAConfig
 from sala.model.checkpoint import find_checkpoint
 from sala.model.families import load_config, load_model
-from sala.train import Progress, TrainingRecipe, load_recipe, parse_recipe, train
+from sala.recipe import TrainingRecipe, load_recipe, parse_recipe
+from sala.train import Progress, train
 from sala.train.folder import FINAL
 
 logger = logging.getLogger("sala.demo.controls")

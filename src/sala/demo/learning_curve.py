@@ -26,7 +26,8 @@ from sala.errors import InputError, RecipeError, require_writable
 from sala.eval import layer_scorers, text_loss
 from sala.model.checkpoint import find_checkpoint
 from sala.model.families import load_model
-from sala.train import ConversionRecipe, Progress, Scorers, TrainingRecipe, load_recipe, read_data
+from sala.recipe import ConversionRecipe, TrainingRecipe, load_recipe
+from sala.train import Progress, Scorers, read_data
 from sala.train.run import StageRunner, make_model
 
 logger = logging.getLogger("sala.demo.learning_curve")

@@ -38,7 +38,8 @@ from sala.eval.reading import CHUNK_SIZE
 from sala.eval.retrieval import EVALUATION_SEED
 from sala.model.checkpoint import find_checkpoint, output_folder, read_json
 from sala.model.families import load_model
-from sala.train import ConversionRecipe, Progress, Scorers, load_recipe, read_data
+from sala.recipe import ConversionRecipe, load_recipe
+from sala.train import Progress, Scorers, read_data
 from sala.train.run import StageRunner, make_model, write_final
 
 EMBEDDED_TEACHER = "embedded-teacher"

@@ -33,7 +33,7 @@ from sala.demo.story import EMBEDDED_TEACHER, convert, describe, summary_lines
 from sala.errors import InputError, RecipeError, nearest, require_writable
 from sala.model.checkpoint import find_checkpoint
 from sala.model.families import load_model
-from sala.train import ConversionRecipe, load_recipe, parse_recipe
+from sala.recipe import ConversionRecipe, load_recipe, parse_recipe
 
 logger = logging.getLogger("sala.demo.trials")
 

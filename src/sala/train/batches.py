@@ -26,7 +26,7 @@ from sala.data import (
     vocabulary,
 )
 from sala.errors import InputError, RecipeError
-from sala.train.recipe import Recipe, Stage
+from sala.recipe import Recipe, Stage
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ from sala.errors import InputError, RecipeError, nearest
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.model.config import FULL_ROWS
 from sala.model.mixers import sparse_mixers
+from sala.recipe import Mesh, Recipe, Stage, require_mesh_fits
 from sala.train import losses
 from sala.train.loop import trainable_parameters
 from sala.train.optimizer import STATE_NUMBERS, grouped
 from sala.train.parallel import PRECISIONS
-from sala.train.recipe import Mesh, Recipe, Stage, require_mesh_fits
 
 FLOAT32_BYTES = 4
 LIGHTNING = "lightning-attn"

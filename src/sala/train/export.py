@@ -12,12 +12,12 @@ from sala.data import load_tokenizer
 from sala.errors import InputError, SalaError
 from sala.model.checkpoint import find_checkpoint, output_folder
 from sala.model.families import load_model
+from sala.recipe import Mesh, Recipe, Stage, load_recipe
 from sala.train.batches import Feed, StepFeed, WindowBatch
 from sala.train.checkpoint import Checkpoints, Saved
 from sala.train.folder import CHECKPOINTS, MEASURED, RECIPE, Measured, progress_of
 from sala.train.loop import Progress
 from sala.train.parallel import ONE_PROCESS
-from sala.train.recipe import Mesh, Recipe, Stage, load_recipe
 from sala.train.record import METRICS, rows_of
 from sala.train.run import Scorers, StageRunner, ignore, make_model, new_model, write_final
 from sala.train.start import START, Origin, require_same_start, start_of

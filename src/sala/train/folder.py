@@ -14,11 +14,11 @@ from types import FrameType, TracebackType
 from typing import Any, Literal, Self
 
 from sala.errors import CheckpointError, DiskError, InputError, RecipeError, SalaError
+from sala.recipe import Recipe, load_recipe
 from sala.train.batches import Feed
 from sala.train.checkpoint import Checkpoints, Saved, newest_facts
 from sala.train.loop import NonFiniteError, Observer, Progress
 from sala.train.parallel import ONE_PROCESS, World
-from sala.train.recipe import Recipe, load_recipe
 from sala.train.record import METRICS, Record, require_wandb, write_whole
 from sala.train.start import START, require_same_start
 from sala.train.weights import remove_files

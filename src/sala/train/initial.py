@@ -5,7 +5,7 @@ from torch import nn
 
 from sala.errors import RecipeError
 from sala.model import MiniCPMSALAForCausalLM
-from sala.train.recipe import Init
+from sala.recipe import Init
 
 # a lag head looks through its fastest rotations; the slow ones cannot tell neighbours apart
 LAG_PAIRS = 12

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from sala.errors import SalaError
+from sala.recipe import Optimizer, Stage
 from sala.train import losses
 from sala.train.batches import Feed, WindowBatch
 from sala.train.compile import Compiled
 from sala.train.memory import peak_memory_bytes
 from sala.train.optimizer import make_optimizers
 from sala.train.parallel import ALONE, Parallel, whole
-from sala.train.recipe import Optimizer, Stage
 from sala.train.weights import PRIVATE, Weights
 
 

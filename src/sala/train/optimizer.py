@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from sala.recipe import Optimizer
 from sala.train.muon import Muon
-from sala.train.recipe import Optimizer
 
 Parameters = list[nn.Parameter]
 

@@ -20,8 +20,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from sala.errors import RecipeError
+from sala.recipe import Mesh
 from sala.train.context import GroupContext
-from sala.train.recipe import Mesh
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -16,6 +16,7 @@ from sala.errors import writing
 from sala.model import MiniCPMSALAForCausalLM
 from sala.model.checkpoint import output_folder
 from sala.model.finite import require_finite_logits, require_finite_weights
+from sala.recipe import ConversionRecipe, Recipe, Stage, TrainingRecipe
 from sala.train.batches import Corpus, Data, Feed, ShardData, read_data
 from sala.train.budget import Networks, model_flops, peak_flops
 from sala.train.card import model_card, versions
@@ -32,7 +33,6 @@ from sala.train.folder import DEFAULTS, FINAL, Measured, RunFolder, RunOptions
 from sala.train.initial import initialize
 from sala.train.loop import Keeper, Observer, Part, Progress, part_of, run_stage
 from sala.train.parallel import ALONE, CPU, ONE_PROCESS, Parallel, World, shadow
-from sala.train.recipe import ConversionRecipe, Recipe, Stage, TrainingRecipe
 from sala.train.record import read_metrics
 from sala.train.start import Origin, start_of
 from sala.train.weights import PRIVATE, Weights

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sala.train.schedule import CURVES, learning_rate
+from sala.recipe.schedule import CURVES, learning_rate
 
 
 @pytest.mark.parametrize("curve", CURVES)

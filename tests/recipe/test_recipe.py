@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sala.errors import RecipeError
-from sala.train.recipe import ConversionRecipe, TrainingRecipe, load_recipe, override, parse_recipe, recipe_names
+from sala.recipe import ConversionRecipe, TrainingRecipe, load_recipe, override, parse_recipe, recipe_names
 
 STAGE = {
     "name": "first",

@@ -1,0 +1,26 @@
+"""Recipes: runs as data. The schema is strict, and a resolved recipe has every field."""
+
+from sala.recipe.conversion import Conversion, Keep, Sparse
+from sala.recipe.load import load_recipe, override, parse_recipe, recipe_names
+from sala.recipe.recipe import ConversionRecipe, Init, Recipe, SourceRow, TrainingRecipe
+from sala.recipe.stage import LearningRate, Mesh, Optimizer, Stage, require_mesh_fits
+
+__all__ = [
+    "Conversion",
+    "ConversionRecipe",
+    "Init",
+    "Keep",
+    "LearningRate",
+    "Mesh",
+    "Optimizer",
+    "Recipe",
+    "SourceRow",
+    "Sparse",
+    "Stage",
+    "TrainingRecipe",
+    "load_recipe",
+    "override",
+    "parse_recipe",
+    "recipe_names",
+    "require_mesh_fits",
+]
