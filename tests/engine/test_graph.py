@@ -15,6 +15,7 @@ from sala.engine.sampling import Sampler
 from sala.errors import BackendError, InputError
 from sala.model import MiniCPMSALAForCausalLM, SalaCache, new_cache
 from sala.model.cache import LightningCache
+from sala.model.rows import place_steps
 from sala.ops import constants
 
 # four blocks of 16 are read, one of them freely chosen
@@ -101,7 +102,8 @@ def test_a_row_steps_as_in_a_batch() -> None:
     with torch.inference_mode():
         cache = new_cache(model.config, reserve=80)
         model(ids[:, :69], cache=cache)
-        hidden = model.model.step(ids[:, 69:], torch.tensor([69]), cache, 80)
+        rows = model.model.rotated(place_steps(torch.tensor([69]), 3, 80, cache.tiers))
+        hidden = model.model.run(model.model.embedded(ids[:, 69:]), rows, cache.layers)
         expected = model.model(ids, use_cache=False).last_hidden_state[:, 69:]
     torch.testing.assert_close(hidden, expected, atol=2e-4, rtol=1e-4)
 

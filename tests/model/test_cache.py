@@ -6,7 +6,8 @@ import torch
 from model.shapes import TINY_SPARSE, tiny_config, tiny_model, tokens
 from sala.errors import InputError
 from sala.model import Rows, new_cache
-from sala.ops.infllm import num_windows
+from sala.model import cache as cache_module
+from sala.ops.infllm import compress, num_windows
 
 # four blocks of 16 are read, one of them freely chosen: compressed keys matter
 CHOOSING = {**TINY_SPARSE, "window_size": 16, "topk": 3}
@@ -115,6 +116,25 @@ def test_compressed_keys_appear_when_their_window_completes():
     for left, right in zip(one.layers[0].tiers, many.layers[0].tiers, strict=True):
         assert left.length == right.length > 0
         torch.testing.assert_close(left.filled, right.filled, atol=1e-5, rtol=1e-5)
+
+
+def test_each_row_computes_a_window_once_when_it_completes(monkeypatch):
+    computed = []
+    monkeypatch.setattr(
+        cache_module, "compress", lambda k, *sizes: computed.append(compress(k, *sizes)) or computed[-1]
+    )
+    model = tiny_model(num_hidden_layers=1, mixer_types=["minicpm4"])
+    lengths, steps = (90, 30), 20
+    mask = torch.zeros(2, 90 + steps, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, 90 - length :] = 1
+    cache = new_cache(model.config)
+    with torch.no_grad():
+        model(tokens(2, 90), attention_mask=mask[:, :90], cache=cache)
+        for step in range(steps):
+            model(tokens(2, 1, seed=step), attention_mask=mask[:, : 91 + step], cache=cache)
+    complete = [num_windows(length + steps, *tier) for length in lengths for tier in cache.tiers]
+    assert sum(k.shape[0] * k.shape[1] for k in computed) == sum(complete)
 
 
 def test_memory_taken_ahead_changes_nothing():

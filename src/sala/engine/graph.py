@@ -9,6 +9,7 @@ from sala.engine.sampling import Sampler
 from sala.errors import BackendError
 from sala.model import MiniCPMSALAForCausalLM, SalaCache
 from sala.model.config import FULL_ROWS
+from sala.model.rows import place_steps
 from sala.ops.dispatch import choose, explain
 from sala.ops.gpu import exceeds_groups
 
@@ -98,7 +99,9 @@ class Steps:
 
     def _run(self) -> None:
         ids_11 = self.seen_1S.index_select(1, self.position_1)
-        hidden_11D = self.model.model.step(ids_11, self.position_1, self.cache, self.capacity)
+        network = self.model.model
+        rows = network.rotated(place_steps(self.position_1, 1, self.capacity, self.cache.tiers))
+        hidden_11D = network.run(network.embedded(ids_11), rows, self.cache.of_layers)
         self.logits_1X = self.model.logits(hidden_11D)[:, -1]
         self.token_1 = self.sampler.draw(self.seen_1S, self.logits_1X)
         self.position_1 += 1

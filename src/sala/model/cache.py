@@ -1,8 +1,8 @@
 """What each kind of layer remembers between calls, as one `transformers` cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -109,8 +109,8 @@ class AttentionCache(LayerCache):
     def append(self, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Write the new keys and values and return all of them, (B, S, G, K) and (B, S, G, V)."""
         if rows.capacity is not None:
-            self.key_places.put(rows.positions_BT[0], k_BTGK)
-            self.value_places.put(rows.positions_BT[0], v_BTGV)
+            self.key_places.put(rows.positions_BT[:, 0], k_BTGK)
+            self.value_places.put(rows.positions_BT[:, 0], v_BTGV)
             return self.key_places.first(rows.capacity), self.value_places.first(rows.capacity)
         end = rows.start + k_BTGK.shape[1] if rows.start is not None else max(rows.ends)
         end = max(end, self.key_places.length)
@@ -136,29 +136,22 @@ class SparseCache(AttentionCache):
         super().__init__(config, reserve)
         self.geometry = config.sparse_geometry
         self.tiers = [GrowingTensor(reserve // stride) for _, stride in compression_tiers(self.geometry)]
-        self.shortest = 0
 
     def tensors(self) -> list[GrowingTensor]:
         return [*super().tensors(), *self.tiers]
 
     def compressed(self, k_BSGK: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Return both tiers (B, N, G, K) for all keys so far.
-
-        Rows of a padded batch end at different places; a window that is incomplete in the shortest row is computed
-        again later, and until then no query of that row reaches it.
-        """
+        """Return both tiers (B, N, G, K) for all keys so far; each row's windows are computed when they complete."""
         if rows.capacity is not None:
             return self._compressed_by_step(rows)
         total = k_BSGK.shape[1]
         for tier, (size, stride) in zip(self.tiers, compression_tiers(self.geometry), strict=True):
-            done, complete = num_windows(self.shortest, size, stride), num_windows(total, size, stride)
-            if complete > done or tier.buffer is None:
-                places = tier.extend_to(complete, k_BSGK)
-                places[:, done:] = compress(k_BSGK[:, done * stride : (complete - 1) * stride + size], size, stride)
-        if rows.start is not None:
-            self.shortest = total
-        else:
-            self.shortest = max(self.shortest, min(rows.ends))
+            filled = tier.extend_to(num_windows(total, size, stride), k_BSGK)
+            for row, begin, end in _stretches(rows, total):
+                done, complete = num_windows(begin, size, stride), num_windows(end, size, stride)
+                if complete > done:
+                    keys = k_BSGK[row, done * stride : (complete - 1) * stride + size]
+                    filled[row, done:complete] = compress(keys, size, stride)
         fine, coarse = (tier.filled for tier in self.tiers)
         assert fine is not None and coarse is not None
         return fine, coarse
@@ -171,8 +164,8 @@ class SparseCache(AttentionCache):
         assert rows.capacity is not None and self.key_places.buffer is not None
         tiers = []
         sizes = compression_tiers(self.geometry)
-        for tier, (size, stride), (newest_1, places_C) in zip(self.tiers, sizes, rows.windows, strict=True):
-            tier.put(newest_1, compress(self.key_places.buffer.index_select(1, places_C), size, stride))
+        for tier, (size, stride), (newest_B, places_BC) in zip(self.tiers, sizes, rows.windows, strict=True):
+            tier.put(newest_B, compress(self.key_places.take(places_BC), size, stride))
             tiers.append(tier.first(num_windows(rows.capacity, size, stride)))
         fine, coarse = tiers
         return fine, coarse
@@ -186,20 +179,8 @@ class SparseCache(AttentionCache):
 
     def count(self, tokens: int) -> None:
         super().count(tokens)
-        self.shortest = tokens
         for tier, (size, stride) in zip(self.tiers, compression_tiers(self.geometry), strict=True):
             tier.length = num_windows(tokens, size, stride)
-
-    def reset(self) -> None:
-        super().reset()
-        self.shortest = 0
-
-    def mark(self, *, copied: bool = True) -> Any:
-        return super().mark(copied=copied), self.shortest
-
-    def rewind(self, mark: Any) -> None:
-        lengths, self.shortest = mark
-        super().rewind(lengths)
 
 
 class LightningCache(LayerCache):
@@ -253,14 +234,17 @@ class SalaCache(Cache):
         self.seen = SeenTokens()
         self.torn = False
 
+    @property
+    def of_layers(self) -> list[LayerCache]:
+        """The caches of the layers, in their order."""
+        return cast(list[LayerCache], self.layers)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
 
     def rows_held(self) -> int:
         """Return the number of batch rows, 0 where nothing has been read."""
-        layer = self.layers[0]
-        assert isinstance(layer, LayerCache)
-        return layer.rows_held()
+        return self.of_layers[0].rows_held()
 
     def read(self, ids_BT: Tensor | None, columns: int) -> None:
         """Take note of `columns` more tokens, which all layers have read; ids: None where they are not known."""
@@ -302,46 +286,37 @@ class SalaCache(Cache):
         Raises:
             InputError: as in `step`.
         """
-        layers = [layer for layer in self.layers if isinstance(layer, LayerCache)]
         with self.step():
             mark = self.mark(copied=False)
-            for layer in layers:
+            for layer in self.of_layers:
                 layer.open = True
             try:
                 yield
             except BaseException:
-                for layer in layers:
+                for layer in self.of_layers:
                     layer.erase(rows)
                 self.rewind(mark)
                 raise
             finally:
-                for layer in layers:
+                for layer in self.of_layers:
                     layer.open = False
 
-    def place_step(self, position_1: Tensor, batch: int, capacity: int) -> Rows:
-        """Return the places of one new token a row, at the position, int64 (1,), that only the device knows.
-
-        capacity: as in `Rows`; what `hold` was asked for, or less.
-        """
-        windows = []
+    @property
+    def tiers(self) -> tuple[tuple[int, int], ...]:
+        """(size, stride) of the tiers of compressed keys, none without block-sparse layers."""
         geometry = next((layer.geometry for layer in self.layers if isinstance(layer, SparseCache)), None)
-        for size, stride in () if geometry is None else compression_tiers(geometry):
-            newest_1 = ((position_1 + 1 - size) // stride).clamp(min=0)
-            windows.append((newest_1, newest_1 * stride + torch.arange(size, device=position_1.device)))
-        return Rows(position_1.expand(batch, 1), capacity=capacity, windows=tuple(windows))
+        return () if geometry is None else compression_tiers(geometry)
 
     def hold(self, tokens: int) -> None:
         """Have memory for a sequence of that many tokens, which stays where it is as long as no more are read."""
-        for layer in self.layers:
-            assert isinstance(layer, LayerCache)
+        for layer in self.of_layers:
             layer.hold(tokens)
 
     def count(self, tokens: int) -> None:
         """Take note that steps whose positions only the device knew have made every row so many tokens long."""
         self.columns = tokens
         self.seen.cut(tokens)
-        for layer in self.layers:
-            assert isinstance(layer, LayerCache)
+        for layer in self.of_layers:
             layer.count(tokens)
 
     def reset(self) -> None:
@@ -353,13 +328,12 @@ class SalaCache(Cache):
 
         The batch rows must stay the same ones in between. copied: as in `LayerCache.mark`.
         """
-        return self.columns, [layer.mark(copied=copied) for layer in self.layers if isinstance(layer, LayerCache)]
+        return self.columns, [layer.mark(copied=copied) for layer in self.of_layers]
 
     def rewind(self, mark: Any) -> None:
         """Forget everything that was read after `mark`; the mark can be used again."""
         self.columns, marks = mark
-        for layer, own in zip(self.layers, marks, strict=True):
-            assert isinstance(layer, LayerCache)
+        for layer, own in zip(self.of_layers, marks, strict=True):
             layer.rewind(own)
         self.seen.cut(self.columns)
         self.torn = False
@@ -367,7 +341,7 @@ class SalaCache(Cache):
     @property
     def size_bytes(self) -> int:
         """Bytes of what has been written; memory reserved ahead is not counted."""
-        return sum(layer.size_bytes for layer in self.layers if isinstance(layer, LayerCache))
+        return sum(layer.size_bytes for layer in self.of_layers)
 
 
 def given(cache: Any, past_key_values: Any) -> SalaCache | None:
@@ -386,6 +360,14 @@ def given(cache: Any, past_key_values: Any) -> SalaCache | None:
     if len(caches) == 2 and caches[0] is not caches[1]:
         raise InputError("cache and past_key_values are two caches; expected one, by either name")
     return caches[0] if caches else None
+
+
+def _stretches(rows: Rows, total: int) -> Iterable[tuple[slice, int, int]]:
+    """Yield rows that go on alike, and from where to where: how many tokens they had, and have."""
+    if rows.start is not None:
+        return [(slice(None), rows.start, total)]
+    each = enumerate(zip(rows.begins, rows.ends, strict=True))
+    return [(slice(row, row + 1), begin, end) for row, (begin, end) in each]
 
 
 def compression_tiers(geometry: SparseGeometry) -> tuple[tuple[int, int], tuple[int, int]]:

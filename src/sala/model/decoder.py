@@ -1,6 +1,7 @@
 """The decoder: embedding, layers of (mixer, MLP), head. It has no `if` on the kind of layer."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -27,6 +28,10 @@ from sala.ops.pointwise import add_scaled, silu_mul
 
 log = logging.get_logger(__name__)
 Output = TypeVar("Output", bound=ModelOutput)
+
+
+def _forget(hidden: Tensor) -> None:
+    """What becomes of hidden states that nobody asked for."""
 
 
 class MLP(nn.Module):
@@ -133,28 +138,37 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
     ) -> Rows:
         """Return where the new tokens stand, with rotation tables if any layer rotates; see `place_rows`."""
         batch, length, _ = hidden_BTD.shape
-        rows = place_rows(batch, length, past, hidden_BTD.device, attention_mask, cu_seqlens, context)
+        return self.rotated(place_rows(batch, length, past, hidden_BTD.device, attention_mask, cu_seqlens, context))
+
+    def rotated(self, rows: Rows) -> Rows:
+        """Return the same places with the rotation tables that layers need."""
         if self.rope is None:
             return rows
         # rows that stand alike share one table
         positions = rows.positions_BT[:1] if rows.start is not None else rows.positions_BT
         return dataclasses.replace(rows, rotation=rotation_tables(positions, *self.rope))
 
+    def embedded(self, input_ids: Tensor) -> Tensor:
+        return self.scaled(self.embed_tokens(input_ids))
+
     def scaled(self, embeddings_BTD: Tensor) -> Tensor:
         return embeddings_BTD * self.config.scale_emb if self.config.scale_emb != 1 else embeddings_BTD
 
-    def step(self, ids_B1: Tensor, position_1: Tensor, cache: SalaCache, capacity: int) -> Tensor:
-        """Return the last hidden state (B, 1, D) after one token a row at a position that only the device knows.
+    def run(
+        self,
+        hidden_BTD: Tensor,
+        rows: Rows,
+        caches: Sequence[LayerCache | None],
+        on_layer: Callable[[Tensor], None] = _forget,
+    ) -> Tensor:
+        """Return the last hidden state (B, T, D): all layers, the one pass that every caller takes.
 
-        What is launched depends on shapes alone: a CUDA graph may hold it. `cache` must have read something, must `hold`
-        the capacity, and learns by `count` how far it has come. For tests against `forward`, which computes the same.
+        caches: a cache a layer, or none. on_layer: called with what goes into each layer.
         """
-        rows = cache.place_step(position_1, ids_B1.shape[0], capacity)
-        if self.rope is not None:
-            rows = dataclasses.replace(rows, rotation=rotation_tables(rows.positions_BT[:1], *self.rope))
-        hidden = self.scaled(self.embed_tokens(ids_B1))
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            hidden = layer(hidden, rows, layer_cache)
+        hidden = hidden_BTD
+        for layer, cache in zip(self.layers, caches, strict=True):
+            on_layer(hidden)
+            hidden = layer(hidden, rows, cache)
         return self.norm(hidden)
 
     def cache_of_call(
@@ -212,25 +226,26 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give either input_ids or inputs_embeds")
         self._refuse(output_attentions, kwargs.get("is_causal"))
-        hidden = self.scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
+        if inputs_embeds is None:
+            assert input_ids is not None
+            hidden = self.embedded(input_ids)
+        else:
+            hidden = self.scaled(inputs_embeds)
         cache = given(cache, past_key_values)
         ends = ends_of_call(hidden.shape[1], cache, attention_mask, position_ids, cu_seqlens, context, kwargs)
         cache = self.cache_of_call(cache, use_cache, hidden.shape[0], ends is not None)
         rows = self.place(hidden, 0 if cache is None else cache.columns, attention_mask, ends, context)
         check_positions(position_ids, rows.positions_BT)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        seen: list[Tensor] | None = [] if wanted else None
+        seen: list[Tensor] = []
+        caches = [None] * len(self.layers) if cache is None else cache.of_layers
         with nullcontext() if cache is None else cache.all_or_nothing(rows):
-            for index, layer in enumerate(self.layers):
-                # else every layer's would be alive at once
-                if seen is not None:
-                    seen.append(hidden)
-                hidden = layer(hidden, rows, None if cache is None else cache.layers[index])
-            hidden = self.norm(hidden)
+            # unless they are wanted, no more than one is alive at once
+            hidden = self.run(hidden, rows, caches, seen.append if wanted else _forget)
             if cache is not None:
                 cache.read(input_ids, hidden.shape[1])
         output = BaseModelOutputWithPast(
-            last_hidden_state=hidden, hidden_states=None if seen is None else (*seen, hidden), **named(cache)
+            last_hidden_state=hidden, hidden_states=(*seen, hidden) if wanted else None, **named(cache)
         )
         return self._returned(output, return_dict)
 

@@ -1,5 +1,6 @@
 """Memory that grows with a sequence: what caches keep keys and values in."""
 
+import torch
 from torch import Tensor
 
 from sala.model.rows import Rows
@@ -35,10 +36,15 @@ class GrowingTensor:
         if self.buffer is not None and self.capacity < capacity:
             self._move_to(capacity, self.buffer)
 
-    def put(self, index_T: Tensor, new_BT: Tensor) -> None:
-        """Write at places that only the device knows, int64 (T,); `length` is for the caller to say."""
+    def put(self, index_B: Tensor, new_B1: Tensor) -> None:
+        """Write one new place a row, int64 (B,), that only the device knows; `length` is for the caller to say."""
         assert self.buffer is not None
-        self.buffer.index_copy_(1, index_T, new_BT)
+        self.buffer[torch.arange(len(index_B), device=index_B.device), index_B] = new_B1[:, 0]
+
+    def take(self, index_BN: Tensor) -> Tensor:
+        """Return the places (B, N, ...) that int64 `index_BN` names, of each row its own."""
+        assert self.buffer is not None
+        return self.buffer[torch.arange(len(index_BN), device=index_BN.device)[:, None], index_BN]
 
     def first(self, places: int) -> Tensor:
         """Return the first `places`, written or not."""

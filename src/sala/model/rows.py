@@ -1,5 +1,6 @@
 """Where the tokens of one forward call stand: their positions, which of them are padding, and how rows are packed."""
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from sala.errors import InputError
 from sala.ops.context import Context
 from sala.ops.packing import spans_of
 
-__all__ = ["Context", "Packing", "Rows", "place_rows"]
+__all__ = ["Context", "Packing", "Rows", "place_rows", "place_steps"]
 
 
 class Packing:
@@ -45,18 +46,20 @@ class Rows:
 
     positions_BT: int64, counted from the start of each sequence, cache included; -1 marks padding.
     mask_BT: bool, False on padding; None when no token is padding.
-    ends: with padding, how many tokens each row has by now, those of the cache included.
+    begins, ends: where rows differ, how many tokens each row has before this call and after it.
     real: with padding, row, column and position of every token that is none, int64 (N,) on the device.
     start: position of the first new token when every row holds `start .. start + T - 1`, else None.
     packing: of documents in the one row; None when rows are not packed.
     rotation: cosine and sine of the rotary embedding, (B or 1, T, R) float32 for R pairs; None when no layer rotates.
     capacity: set where only the device knows the positions, the same in every row: the places of the cache that are in
         use. What is launched is then the same whatever the positions, and nothing is read back.
-    windows: beside `capacity`, of each tier of compressed keys the newest complete window (1,) and its keys' places (C,).
+    windows: beside `capacity`, of each tier of compressed keys every row's newest complete window (B,) and its keys'
+        places (B, C).
     """
 
     positions_BT: Tensor
     mask_BT: Tensor | None = None
+    begins: tuple[int, ...] = ()
     ends: tuple[int, ...] = ()
     real: tuple[Tensor, Tensor, Tensor] | None = None
     start: int | None = None
@@ -154,6 +157,7 @@ def place_rows(
     return Rows(
         positions.masked_fill(~mask, -1),
         mask_BT=mask,
+        begins=tuple(end - new for end, new in zip(ends, new_tokens, strict=True)),
         ends=tuple(ends),
         real=(row_N, column_N, positions[row_N, column_N]),
     )
@@ -176,9 +180,24 @@ def _place_traced(real_BS: Tensor, past: int) -> Rows:
     return Rows(
         place_BT.masked_fill(~real_BS, -1),
         mask_BT=real_BS,
+        begins=(0,) * B,
         ends=(T,) * B,
         real=(row_N, column_N, place_BT.flatten()),
     )
+
+
+def place_steps(position_B: Tensor, batch: int, capacity: int, tiers: Sequence[tuple[int, int]]) -> Rows:
+    """Return the places of one new token a row, at positions int64 (B,) or (1,) for all, that only the device knows.
+
+    capacity: as in `Rows`; what the cache was asked to `hold`, or less.
+    tiers: the (size, stride) of each tier of compressed keys.
+    """
+    position_B = position_B.expand(batch)
+    windows = []
+    for size, stride in tiers:
+        newest_B = ((position_B + 1 - size) // stride).clamp(min=0)
+        windows.append((newest_B, newest_B[:, None] * stride + torch.arange(size, device=position_B.device)))
+    return Rows(position_B[:, None], capacity=capacity, windows=tuple(windows))
 
 
 def check_positions(position_ids: Tensor | None, positions_BT: Tensor) -> None:
