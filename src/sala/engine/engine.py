@@ -1,0 +1,424 @@
+"""The engine: one thread that runs requests step by step, and what other threads ask of it."""
+
+import copy
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sala.engine.answer import Answer, AnswerOptions, TokenLogprob, token_logprobs
+from sala.engine.pages import Budget, Node, PrefixTree
+from sala.engine.request import Finish, Request
+from sala.engine.runner import Extended, Extension, Keys, Runner, States
+from sala.engine.sampling import NO_TOKEN
+from sala.engine.scheduler import Row, Scheduler, Step
+from sala.errors import SalaError
+
+log = logging.getLogger(__name__)
+
+
+class EngineStoppedError(SalaError):
+    """The engine takes no requests any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Reading begins. cached: tokens of the prompt that need not be read; miss: why not more."""
+
+    cached: int
+    miss: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """So many tokens of the prompt are read."""
+
+    read: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that is certain, the tokens drawn since the last piece, and what was asked of their probabilities."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The answer is over. new_tokens counts the end token; blocks: how often the sparse layers chose each block."""
+
+    finish: Finish
+    new_tokens: int
+    prompt_tokens: int
+    cached: int
+    miss: str
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    blocks: tuple[float, ...] = ()
+    error: str = ""
+
+
+Event = Started | Progress | Piece | Done
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Counts since the start, and of this moment."""
+
+    running: int
+    waiting: int
+    kept_prefixes: int
+    kept_bytes: int
+    running_bytes: int
+    total_bytes: int
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    preemptions: int
+    evictions: int
+    steps: int
+    finished: dict[str, int]
+
+
+@dataclass
+class _Job:
+    answer: Answer
+    on_event: OnEvent
+    prompt_logprobs: list[TokenLogprob]
+
+
+class Engine:
+    """Runs requests on a runner. `submit` and `cancel` may be called by any thread; events come from the engine's own.
+
+    budget_bytes: for the caches of running requests and for kept prefixes together. chunk, max_running, max_waiting: as in
+    `Scheduler`. keep: whether prefixes are kept at all.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: PreTrainedTokenizerBase,
+        end_tokens: Collection[int],
+        *,
+        budget_bytes: int,
+        chunk: int = 512,
+        max_running: int = 64,
+        max_waiting: int = 1024,
+        keep: bool = True,
+    ):
+        self.runner, self.end_tokens, self.keep = runner, end_tokens, keep
+        # tokenizers keep settings while they work: other threads have their own
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tree = PrefixTree(runner.page_size)
+        self.budget = Budget(budget_bytes, runner.page_size, runner.token_bytes, runner.state_bytes, self.tree)
+        self.scheduler = Scheduler(
+            self.budget, self.tree, chunk=chunk, max_running=max_running, max_waiting=max_waiting
+        )
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._requests: dict[str, Request] = {}
+        self._numbers = itertools.count()
+        self._counts = {"prompt": 0, "cached": 0, "new": 0, "steps": 0}
+        self._finished: dict[str, int] = {}
+        self._leaving: Literal["", "drain", "now"] = ""
+        self._thread = threading.Thread(target=self._run, name="sala-engine", daemon=True)
+
+    # what other threads call
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, drain: bool = True, timeout_s: float | None = None) -> bool:
+        """Take no more requests, finish those there are or cancel them, and wait; False when time ran out before."""
+        self._call(lambda: self._leave("drain" if drain else "now"))
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._call(lambda: self._leave("now"))
+            return False
+        return True
+
+    def submit(
+        self, prompt: Sequence[int], options: AnswerOptions, on_event: OnEvent, *, ends: Sequence[int] = ()
+    ) -> str:
+        """Queue a prompt and return the request's name, for `cancel`.
+
+        ends: lengths at which messages end in the prompt. on_event: called in the engine's thread; must return at once.
+
+        Raises:
+            MemoryLimitError: it can never fit.
+            QueueFullError: too many wait.
+            EngineStoppedError: the engine is leaving.
+        """
+        name = f"request-{next(self._numbers)}"
+        answer = Answer(options, self.tokenizer, self.end_tokens, self.runner.model.device, tuple(prompt))
+        request = Request(
+            name,
+            tuple(prompt),
+            0 if options.prompt_only else options.sampling.max_new_tokens,
+            self.runner.page_size,
+            ends=ends,
+            whole=options.prompt_logprobs,
+            payload=_Job(answer, on_event, []),
+        )
+        self.ask(lambda: self._take(request))
+        return name
+
+    def cancel(self, name: str) -> None:
+        """Stop a request before the next step; nothing happens where it is over."""
+        self._call(lambda: self._cancel(name))
+
+    def status(self) -> Status:
+        return self.ask(self._status)
+
+    def ask(self, question: Callable[[], Any]) -> Any:
+        """Return what a function returns that runs in the engine's thread, between two steps."""
+        future: Future[Any] = Future()
+
+        def answer() -> None:
+            try:
+                future.set_result(question())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._call(answer)
+        while True:
+            try:
+                return future.result(timeout=1.0)
+            except TimeoutError:
+                if not self._thread.is_alive() and not future.done():
+                    raise EngineStoppedError("the engine has stopped; expected a running one") from None
+
+    def _call(self, function: Callable[[], None]) -> None:
+        self._calls.put(function)
+
+    # the engine's thread
+
+    def _run(self) -> None:
+        while not (self._leaving and self.scheduler.is_idle):
+            self._hear()
+            if not self.scheduler.is_idle:
+                self._step(self.scheduler.plan())
+
+    def _hear(self) -> None:
+        """Do what other threads ask; with nothing to run, wait for the first."""
+        if self.scheduler.is_idle:
+            self._calls.get()()
+        while not self._calls.empty():
+            self._calls.get()()
+
+    def _leave(self, how: Literal["drain", "now"]) -> None:
+        self._leaving = how
+        if how == "now":
+            for request in self._requests.values():
+                request.cancelled = True
+
+    def _take(self, request: Request) -> None:
+        if self._leaving:
+            raise EngineStoppedError("the server is shutting down; expected another try later")
+        self.scheduler.submit(request)
+        self._requests[request.id] = request
+        self._counts["prompt"] += len(request.prompt)
+
+    def _cancel(self, name: str) -> None:
+        request = self._requests.get(name)
+        if request is not None:
+            request.cancelled = True
+
+    def _status(self) -> Status:
+        return Status(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kept_prefixes=len(self.tree),
+            kept_bytes=self.tree.size_bytes,
+            running_bytes=self.budget.live_bytes,
+            total_bytes=self.budget.total_bytes,
+            prompt_tokens=self._counts["prompt"],
+            cached_tokens=self._counts["cached"],
+            new_tokens=self._counts["new"],
+            preemptions=self.scheduler.preemptions,
+            evictions=self.tree.evictions,
+            steps=self._counts["steps"],
+            finished=dict(self._finished),
+        )
+
+    @torch.inference_mode()
+    def _step(self, step: Step) -> None:
+        for request in step.stopped:
+            self._stop(request)
+        for request in [request for request in self._requests.values() if request.finish == "cancelled"]:
+            self._end(request)
+        for request, node in step.started:
+            self._start(request, node)
+        if not step.rows:
+            return
+        self._counts["steps"] += 1
+        try:
+            results = self.runner.extend([self._extension(row) for row in step.rows])
+        except Exception as error:  # of whatever kind: the requests of this step fail, the engine goes on
+            log.exception("a step of %d rows failed", len(step.rows))
+            for row in step.rows:
+                self._fail(row.request, f"{type(error).__name__}: {error}")
+            return
+        for row, result in zip(step.rows, results, strict=True):
+            try:
+                self._advance(row, result)
+            except Exception as error:  # as above, for one request alone
+                log.exception("%s failed", row.request.id)
+                self._fail(row.request, f"{type(error).__name__}: {error}")
+
+    def _start(self, request: Request, node: Node | None) -> None:
+        reserve = request.length + min(request.max_new_tokens, 256)
+        if node is None:
+            request.sequence = self.runner.open(reserve)
+        else:
+            keys = [cast(Keys, part.keys) for part in node.path()]
+            states = cast(States, node.states)
+            request.sequence = self.runner.restore(request.slice(0, node.length), keys, states, reserve)
+        if not request.preemptions:
+            self._counts["cached"] += request.cached
+            log.info(
+                "%s: %d tokens, %d found%s", request.id, len(request.prompt), request.cached, _because(request.miss)
+            )
+            request.payload.on_event(Started(request.cached, request.miss))
+
+    def _extension(self, row: Row) -> Extension:
+        options = row.request.payload.answer.options
+        at_end = row.request.read + len(row.tokens) == row.request.length
+        return Extension(row.request.sequence, row.tokens, row.request.whole, options.evidence and at_end)
+
+    def _advance(self, row: Row, result: Extended) -> None:
+        request, job = row.request, row.request.payload
+        start = request.read
+        request.read += len(row.tokens)
+        self._keep_on_the_way(request)
+        if request.whole and start < len(request.prompt):
+            self._tell_prompt(request, start, result)
+        if request.read < request.length:
+            job.on_event(Progress(request.read, len(request.prompt)))
+            return
+        if start < len(request.prompt):
+            job.on_event(Progress(len(request.prompt), len(request.prompt)))
+        answer: Answer = job.answer
+        answer.watch(result.blocks_N)
+        if request.max_new_tokens == 0:
+            self._finish(request, "length")
+            return
+        token = answer.draw(request.output, result.logits_NX[-1:])
+        if token == NO_TOKEN:
+            self._fail(request, "the logits are not finite")
+            return
+        self._counts["new"] += 1
+        before = len(request.output)
+        text = answer.take(request.output, token)
+        logprobs, answer.logprobs = tuple(answer.logprobs), []
+        tokens = tuple(request.output[before:])
+        if text or tokens:
+            job.on_event(Piece(text, tokens, logprobs if tokens else ()))
+        if answer.finish is not None:
+            self._finish(request, answer.finish)
+
+    def _tell_prompt(self, request: Request, start: int, result: Extended) -> None:
+        """Note the log-probabilities of the tokens of the prompt that follow those just read."""
+        following = request.prompt[start + 1 : request.read + 1]
+        top = request.payload.answer.options.logprobs or 0
+        request.payload.prompt_logprobs += token_logprobs(result.logits_NX[: len(following)], following, top)
+
+    # prefixes
+
+    def _keep_on_the_way(self, request: Request) -> None:
+        """Keep the states where the prompt says; inside the answer, remember those of the last full page."""
+        if not self.keep or request.read % self.runner.page_size:
+            return
+        if request.read in request.stops:
+            self._keep(request, self.runner.states(request.sequence))
+        elif request.read > len(request.prompt):
+            request.mark = self.runner.states(request.sequence)
+
+    def _keep(self, request: Request, states: States) -> None:
+        """Make a prefix of a running request available to others, where memory allows."""
+        pages = request.page_digests()[: states.length // self.runner.page_size]
+        node = self.tree.find(pages[-1])
+        if node is not None:
+            if node.states is not None or self.budget.make_room(states.size_bytes):
+                # making room may have taken the node
+                node = self.tree.find(pages[-1])
+                if node is not None:
+                    self.tree.renew(node, states)
+            return
+        while True:
+            parent = self.tree.deepest(pages)
+            start = 0 if parent is None else parent.length
+            size = (states.length - start) * self.runner.token_bytes + states.size_bytes
+            if self.budget.free_bytes >= size:
+                break
+            if parent is not None:
+                self.tree.touch(parent)
+            if not self.budget.make_room(size):
+                return
+        keys: Keys = self.runner.keys(request.sequence, start, states.length)
+        self.tree.add(request.slice(start, states.length), pages, keys, states)
+
+    # ends
+
+    def _stop(self, request: Request) -> None:
+        """Free the sequence of a cancelled or preempted request."""
+        if request.finish == "cancelled" and self.keep:
+            if request.is_reading and request.read and request.read % self.runner.page_size == 0:
+                # whoever asks again goes on from here
+                request.mark = self.runner.states(request.sequence)
+            self._free(request)
+            return
+        # read again from its start, it tells all of its prompt again
+        request.payload.prompt_logprobs.clear()
+        request.mark = None
+        self._free(request)
+
+    def _finish(self, request: Request, finish: Finish) -> None:
+        self.scheduler.end(request, finish)
+        self._free(request)
+        self._end(request)
+
+    def _fail(self, request: Request, why: str) -> None:
+        request.mark = None
+        self.scheduler.end(request, "error")
+        self._free(request)
+        self._end(request, why)
+
+    def _free(self, request: Request) -> None:
+        """Free a sequence, keeping its prefix up to the mark."""
+        if request.mark is not None:
+            self._keep(request, request.mark)
+        self.runner.free(request.sequence)
+        request.sequence = request.mark = None
+
+    def _end(self, request: Request, error: str = "") -> None:
+        del self._requests[request.id]
+        finish = request.finish
+        assert finish is not None
+        self._finished[finish] = self._finished.get(finish, 0) + 1
+        blocks_N = request.payload.answer.blocks_N
+        request.payload.on_event(
+            Done(
+                finish,
+                new_tokens=len(request.output) + (finish == "end"),
+                prompt_tokens=len(request.prompt),
+                cached=request.cached,
+                miss=request.miss,
+                prompt_logprobs=tuple(request.payload.prompt_logprobs),
+                blocks=() if blocks_N is None else tuple(blocks_N.tolist()),
+                error=error,
+            )
+        )
+
+
+def _because(miss: str) -> str:
+    return f" ({miss})" if miss else ""
