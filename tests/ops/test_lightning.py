@@ -890,3 +890,36 @@ def test_a_call_without_numbers_is_empty(backend: str, T: int, shape: tuple[int,
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(BackendError, match="'cuda'; it has auto, cpu, triton, eager, reference"):
         attend(*qkv(4), backend="cuda")
+
+
+# slots
+
+
+@every_backend
+@pytest.mark.parametrize("T", [1, 7])
+def test_states_in_slots_are_states_of_rows(backend: str, T: int) -> None:
+    q, k, v = qkv(T, rows=3)
+    pool = state(8)
+    before = pool.clone()
+    # the second row begins; the others change places, and one stays where it is
+    slots = torch.tensor([[4, -1, 6], [0, 2, 6]])
+    initial = torch.stack([before[4], torch.zeros(H, K, V), before[6]])
+    expected, final = attend(q, k, v, initial_state_BHKV=initial, backend=backend)
+    out, changed = attend(q, k, v, initial_state_BHKV=pool, slots_2B=slots, backend=backend)
+    assert torch.equal(out, expected) and torch.equal(changed[slots[1]], final)
+    others = [1, 3, 4, 5, 7]
+    assert torch.equal(changed[others], before[others])
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ([[0, 1], [2, 8]], "of a pool of 8; expected 0 to 7"),
+        ([[-2, 1], [2, 3]], "of a pool of 8; expected 0 to 7"),
+        ([[0, 1], [-1, 3]], "of a pool of 8; expected 0 to 7"),
+        ([[0], [1]], r"shape \(2, 1\) .* expected int64 of shape \(2, 2\)"),
+    ],
+)
+def test_slots_that_a_pool_has_not_are_refused(slots: list[list[int]], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        attend(*qkv(1), initial_state_BHKV=state(8), slots_2B=torch.tensor(slots))

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from devices import on_device_of, row
 from sala.errors import InputError
+from sala.ops.dense import dense_attention
 from sala.ops.dispatch import BACKENDS, unavailable
-from sala.ops.infllm import SparseGeometry, compress, infllm_attention
+from sala.ops.infllm import SparseGeometry, compress, infllm_attention, num_windows
 from tolerances import assert_close
 
 K, V = 8, 6
@@ -52,6 +53,22 @@ def tiers(k: Tensor, geometry: SparseGeometry) -> tuple[Tensor, Tensor]:
     )
 
 
+def paged_tiers(
+    k: Tensor, table: Tensor, num_pages: int, page_size: int, ends: list[int], geometry: SparseGeometry = SMALL
+) -> list[Tensor]:
+    """Return both tiers of rows in the pages of their windows' last tokens; all else is NaN."""
+    sizes = [(geometry.kernel_size, geometry.kernel_stride), (geometry.coarse_size, geometry.coarse_stride)]
+    pools = []
+    for means, (size, stride) in zip(tiers(k, geometry), sizes, strict=True):
+        pool = torch.full((num_pages, page_size // stride, *means.shape[2:]), torch.nan)
+        for b, end in enumerate(ends):
+            for window in range(num_windows(end, size, stride)):
+                last = window * stride + size - 1
+                pool[table[b, last // page_size], last % page_size // stride] = means[b, window]
+        pools.append(pool)
+    return pools
+
+
 def attend(backend: str, *tensors: Tensor | None, geometry: SparseGeometry = SMALL, **options) -> Tensor:
     return on_device_of(backend, infllm_attention, *tensors, geometry, scale=SCALE, **options)
 
@@ -65,8 +82,23 @@ def test_rows_in_pages_are_rows(backend: str, T: int, page_size: int) -> None:
     positions = torch.stack([torch.arange(end - T, end) for end in ends])
     expected = attend(backend, q, k, v, *tiers(k, SMALL), positions)
     k_pages, v_pages, table = paged(k, v, page_size, ends)
-    actual = attend(backend, q, k_pages, v_pages, *tiers(k, SMALL), positions, page_table_BP=table)
-    assert torch.equal(actual, expected)
+    compressed = paged_tiers(k, table, len(k_pages), page_size, ends)
+    actual = attend(backend, q, k_pages, v_pages, *compressed, positions, page_table_BP=table)
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("backend", [name for name in ("cpu", "eager") if unavailable("infllm", name) is None])
+@pytest.mark.parametrize("T", [1, 40])
+def test_pages_of_256_tokens_are_rows_bit_for_bit(backend: str, T: int) -> None:
+    q, k, v = qkv(T, 2200, G=2)
+    ends = [2200, 777]
+    positions = torch.stack([torch.arange(end - T, end) for end in ends])
+    for geometry in (SMALL, replace(SMALL, dense_len=10_000)):
+        expected = attend(backend, q, k, v, *tiers(k, geometry), positions, geometry=geometry)
+        k_pages, v_pages, table = paged(k, v, 256, ends)
+        compressed = paged_tiers(k, table, len(k_pages), 256, ends)
+        options = {"geometry": geometry, "page_table_BP": table}
+        assert torch.equal(attend(backend, q, k_pages, v_pages, *compressed, positions, **options), expected)
 
 
 @every_backend
@@ -74,8 +106,9 @@ def test_a_row_of_padding_needs_no_pages(backend: str) -> None:
     q, k, v = qkv(3, 150)
     positions = torch.tensor([[147, -1, 149], [-1, -1, -1]])
     k_pages, v_pages, table = paged(k, v, 32, [150, 0])
-    actual = attend(backend, q, k_pages, v_pages, *tiers(k, SMALL), positions, page_table_BP=table)
-    assert torch.equal(actual, attend(backend, q, k, v, *tiers(k, SMALL), positions))
+    compressed = paged_tiers(k, table, len(k_pages), 32, [150, 0])
+    actual = attend(backend, q, k_pages, v_pages, *compressed, positions, page_table_BP=table)
+    assert_close(actual, attend(backend, q, k, v, *tiers(k, SMALL), positions))
     assert not actual[positions < 0].any() and actual[positions >= 0].all()
 
 
@@ -87,7 +120,8 @@ def test_rows_share_the_pages_of_their_common_beginning(backend: str) -> None:
     expected = attend(backend, q, k, v, *tiers(k, SMALL), positions)
     k_pages, v_pages, table = paged(k, v, 32, [180, 141])
     table[1, :4] = table[0, :4]
-    actual = attend(backend, q, k_pages, v_pages, *tiers(k, SMALL), positions, page_table_BP=table)
+    compressed = paged_tiers(k, table, len(k_pages), 32, [180, 141])
+    actual = attend(backend, q, k_pages, v_pages, *compressed, positions, page_table_BP=table)
     assert torch.equal(actual, expected)
 
 
@@ -98,7 +132,8 @@ def test_start_stands_for_positions_and_short_contexts_are_read_whole(backend: s
     q, k, v = qkv(T, start + T)
     expected = attend("reference", q, k, v, *tiers(k, geometry), None, geometry=geometry, start=start)
     k_pages, v_pages, table = paged(k, v, 16, [start + T] * 2)
-    for compressed in (tiers(k, geometry), (None, None)):
+    in_pages = paged_tiers(k, table, len(k_pages), 16, [start + T] * 2, geometry)
+    for compressed in (in_pages, (None, None)):
         actual = attend(
             backend, q, k_pages, v_pages, *compressed, None, geometry=geometry, start=start, page_table_BP=table
         )
@@ -110,13 +145,13 @@ def test_gradients_reach_the_pages(backend: str) -> None:
     q, k, v = qkv(3, 150)
     positions = torch.stack([torch.arange(147, 150), torch.arange(109, 112)])
     k_pages, v_pages, table = paged(k, v, 16, [150, 112])
-    compressed = tiers(k, SMALL)
+    compressed = paged_tiers(k, table, len(k_pages), 16, [150, 112])
     inputs = [x.requires_grad_() for x in (q, k_pages, v_pages)]
     rows = [q, *(x.requires_grad_() for x in (k, v))]
     weight = torch.randn(2, 3, 2, V)
     out = attend(backend, *inputs, *compressed, positions, page_table_BP=table)
     _, dk_pages, dv_pages = torch.autograd.grad((out * weight).sum(), inputs)
-    out = attend(backend, *rows, *compressed, positions)
+    out = attend(backend, *rows, *tiers(k, SMALL), positions)
     _, dk, dv = torch.autograd.grad((out * weight).sum(), rows)
     for d_pages, d in ((dk_pages, dk), (dv_pages, dv)):
         assert_close(d_pages[table[0, :9].long()].flatten(0, 1), d[0, :144])
@@ -124,10 +159,44 @@ def test_gradients_reach_the_pages(backend: str) -> None:
 
 
 def test_pages_are_read_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sala.ops.infllm.in_order", None)
-    if (why_not := unavailable("infllm", "triton")) is not None:
-        pytest.skip(why_not)
-    test_rows_share_the_pages_of_their_common_beginning("triton")
+    for backend in ("cpu", "triton"):
+        if unavailable("infllm", backend) is None:
+            monkeypatch.setattr("sala.ops.infllm.in_order", None)
+            test_rows_share_the_pages_of_their_common_beginning(backend)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS["dense"] if unavailable("dense", name) is None])
+@pytest.mark.parametrize(("T", "page_size"), [(1, 48), (5, 16), (3, 10)])
+def test_dense_attention_reads_pages_as_rows(backend: str, T: int, page_size: int) -> None:
+    q, k, v = qkv(T, 150, G=2)
+    ends = [145, 107]
+    positions = torch.stack([torch.arange(end - T, end) for end in ends])
+    k_pages, v_pages, table = paged(k, v, page_size, ends)
+    expected = dense_attention(q, k, v, positions, scale=SCALE, backend=backend)
+    actual = dense_attention(q, k_pages, v_pages, positions, scale=SCALE, backend=backend, page_table_BP=table)
+    # panels of keys end where pages do
+    assert_close(actual, expected)
+    static = dense_attention(
+        q[:, :1],
+        k_pages,
+        v_pages,
+        positions[:, :1],
+        scale=SCALE,
+        static=True,
+        page_table_BP=table.clamp(0, len(k_pages) - 1),
+    )
+    assert_close(static, expected[:, :1])
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS["dense"] if unavailable("dense", name) is None])
+def test_a_row_s_attention_is_the_same_beside_others(backend: str) -> None:
+    """Bit for bit: how a row's keys are cut depends on the row alone."""
+    q, k, v = qkv(1, 6000, B=3)
+    positions = torch.tensor([[5999], [40], [3000]])
+    together = dense_attention(q, k, v, positions, scale=SCALE, backend=backend)
+    for b in range(3):
+        alone = dense_attention(*(x[b : b + 1] for x in (q, k, v, positions)), scale=SCALE, backend=backend)
+        assert torch.equal(together[b : b + 1], alone)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +216,16 @@ def test_pages_are_read_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_is_no_page_is_refused(change, message: str) -> None:
     q, k, v = qkv(2, 150)
-    compressed = tiers(k, SMALL)
     k_pages, v_pages, table = change(*paged(k, v, 32, [150, 150]))
+    compressed = [k_pages.new_empty(len(k_pages), k_pages.shape[1] // stride, 1, K) for stride in (4, 16)]
     positions = torch.arange(148, 150).expand(2, 2)
     with pytest.raises(InputError, match=message):
         infllm_attention(q, k_pages, v_pages, *compressed, positions, SMALL, scale=SCALE, page_table_BP=table)
+
+
+def test_windows_that_do_not_fit_their_pages_are_refused() -> None:
+    q, k, v = qkv(2, 150)
+    k_pages, v_pages, table = paged(k, v, 32, [150, 150])
+    positions = torch.arange(148, 150).expand(2, 2)
+    with pytest.raises(InputError, match=r"compressed keys of keys in 17 pages .* expected \(17, 8, 1, 8\)"):
+        infllm_attention(q, k_pages, v_pages, *tiers(k, SMALL), positions, SMALL, scale=SCALE, page_table_BP=table)

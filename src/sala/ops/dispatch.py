@@ -31,6 +31,7 @@ class Backend:
     refuses: takes a call's tensors and returns why it does not take them, or None: by their kind, as a matter of course.
     exceeds: likewise, by their sizes; said once where it would have been chosen for the user.
     fusible: a compiler makes more of plain torch, and gets it instead where the choice is not the user's.
+    features: what its functions take beyond what every backend does: "pages" (page_table_BP), "slots" (slots_2B).
     """
 
     module: str
@@ -41,6 +42,7 @@ class Backend:
     refuses: Callable[[Sequence[Tensor | None]], str | None] = _never
     exceeds: Callable[[Sequence[Tensor | None]], str | None] = _never
     fusible: bool = False
+    features: frozenset[str] = frozenset()
 
     def automatic_on(self, device: str) -> bool:
         if self.fusible and torch.compiler.is_compiling():
@@ -57,6 +59,7 @@ def _rows(
     triton_refuses: Refuses | None = None,
     triton_exceeds: Refuses = _never,
     fusible: bool = False,
+    features: Mapping[str, str] = MappingProxyType({}),
 ) -> Mapping[str, Backend]:
     """Return the backends of an operator; one in Triton where it is said what that does not take."""
     triton = Backend(
@@ -69,6 +72,7 @@ def _rows(
         refuses=triton_refuses or _never,
         exceeds=triton_exceeds,
         fusible=fusible,
+        features=frozenset(features.get("triton", "").split()),
     )
     return MappingProxyType(
         {
@@ -79,6 +83,7 @@ def _rows(
                 details=native.describe,
                 unavailable=native.unavailable,
                 refuses=refuses,
+                features=frozenset(features.get("cpu", "").split()),
             ),
             **({"triton": triton} if triton_refuses else {}),
             "eager": Backend(f"sala.ops.{op}.eager", "plain torch: differentiable, on every device"),
@@ -91,9 +96,19 @@ def _rows(
 # a row's key is the backend's file, its `backend=` value and its test id; the best stands first
 BACKENDS: Mapping[str, Mapping[str, Backend]] = MappingProxyType(
     {
-        "lightning": _rows("lightning", triton_refuses=gpu.refuses_states, triton_exceeds=gpu.exceeds_width),
-        "infllm": _rows("infllm", triton_refuses=gpu.refuses, triton_exceeds=gpu.exceeds_groups),
-        "dense": _rows("dense"),
+        "lightning": _rows(
+            "lightning",
+            triton_refuses=gpu.refuses_states,
+            triton_exceeds=gpu.exceeds_width,
+            features={"cpu": "slots"},
+        ),
+        "infllm": _rows(
+            "infllm",
+            triton_refuses=gpu.refuses,
+            triton_exceeds=gpu.exceeds_groups,
+            features={"cpu": "pages", "triton": "pages"},
+        ),
+        "dense": _rows("dense", features={"cpu": "pages"}),
         "linear": _rows("linear", native.refuses_many_rows, fusible=True),
         # plain torch promotes where dtypes differ, as with norms kept in float32. On a GPU torch.compile makes one kernel of
         # it and of what stands beside it, over the edges of our functions and with gradients; a kernel of ours would cut
@@ -121,6 +136,11 @@ def explain(op: str, device: str = "cpu") -> tuple[str, str]:
 def unavailable(op: str, backend: str) -> str | None:
     """Return why `backend` of `op` cannot run on this machine, None when it can."""
     return BACKENDS[op][backend].unavailable()
+
+
+def takes(op: str, implementation: ModuleType, feature: str) -> bool:
+    """Return whether what `choose` returned has a feature of `Backend.features`."""
+    return feature in BACKENDS[op][implementation.__name__.rpartition(".")[2]].features
 
 
 def choose(op: str, backend: str = "auto", tensors: Sequence[Tensor | None] = ()) -> ModuleType:

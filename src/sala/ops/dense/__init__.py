@@ -9,7 +9,8 @@ from sala.ops.checks import check_devices, check_dtype
 # imported here and not on first use: torch.compile cannot trace an import
 from sala.ops.dense import eager as _eager  # noqa: F401
 from sala.ops.dense.positions import common_start, row_by_row
-from sala.ops.dispatch import choose
+from sala.ops.dispatch import choose, takes
+from sala.ops.pages import check_pages, in_order, last_positions, rows_of_pages
 
 __all__ = ["check_attention", "common_start", "dense_attention", "row_by_row"]
 
@@ -23,6 +24,7 @@ def dense_attention(
     scale: float,
     start: int | None = None,
     static: bool = False,
+    page_table_BP: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Return softmax attention in which the query at position p sees the keys 0..p.
@@ -39,17 +41,34 @@ def dense_attention(
         start: given when every row's queries are at start..start+T-1: then `positions_BT` is not looked at.
         static: for queries whose positions only the device knows: what runs depends on shapes alone, as in a CUDA
             graph. That each has its key is taken for granted, and keys and values beyond must be numbers.
+        page_table_BP: (B, max_pages) int32: then `k` and `v` are pages, (num_pages, page_size, G, width), and the key at
+            position p of row b is `k[page_table[b, p // page_size], p % page_size]`. Rows may share pages; entries beyond
+            a row's last position may be anything. Backends without the feature "pages" get a copy in rows.
         backend: a name in `sala.ops.dispatch.BACKENDS["dense"]`, or "auto".
 
     Returns:
         (B, T, H, V) in v's dtype.
 
     Raises:
-        InputError: shapes, dtypes or devices that do not fit, or a position without a key.
+        InputError: shapes, dtypes or devices that do not fit, a position without a key, or a page that does not exist
+            (not looked for with `static`, nor on a device with `start`).
         BackendError: no backend of that name, or it does not take these tensors.
     """
-    check_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, start, static)
-    implementation = choose("dense", backend, (q_BTHK, k_BSGK, v_BSGV))
+    if page_table_BP is None:
+        check_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, start, static)
+        implementation = choose("dense", backend, (q_BTHK, k_BSGK, v_BSGV))
+    else:
+        k_rows, v_rows = rows_of_pages(k_BSGK, v_BSGV, page_table_BP)
+        check_attention(q_BTHK, k_rows, v_rows, positions_BT, start, static)
+        last_B = last_positions(page_table_BP, positions_BT, start, k_rows.shape[1] if static else q_BTHK.shape[1])
+        if not static:
+            check_pages(page_table_BP, last_B, k_BSGK, start)
+        implementation = choose("dense", backend, (q_BTHK, k_BSGK, v_BSGV))
+        if takes("dense", implementation, "pages"):
+            return implementation.attend(
+                q_BTHK, k_BSGK, v_BSGV, positions_BT, scale, start, page_table_BP=page_table_BP
+            )
+        k_BSGK, v_BSGV = (in_order(x, page_table_BP, last_B) for x in (k_BSGK, v_BSGV))
     if static:
         return implementation.attend_static(q_BTHK, k_BSGK, v_BSGV, positions_BT, scale)
     return implementation.attend(q_BTHK, k_BSGK, v_BSGV, positions_BT, scale, start)

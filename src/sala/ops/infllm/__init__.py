@@ -16,9 +16,16 @@ from torch import Tensor
 from sala.errors import InputError
 from sala.ops.checks import check_devices, check_dtype
 from sala.ops.dense import check_attention, dense_attention
-from sala.ops.dispatch import choose
+from sala.ops.dispatch import choose, takes
 from sala.ops.infllm.geometry import SparseGeometry, num_windows
-from sala.ops.infllm.pages import check_pages, in_order, rows_of_pages
+from sala.ops.pages import (
+    check_pages,
+    check_window_pages,
+    in_order,
+    last_positions,
+    rows_of_pages,
+    windows_in_order,
+)
 
 __all__ = ["SparseGeometry", "compress", "infllm_attention", "num_windows", "select_blocks"]
 
@@ -136,9 +143,10 @@ def infllm_attention(
             window up to it its mean is taken for granted, and keys beyond must be numbers.
         page_table_BP: (B, max_pages) int32: then `k` and `v` are pages, (num_pages, page_size, G, width), of whole
             blocks, and the key at position p of row b is `k[page_table[b, p // page_size], p % page_size]`. Rows may
-            share pages; entries beyond a row's last position may be anything. Compressed keys are no pages. Backend
-            "triton" reads the pages where they are; for the others, for gradients, and where compressed keys are left
-            out, they are copied into rows.
+            share pages; entries beyond a row's last position may be anything. `k1` and `k2` are pages too,
+            (num_pages, page_size // stride, G, K), each window in the page of its last token (`sala.ops.pages`). For
+            backends without the feature "pages", for gradients, and where compressed keys are left out, all are copied
+            into rows.
         backend: a name in `sala.ops.dispatch.BACKENDS["infllm"]`, or "auto".
 
     Returns:
@@ -165,20 +173,25 @@ def infllm_attention(
     implementation = choose("infllm", backend, (q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT))
     if not B * T * H * v_BSGV.shape[3]:
         return v_BSGV.new_zeros(B, T, H, v_BSGV.shape[3])
-    pages = {}
     if page_table_BP is not None:
-        last_B = page_table_BP.new_full((B,), last_position)
-        if start is None and T:
-            assert positions_BT is not None
-            last_B = positions_BT.amax(1)
-        if not static and (start is None or page_table_BP.is_cpu) and not torch.compiler.is_compiling():
-            check_pages(page_table_BP, last_B, *k_BSGK.shape[:2])
+        for keys, stride, name in (
+            (k1_BNGK, geometry.kernel_stride, "compressed keys"),
+            (k2_BNGK, geometry.coarse_stride, "coarse compressed keys"),
+        ):
+            if keys is not None:
+                check_window_pages(keys, k_BSGK, stride, name)
+        last_B = last_positions(page_table_BP, positions_BT, start, last_position + 1 if static else T)
+        if not static:
+            check_pages(page_table_BP, last_B, k_BSGK, start)
         wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, k_BSGK, v_BSGV))
         compressed = k1_BNGK is not None and k2_BNGK is not None
-        if getattr(implementation, "READS_PAGES", False) and compressed and not wants_gradient:
-            pages = {"page_table_BP": page_table_BP.contiguous()}
-        else:
+        if not takes("infllm", implementation, "pages") or not compressed or wants_gradient:
             k_BSGK, v_BSGV = (in_order(x, page_table_BP, last_B) for x in (k_BSGK, v_BSGV))
+            if k1_BNGK is not None:
+                k1_BNGK = windows_in_order(k1_BNGK, page_table_BP, geometry.kernel_size, geometry.kernel_stride)
+            if k2_BNGK is not None:
+                k2_BNGK = windows_in_order(k2_BNGK, page_table_BP, geometry.coarse_size, geometry.coarse_stride)
+            page_table_BP = None
     is_dense = last_position < geometry.first_sparse_position(last_position)
     if static and torch.compiler.is_exporting():
         if not is_dense:
@@ -189,18 +202,29 @@ def infllm_attention(
         return dense_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, scale=scale, static=True)
     # of a static call a later position may be sparse
     is_dense = is_dense and not static
-    if backend != "reference" and not pages and is_dense:
-        # on a GPU torch's own kernels are those of full attention
-        dense_backend = "eager" if backend == "triton" else backend
-        return dense_attention(q_BTHK, k_BSGK, v_BSGV, positions_BT, scale=scale, start=start, backend=dense_backend)
+    # on a GPU torch's own kernels are those of full attention, and read no pages
+    dense_backend = "eager" if backend == "triton" else backend
+    dense = choose("dense", dense_backend, (q_BTHK, k_BSGK, v_BSGV))
+    if backend != "reference" and is_dense and (page_table_BP is None or takes("dense", dense, "pages")):
+        return dense_attention(
+            q_BTHK,
+            k_BSGK,
+            v_BSGV,
+            positions_BT,
+            scale=scale,
+            start=start,
+            page_table_BP=page_table_BP,
+            backend=dense_backend,
+        )
     if k1_BNGK is None:
         k1_BNGK = compress(k_BSGK, geometry.kernel_size, geometry.kernel_stride)
     if k2_BNGK is None:
         k2_BNGK = compress(k_BSGK, geometry.coarse_size, geometry.coarse_stride)
+    tensors = (q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT)
+    if page_table_BP is not None:
+        return implementation.attend(*tensors, geometry, scale, start, page_table_BP=page_table_BP)
     _check_windows(k1_BNGK, k2_BNGK, q_BTHK, k_BSGK.shape[2], last_position, geometry)
-    return implementation.attend(
-        q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT, geometry, scale, start, **pages
-    )
+    return implementation.attend(*tensors, geometry, scale, start)
 
 
 def _check_positions(positions_BT: Tensor, B: int, T: int) -> None:

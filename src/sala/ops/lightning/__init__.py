@@ -10,7 +10,7 @@ from sala.ops.checks import DTYPES, NAMES, check_devices
 from sala.ops.context import Context
 
 # imported here and not on first use: torch.compile cannot trace an import
-from sala.ops.dispatch import choose
+from sala.ops.dispatch import choose, takes
 from sala.ops.lightning import cpu as _cpu  # noqa: F401
 from sala.ops.lightning import eager as _eager  # noqa: F401
 from sala.ops.lightning import part
@@ -58,6 +58,7 @@ def lightning_attention(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     context: Context | None = None,
+    slots_2B: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run linear attention with decay over T tokens; with T = 1 and a state, it is the decoding step.
@@ -78,6 +79,10 @@ def lightning_attention(
         cu_seqlens_cpu: the same on the CPU, where `cu_seqlens` is on a device already: then nothing is read or sent.
         context: the ranks that hold the packed row together: q, k and v are this rank's part of it, `cu_seqlens` are
             those of the whole row; without a mask and without initial states.
+        slots_2B: (2, B) int64: then `initial_state` is a pool of states, (N, H, K, V), contiguous, which is changed and
+            returned: row b starts from the state in slot `slots[0, b]`, from zeros if that is negative, and writes its
+            final state to slot `slots[1, b]`. No slot is written twice, or by one row and read by another. Without
+            gradients, `cu_seqlens` and context.
         backend: a name in `sala.ops.dispatch.BACKENDS["lightning"]`, or "auto".
 
     Returns:
@@ -89,6 +94,10 @@ def lightning_attention(
         InputError: shapes, dtypes, devices or values that do not fit.
         BackendError: no such backend.
     """
+    if slots_2B is not None:
+        return _attend_in_slots(
+            *(q_BTHK, k_BTHK, v_BTHV, log_decay_H, scale, initial_state_BHKV, mask_BT, slots_2B, backend)
+        )
     _check(q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV, mask_BT, cu_seqlens, cu_seqlens_cpu, context)
     tensors = (q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV, mask_BT)
     attend = choose("lightning", backend, tensors).attend
@@ -119,6 +128,50 @@ def lightning_attention(
         mask_BT=mask_BT,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _attend_in_slots(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay_H: Tensor,
+    scale: float,
+    pool_NHKV: Tensor | None,
+    mask_BT: Tensor | None,
+    slots_2B: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    B, T, H, K = q_BTHK.shape
+    sizes = (H, K, v_BTHV.shape[-1])
+    if pool_NHKV is None or pool_NHKV.shape[1:] != sizes or not pool_NHKV.is_contiguous():
+        raise InputError(
+            f"slots of states {None if pool_NHKV is None else tuple(pool_NHKV.shape)}; expected a contiguous pool (N, H, K, V) "
+            f"with (H, K, V) = {sizes}"
+        )
+    if slots_2B.shape != (2, B) or slots_2B.dtype != torch.int64 or slots_2B.device != pool_NHKV.device:
+        raise InputError(
+            f"slots are {slots_2B.dtype} of shape {tuple(slots_2B.shape)} on {slots_2B.device}; expected int64 of shape "
+            f"{(2, B)} on {pool_NHKV.device}"
+        )
+    if slots_2B.is_cpu and not torch.compiler.is_compiling():
+        lowest, highest = (int(x) for x in slots_2B.aminmax())
+        if highest >= len(pool_NHKV) or lowest < -1 or bool((slots_2B[1] < 0).any()):
+            raise InputError(
+                f"slots {slots_2B.tolist()} of a pool of {len(pool_NHKV)}; expected 0 to {len(pool_NHKV) - 1}"
+            )
+    _check(q_BTHK, k_BTHK, v_BTHV, log_decay_H, pool_NHKV[:1].expand(B, -1, -1, -1), mask_BT, None, None, None)
+    implementation = choose("lightning", backend, (q_BTHK, k_BTHK, v_BTHV, log_decay_H, pool_NHKV, mask_BT))
+    options = {"scale": scale, "mask_BT": mask_BT, "cu_seqlens": None}
+    if T == 1 and takes("lightning", implementation, "slots"):
+        return implementation.attend(
+            q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV=pool_NHKV, slots_2B=slots_2B, **options
+        )
+    read_B, write_B = slots_2B
+    initial_BHKV = pool_NHKV[read_B.clamp(min=0)].masked_fill_((read_B < 0)[:, None, None, None], 0)
+    out_BTHV, final_BHKV = implementation.attend(
+        q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV=initial_BHKV, **options
+    )
+    return out_BTHV, pool_NHKV.index_copy_(0, write_B, final_BHKV)
 
 
 def _check(

@@ -6,7 +6,7 @@ from torch import Tensor
 from sala.ops import native
 
 _PREFILL = native.Function("sala_lightning", "i piii piii piii pi p p p p p iiiii f i")
-_STEP = native.Function("sala_lightning_step", "i pii pii pii p p p p p iiii f i")
+_STEP = native.Function("sala_lightning_step", "i pii pii pii p p p p p p iiii f i")
 
 
 def attend(
@@ -19,12 +19,17 @@ def attend(
     initial_state_BHKV: Tensor | None,
     mask_BT: Tensor | None,
     cu_seqlens: Tensor | None,
+    slots_2B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `sala.ops.lightning.lightning_attention`.
 
     States are float32 throughout. bfloat16 inputs are multiplied in bfloat16 where the processor can, else in float32;
     within a chunk the state is read, and weights are applied, in the precision of the products.
     """
+    if slots_2B is not None:
+        assert initial_state_BHKV is not None
+        pool = initial_state_BHKV
+        return _step_in_slots(q_BTHK, k_BTHK, v_BTHV, log_decay_H, scale, pool, slots_2B, mask_BT), pool
     return _lightning(q_BTHK, k_BTHK, v_BTHV, log_decay_H, scale, initial_state_BHKV, mask_BT, cu_seqlens)
 
 
@@ -60,7 +65,7 @@ def _lightning(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     out, final = _empty(q, k, v, log_decay, scale, initial, mask, cu_seqlens)
-    B, T, H, K = q.shape
+    _, T, H, K = q.shape
     V = v.shape[-1]
     if final.numel() == 0:
         return out.zero_(), final
@@ -75,15 +80,7 @@ def _lightning(
     )
     initial_at = None if initial is None else initial.data_ptr()
     if T == 1 and cu_seqlens is None:
-        if mask is not None:
-            mask = mask.contiguous()
-        # fmt: off
-        _STEP(
-            is_bf16, q.data_ptr(), q_row, q_head, k.data_ptr(), k_row, k_head, v.data_ptr(), v_row, v_head,
-            out.data_ptr(), log_decay.data_ptr(), initial_at, final.data_ptr(),
-            None if mask is None else mask.data_ptr(), B, H, K, V, scale, threads,
-        )
-        # fmt: on
+        _step(q, k, v, log_decay, scale, initial, final, out, mask, None)
         return out, final
     bounds, positions = _tokens(mask, cu_seqlens)
     if mask is not None:
@@ -102,6 +99,53 @@ def _lightning(
     )
     # fmt: on
     return out, final
+
+
+@native.operator(
+    "lightning_step_in_slots(Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor(a!) pool, Tensor slots, "
+    "Tensor? mask) -> Tensor",
+    fake=lambda q, k, v, *_: v.new_empty(v.shape),
+)
+def _step_in_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    pool: Tensor,
+    slots: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    out = v.new_empty(v.shape)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    _step(q, k, v, log_decay.contiguous(), scale, pool, pool, out, mask, slots.contiguous())
+    return out
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    state: Tensor | None,
+    following: Tensor,
+    out: Tensor,
+    mask: Tensor | None,
+    slots: Tensor | None,
+) -> None:
+    B, _, H, K = q.shape
+    if mask is not None:
+        mask = mask.contiguous()
+    strides = [(x.data_ptr(), x.stride(0), x.stride(2)) for x in (q, k, v)]
+    # fmt: off
+    _STEP(
+        q.dtype == torch.bfloat16, *strides[0], *strides[1], *strides[2], out.data_ptr(), log_decay.data_ptr(),
+        None if state is None else state.data_ptr(), following.data_ptr(),
+        None if mask is None else mask.data_ptr(), None if slots is None else slots.data_ptr(),
+        B, H, K, v.shape[-1], scale, torch.get_num_threads(),
+    )
+    # fmt: on
 
 
 def _tokens(mask_BT: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

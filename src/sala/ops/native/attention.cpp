@@ -3,7 +3,7 @@
 //
 // A task is a tile of neighbouring queries of one group of heads. Its rows are pairs of a query and a head, and each is
 // on its own: any number of heads in a group makes full products. For each block of keys that some query of the tile
-// reads, the readers' rows are multiplied by the packed keys, softened, and multiplied by the packed values. Where no
+// reads, the readers' rows are multiplied by the packed keys, exponentiated, and multiplied by the packed values. Where no
 // query chose blocks every query reads all of them, so dense attention is the same text.
 #include <algorithm>
 #include <limits>
@@ -43,6 +43,8 @@ struct Call {
   const int64_t* positions;     // (B, T), contiguous; null (never with `table`): `start` onwards in every row
   const int32_t* table;         // (B, T, G, num_selected), contiguous: blocks, ascending, -1 at the end; null: dense
   const int64_t* first_sparse;  // (B): queries at lower positions are dense; with `table`
+  const int32_t* pages;         // (B, num_pages), contiguous: rows of k and v by page; null: row b is row b of the batch
+  int64_t num_pages, page_size;
   int64_t B, T, H, G, K, V;
   int64_t q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head;
   int64_t start, num_selected, block_size;
@@ -52,9 +54,14 @@ struct Call {
   int64_t position(int64_t b, int64_t t) const { return positions ? positions[b * T + t] : start + t; }
 };
 
-// How the work is cut. Looks at sizes and positions only, so that results do not depend on the number of threads.
+// How the work is cut. Looks at sizes and positions only, so that results do not depend on the number of threads, and at a
+// row's own, so that they do not depend on the other rows.
 struct Plan {
-  int64_t queries, tiles, segments, segment_blocks, panel_keys;
+  struct Row {
+    int64_t segments, segment_blocks;
+  };
+  int64_t queries, tiles, segments, panel_keys;  // segments: the most that a row has
+  std::vector<Row> rows;
   double work;
 
   template <class T>
@@ -63,24 +70,61 @@ struct Plan {
     const int64_t row_bytes = c.V * 4 + c.K * int64_t(sizeof(T)) + 64;
     int64_t queries = TILE_QUERIES;
     while (queries > 1 && queries * group * row_bytes > TILE_BYTES) queries /= 2;
-    const auto num_tasks = [&] { return c.B * c.G * ceil_div(c.T, queries); };
+    const auto num_tasks = [&] { return c.G * ceil_div(c.T, queries); };
     queries = std::min(queries, c.T);
     while (num_tasks() < ENOUGH_TASKS && queries * group > MIN_TILE_ROWS && queries > 1) queries = ceil_div(queries, 2);
-    // positions of the last query, and of the last that reads everything
-    int64_t last = -1, last_dense = -1;
-    for (int64_t b = 0; b < c.B; ++b)
+    const int64_t panel_keys = queries * group < PRODUCT_ROWS ? FEW_ROWS_PANEL_KEYS : PANEL_KEYS;
+    Plan plan{queries, ceil_div(c.T, queries), 1, panel_keys, {}, 0};
+    for (int64_t b = 0; b < c.B; ++b) {
+      // positions of the last query, and of the last that reads everything
+      int64_t last = -1, last_dense = -1;
       for (int64_t t = c.positions ? 0 : c.T - 1; t < c.T; ++t) {
         const int64_t position = c.position(b, t);
         last = std::max(last, position);
         if (!c.table || position < c.first_sparse[b]) last_dense = std::max(last_dense, position);
       }
-    int64_t blocks = last / c.block_size + 1;
-    if (c.table) blocks = std::min(blocks, (last_dense + c.block_size) / c.block_size + queries * c.num_selected);
-    const int64_t per_segment = std::max<int64_t>(1, SEGMENT_KEYS / c.block_size);
-    int64_t segments = std::max<int64_t>(1, std::min(ceil_div(blocks, per_segment), ENOUGH_TASKS / num_tasks()));
-    double work = double(c.B) * c.T * c.H * (c.K + c.V) * double(blocks) * c.block_size;
-    const int64_t panel_keys = queries * group < PRODUCT_ROWS ? FEW_ROWS_PANEL_KEYS : PANEL_KEYS;
-    return {queries, ceil_div(c.T, queries), segments, ceil_div(blocks, segments), panel_keys, work};
+      int64_t blocks = last / c.block_size + 1;
+      if (c.table) blocks = std::min(blocks, (last_dense + c.block_size) / c.block_size + queries * c.num_selected);
+      const int64_t per_segment = std::max<int64_t>(1, SEGMENT_KEYS / c.block_size);
+      const int64_t most = std::max<int64_t>(1, std::min(ceil_div(blocks, per_segment), ENOUGH_TASKS / num_tasks()));
+      const int64_t segment_blocks = round_up(ceil_div(blocks, most), std::max<int64_t>(1, PANEL_KEYS / c.block_size));
+      const int64_t segments = std::max<int64_t>(1, ceil_div(blocks, segment_blocks));
+      plan.rows.push_back({segments, segment_blocks});
+      plan.segments = std::max(plan.segments, segments);
+      plan.work += double(c.T) * c.H * (c.K + c.V) * double(blocks) * c.block_size;
+    }
+    return plan;
+  }
+};
+
+// The keys or values of one row and group: one after another, or in pages.
+template <class T>
+struct Places {
+  const T* data;
+  int64_t row, token;
+  const int32_t* pages;
+  int64_t page_size;
+
+  Places(const Call& c, const void* x, int64_t row, int64_t token, int64_t head, int64_t b, int64_t g)
+      : data(static_cast<const T*>(x) + g * head + (c.pages ? 0 : b * row)),
+        row(row),
+        token(token),
+        pages(c.pages ? c.pages + b * c.num_pages : nullptr),
+        page_size(c.page_size) {}
+
+  const T* at(int64_t key) const {
+    return pages ? data + pages[key / page_size] * row + key % page_size * token : data + key * token;
+  }
+  // the first key after `key` that does not follow it in memory
+  int64_t end_of_page(int64_t key) const { return pages ? (key / page_size + 1) * page_size : END; }
+
+  void fetch(int64_t width, int64_t first, int64_t end) const {
+    for (int64_t key = first, stop; key < end; key = stop) {
+      stop = std::min(end, end_of_page(key));
+      const T* place = at(key);
+      for (int64_t i = key; i < stop; ++i, place += token)
+        for (int64_t x = 0; x < width; x += int64_t(64 / sizeof(T))) __builtin_prefetch(place + x, 0, 2);
+    }
   }
 };
 
@@ -152,8 +196,8 @@ class Tile {
         v_width_(round_up(c.V, E::N_STEP)),
         factor_(float(std::abs(c.scale) * LOG2_E)),
         slack_(std::min(SLACK / factor_, std::numeric_limits<float>::max())),
-        k_(static_cast<const T*>(c.k) + b * c.k_row + g * c.k_head),
-        v_(static_cast<const T*>(c.v) + b * c.v_row + g * c.v_head) {
+        k_(c, c.k, c.k_row, c.k_token, c.k_head, b, g),
+        v_(c, c.v, c.v_row, c.v_token, c.v_head, b, g) {
     const int64_t rows = round_up(num_rows_, E::M_STEP);
     const int64_t keys = std::max(k_width_, round_up(PANEL_KEYS, E::K_STEP));
     scratch_.reserve(Scratch::bytes<Element>(rows * k_width_) + Scratch::bytes<float>(rows * (v_width_ + W + 1)) +
@@ -201,7 +245,7 @@ class Tile {
     end = std::min(end, last_ + 1);
     next_end = std::min(next_end, last_ + 1);
     for (int64_t here; first < end; first = here) {
-      here = std::min(first + panel_keys, end);
+      here = std::min({first + panel_keys, end, k_.end_of_page(first)});
       if (here < end)
         read_panel(first, here - first, count, here, std::min(here + panel_keys, end));
       else
@@ -217,8 +261,8 @@ class Tile {
 
  private:
   void read_panel(int64_t first, int64_t keys, int64_t count, int64_t next, int64_t next_end) {
-    E::pack_transposed(k_ + first * c_.k_token, c_.k_token, keys, c_.K, packed_k_);
-    E::pack(v_ + first * c_.v_token, c_.v_token, keys, c_.V, packed_v_);
+    E::pack_transposed(k_.at(first), c_.k_token, keys, c_.K, packed_k_);
+    E::pack(v_.at(first), c_.v_token, keys, c_.V, packed_v_);
     const int64_t width = round_up(keys, std::max(E::K_STEP, W));
     // few rows wait for memory: they go a block of sums at a time, so that fetching is spread over their products
     const int64_t step = E::M_STEP == 1 && count < PRODUCT_ROWS ? BLOCK_ROWS : PRODUCT_ROWS;
@@ -227,7 +271,7 @@ class Tile {
       const int64_t* rows = readers_ + done;
       const int64_t m = std::min(step, count - done);
       const int64_t fetched = next + product * ahead / products, wanted = next + (product + 1) * ahead / products;
-      fetch(k_, c_.k_token, c_.K, fetched, wanted);
+      k_.fetch(c_.K, fetched, wanted);
       // rows that stand together are used where they are
       const bool together = rows[m - 1] - rows[0] == m - 1 && m % E::M_STEP == 0;
       const Element* q = q_ + rows[0] * k_width_;
@@ -237,9 +281,9 @@ class Tile {
       }
       E::template multiply<false>(m, keys, c_.K, q, k_width_, packed_k_, scores_, PANEL_KEYS);
       for (int64_t i = 0; i < m; ++i)
-        soften(rows[i], scores_ + i * PANEL_KEYS, std::min(keys, positions_[rows[i]] - first + 1), width,
+        exponentiate(rows[i], scores_ + i * PANEL_KEYS, std::min(keys, positions_[rows[i]] - first + 1), width,
                probs_ + i * width);
-      fetch(v_, c_.v_token, c_.V, fetched, wanted);
+      v_.fetch(c_.V, fetched, wanted);
       if (together) {
         E::template multiply<true>(m, c_.V, keys, probs_, width, packed_v_, out_ + rows[0] * v_width_, v_width_);
         continue;
@@ -252,13 +296,8 @@ class Tile {
     }
   }
 
-  static void fetch(const T* rows, int64_t stride, int64_t width, int64_t first, int64_t end) {
-    for (int64_t key = first; key < end; ++key)
-      for (int64_t x = 0; x < width; x += int64_t(64 / sizeof(T))) __builtin_prefetch(rows + key * stride + x, 0, 2);
-  }
-
   // probs[0..seen) = 2^((scores - top) * factor), zero from there to `width`, and the row's sum.
-  void soften(int64_t row, float* scores, int64_t seen, int64_t width, Element* probs) {
+  void exponentiate(int64_t row, float* scores, int64_t seen, int64_t width, Element* probs) {
     const vf factor = broadcast(factor_);
     const int64_t full = std::max<int64_t>(0, seen) / W * W;
     vf highest = broadcast(NONE);
@@ -268,7 +307,7 @@ class Tile {
       last = first_lanes(seen - full, load(scores + full), broadcast(NONE));
       highest = max(highest, last);
     }
-    if (any_above(highest, broadcast(tops_[row] + slack_))) raise(row, max(highest));
+    if (any_above(highest, broadcast(tops_[row] + slack_))) rescale(row, max(highest));
     const vf top = broadcast(tops_[row]);
     vf total = load(sums_ + row * W);
     int64_t x = 0;
@@ -288,7 +327,7 @@ class Tile {
   }
 
   // A larger reference: what was read before shrinks.
-  __attribute__((noinline)) void raise(int64_t row, float top) {
+  __attribute__((noinline)) void rescale(int64_t row, float top) {
     const float shrink = tops_[row] == NONE ? 0.0f : std::exp2((tops_[row] - top) * factor_);
     tops_[row] = top;
     store(sums_ + row * W, load(sums_ + row * W) * shrink);
@@ -299,7 +338,7 @@ class Tile {
   const Call& c_;
   int64_t group_, num_rows_, k_width_, v_width_, last_;
   float factor_, slack_;
-  const T *k_, *v_;
+  const Places<T> k_, v_;
   Scratch scratch_;
   typename E::Session session_;
   Element *q_, *some_q_, *probs_, *packed_k_, *packed_v_;
@@ -333,21 +372,23 @@ void attend(const Call& c, int64_t threads) {
     // the tiles that read most first
     const int64_t tile = plan.tiles - 1 - whole / (c.B * c.G), b = whole / c.G % c.B, g = whole % c.G;
     const int64_t first = tile * plan.queries, queries = std::min(plan.queries, c.T - first);
+    if (segment >= plan.rows[b].segments) return;
     Tile<T> rows(c, b, g, first, queries);
     // a segment of dense attention is a range of blocks; of chosen ones, a range of the tile's
-    int64_t skip = segment * plan.segment_blocks, left = plan.segment_blocks;
+    int64_t skip = segment * plan.rows[b].segment_blocks, left = plan.rows[b].segment_blocks;
     Readers readers(c, b, g, first, queries, c.table ? 0 : skip);
     for (; c.table && skip && readers.block != END; --skip) readers.advance();
     while (left && readers.block != END) {
       const int64_t begin = readers.block;
       const uint64_t who = readers.who;
       int64_t count = 0;
-      // neighbouring blocks of the same readers are one product
+      // neighbouring blocks of the same readers are one product, but none reaches over a multiple of PANEL_KEYS: so rows
+      // in pages of such multiples are read as rows in one piece are
       do {
         readers.advance();
         ++count, --left;
       } while (left && readers.block == begin + count && readers.who == who &&
-               (count + 1) * c.block_size <= plan.panel_keys);
+               (count + 1) * c.block_size <= plan.panel_keys && (begin + count) * c.block_size % PANEL_KEYS != 0);
       const int64_t next = left && readers.block != END ? readers.block * c.block_size : 0;
       const int64_t next_keys = next == 0 ? 0 : c.table ? c.block_size : plan.panel_keys;
       rows.read(begin * c.block_size, (begin + count) * c.block_size, who, plan.panel_keys, next, next + next_keys);
@@ -373,9 +414,9 @@ void attend(const Call& c, int64_t threads) {
       const float* from = parts.data() + (whole * plan.segments * tile_rows + row) * part;
       const int64_t step = tile_rows * part;
       float top = NONE, total = 0;
-      for (int64_t s = 0; s < plan.segments; ++s) top = std::max(top, from[s * step + 1]);
+      for (int64_t s = 0; s < plan.rows[b].segments; ++s) top = std::max(top, from[s * step + 1]);
       std::fill(sums.begin(), sums.end(), 0.0f);
-      for (int64_t s = 0; s < plan.segments; ++s) {
+      for (int64_t s = 0; s < plan.rows[b].segments; ++s) {
         const float* one = from + s * step;
         if (one[0] == 0) continue;
         const float weight = std::exp2((one[1] - top) * factor);
@@ -392,14 +433,16 @@ void attend(const Call& c, int64_t threads) {
 
 // bf16: whether q, k, v and out hold bfloat16, else float32. Strides are in elements; the last dimension's is 1.
 SALA_EXPORT void sala_attention(int64_t bf16, const void* q, const void* k, const void* v, void* out,
-                                const int64_t* positions, const int32_t* table, const int64_t* first_sparse, int64_t B,
-                                int64_t T, int64_t H, int64_t G, int64_t K, int64_t V, int64_t q_row, int64_t q_token,
+                                const int64_t* positions, const int32_t* table, const int64_t* first_sparse,
+                                const int32_t* pages, int64_t num_pages, int64_t page_size, int64_t B, int64_t T,
+                                int64_t H, int64_t G, int64_t K, int64_t V, int64_t q_row, int64_t q_token,
                                 int64_t q_head, int64_t k_row, int64_t k_token, int64_t k_head, int64_t v_row,
                                 int64_t v_token, int64_t v_head, int64_t start, int64_t num_selected,
                                 int64_t block_size, double scale, int64_t threads) {
-  const sala::Call call{q,       k,       v,      out,    positions, table,  first_sparse, B,      T,     H,
-                        G,       K,       V,      q_row,  q_token,   q_head, k_row,        k_token, k_head, v_row,
-                        v_token, v_head,  start,  num_selected, block_size, scale};
+  const sala::Call call{q,     k,         v,     out,     positions, table, first_sparse, pages,   num_pages,
+                        page_size, B,     T,     H,       G,         K,     V,            q_row,   q_token,
+                        q_head, k_row,    k_token, k_head, v_row,    v_token, v_head,     start,   num_selected,
+                        block_size, scale};
   if (bf16)
     sala::attend<sala::bf16>(call, threads);
   else

@@ -356,13 +356,14 @@ SALA_EXPORT void sala_lightning(int64_t is_bf16, const void* q, int64_t q_row, i
   is_bf16 ? run(sala::bf16{}) : run(float{});
 }
 
-// One token a row, out (rows, H, V) contiguous, next (rows, H, K, V) contiguous. A row whose `mask` (bool, may be null) is
-// false keeps its state and gets zeros.
+// One token a row, out (rows, H, V) contiguous, state and next (.., H, K, V) contiguous. Row n reads the state slots[n], none if
+// that is negative, and writes slots[rows + n]; slots may be null: n both times. A row whose `mask` (bool, may be null) is false
+// keeps its state and gets zeros.
 SALA_EXPORT void sala_lightning_step(int64_t is_bf16, const void* q, int64_t q_row, int64_t q_head, const void* k,
                                      int64_t k_row, int64_t k_head, const void* v, int64_t v_row, int64_t v_head,
                                      void* out, const float* log_decay, const float* state, float* next,
-                                     const uint8_t* mask, int64_t rows, int64_t H, int64_t K, int64_t V, double scale,
-                                     int64_t threads) {
+                                     const uint8_t* mask, const int64_t* slots, int64_t rows, int64_t H, int64_t K,
+                                     int64_t V, double scale, int64_t threads) {
   const bool past_cache =
       rows * H * K * V * int64_t(sizeof(float)) >= sala::STATE_PAST_CACHE && sala::can_stream(next, V);
   // under 20 us of reading and writing
@@ -370,17 +371,20 @@ SALA_EXPORT void sala_lightning_step(int64_t is_bf16, const void* q, int64_t q_r
   auto run = [&](auto number) {
     using T = decltype(number);
     sala::parallel_for(rows * H, threads, [&](int64_t task) {
-      const int64_t row = task / H, head = task % H, at = task * K * V;
+      const int64_t row = task / H, head = task % H;
+      const int64_t from = slots ? slots[row] : row, into = slots ? slots[rows + row] : row;
+      const float* before = state && from >= 0 ? state + (from * H + head) * K * V : nullptr;
+      float* after = next + (into * H + head) * K * V;
       T* to = static_cast<T*>(out) + task * V;
       if (mask && !mask[row]) {
         std::fill(to, to + V, T{});
-        state ? void(std::copy(state + at, state + at + K * V, next + at)) : std::fill(next + at, next + at + K * V, 0.0f);
+        before ? void(std::copy(before, before + K * V, after)) : std::fill(after, after + K * V, 0.0f);
         return;
       }
       sala::step(static_cast<const T*>(q) + row * q_row + head * q_head,
                  static_cast<const T*>(k) + row * k_row + head * k_head,
                  static_cast<const T*>(v) + row * v_row + head * v_head, std::exp(log_decay[head]), float(scale),
-                 state ? state + at : nullptr, next + at, to, K, V, past_cache);
+                 before, after, to, K, V, past_cache);
       sala::stream_end();
     });
   };

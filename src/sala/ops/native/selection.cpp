@@ -48,7 +48,9 @@ struct Call {
   const int64_t* positions;  // (B, T)
   int32_t* table;            // (B, T, G, selected)
   int64_t B, T_, H, G, K;
-  int64_t q_stride[3], k1_stride[3], k2_stride[3];  // b, t or n, h or g
+  int64_t q_stride[3], k1_stride[3], k2_stride[3];  // b (or a page), t or n, h or g
+  const int32_t* pages;  // (B, num_pages): windows are in pages, each in the one of its last token; null: in rows
+  int64_t num_pages, page_size;
   Geometry geometry;
   float scale;  // to powers of two
   int64_t threads;
@@ -64,11 +66,26 @@ struct Query {
   int64_t fine, coarse;  // windows it sees
 };
 
-// Windows of one group, `stride` numbers from one to the next.
+// Windows of one row and group, `stride` numbers from one to the next.
 template <class T>
 struct Keys {
   const T* data;
   int64_t stride;
+  const int32_t* pages;  // of the row; null: windows follow one another
+  int64_t page_stride, page_windows, first_place;
+
+  // The windows first..first + count where they lie, or copied to `gathered`; `ld` becomes their stride.
+  const T* at(int64_t first, int64_t count, int64_t K, T* gathered, int64_t& ld) const {
+    ld = stride;
+    if (!pages) return data + first * stride;
+    ld = K;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t place = first + i + first_place;
+      const T* window = data + pages[place / page_windows] * page_stride + place % page_windows * stride;
+      std::memcpy(gathered + i * K, window, K * sizeof(T));
+    }
+    return gathered;
+  }
 };
 
 // Which window of a panel has its score in which column: column o * blocks + b is window b * step + o. With windows
@@ -111,6 +128,7 @@ void gather_rows(const Call<T>& call, const Query* queries, int64_t count, int64
 // Have the panel after this one brought to the second-level cache: the processor does not foresee where its rows lie.
 template <class T>
 void fetch_ahead(const Keys<T>& keys, const T* windows, int64_t K, int64_t columns, int64_t available) {
+  if (keys.pages) return;
   for (int64_t row = columns; row < std::min(available, 2 * columns); ++row)
     for (int64_t k = 0; k < K; k += int64_t(64 / sizeof(T))) __builtin_prefetch(windows + row * keys.stride + k, 0, 2);
 }
@@ -127,7 +145,7 @@ class QueriesOnTheLeft {
  public:
   static size_t bytes(int64_t rows, int64_t group, int64_t K, int64_t columns) {
     return Scratch::bytes<X>((rows + E::M_STEP) * round_up(K, E::K_STEP)) + Scratch::bytes<T>(rows * K) +
-           Scratch::bytes<X>(E::packed_size(K, columns)) +
+           Scratch::bytes<X>(E::packed_size(K, columns)) + Scratch::bytes<T>(columns * K) +
            Scratch::bytes<float>((step_rows(group) + E::M_STEP) * columns);
   }
 
@@ -138,6 +156,7 @@ class QueriesOnTheLeft {
     left = scratch.take<X>((rows + E::M_STEP) * lda);
     T* gathered = scratch.take<T>(rows * K);
     packed = scratch.take<X>(E::packed_size(K, columns));
+    windows_gathered = scratch.take<T>(columns * K);
     scores = scratch.take<float>((step_rows(group) + E::M_STEP) * columns);
     gather_rows(call, queries, count, g, gathered);
     convert_rows(gathered, K, rows, K, left, lda, lda);
@@ -146,12 +165,13 @@ class QueriesOnTheLeft {
   template <class Body>
   void multiply(const Keys<T>& keys, int64_t first, int64_t available, const Layout& layout, const Body& body) {
     const int64_t columns = layout.columns();
-    const T* windows = keys.data + first * keys.stride;
+    int64_t ld;
+    const T* windows = keys.at(first, std::min(available, columns), K, windows_gathered, ld);
     fetch_ahead(keys, windows, K, columns, available);
     for (int64_t offset = 0; offset < layout.step; ++offset)
       for (int64_t b = 0; b < layout.blocks; b += E::N_STEP) {
         int64_t window = b * layout.step + offset, there = ceil_div(available - window, layout.step);
-        E::pack_columns(windows + window * keys.stride, layout.step * keys.stride, std::max<int64_t>(0, there),
+        E::pack_columns(windows + window * ld, layout.step * ld, std::max<int64_t>(0, there),
                         offset * layout.blocks + b, columns, K, packed);
       }
     const int64_t queries = step_rows(group) / group;
@@ -171,6 +191,7 @@ class QueriesOnTheLeft {
   typename E::Session session;
   int64_t K, count, group, lda;
   X *left, *packed;
+  T* windows_gathered;
   float* scores;
 };
 
@@ -183,7 +204,7 @@ class KeysOnTheLeft {
  public:
   static size_t bytes(int64_t rows, int64_t, int64_t K, int64_t columns) {
     const int64_t wide = round_up(rows, E::N_STEP), high = round_up(columns, E::M_STEP);
-    return Scratch::bytes<T>(rows * K) + Scratch::bytes<X>(E::packed_size(K, rows)) +
+    return Scratch::bytes<T>((rows + columns) * K) + 64 + Scratch::bytes<X>(E::packed_size(K, rows)) +
            Scratch::bytes<X>(high * round_up(K, E::K_STEP)) + 2 * Scratch::bytes<float>(high * wide);
   }
 
@@ -195,6 +216,7 @@ class KeysOnTheLeft {
         lda(round_up(K, E::K_STEP)) {
     const int64_t high = round_up(columns, E::M_STEP);
     T* gathered = scratch.take<T>(rows * K);
+    windows_gathered = scratch.take<T>(columns * K);
     packed = scratch.take<X>(E::packed_size(K, rows));
     copied = scratch.take<X>(high * lda);
     products = scratch.take<float>(high * wide);
@@ -206,14 +228,15 @@ class KeysOnTheLeft {
   template <class Body>
   void multiply(const Keys<T>& keys, int64_t first, int64_t available, const Layout& layout, const Body& body) {
     const int64_t columns = layout.columns();
-    const T* windows = keys.data + first * keys.stride;
+    int64_t ld;
+    const T* windows = keys.at(first, std::min(available, columns), K, windows_gathered, ld);
     fetch_ahead(keys, windows, K, columns, available);
     available = std::min(available, columns);
     bool as_they_lie = std::is_same_v<T, X> && K == lda && available % E::M_STEP == 0;
     if constexpr (std::is_same_v<T, X>)
-      if (as_they_lie) E::template multiply<false>(available, rows, K, windows, keys.stride, packed, products, wide);
+      if (as_they_lie) E::template multiply<false>(available, rows, K, windows, ld, packed, products, wide);
     if (!as_they_lie) {
-      convert_rows(windows, keys.stride, available, K, copied, lda, lda);
+      convert_rows(windows, ld, available, K, copied, lda, lda);
       E::template multiply<false>(available, rows, K, copied, lda, packed, products, wide);
     }
     for (int64_t offset = 0; offset < layout.step; ++offset)
@@ -226,6 +249,7 @@ class KeysOnTheLeft {
   typename E::Session session;
   int64_t K, count, rows, wide, lda;
   X *packed, *copied;
+  T* windows_gathered;
   float *products, *scores;
 };
 
@@ -394,12 +418,20 @@ std::vector<Query> read_positions(const Call<T>& call, int64_t b, int64_t t0, in
 }
 
 template <class T>
+Keys<T> keys_of(const Call<T>& call, const T* data, const int64_t* strides, int64_t size, int64_t stride, int64_t b,
+                int64_t g) {
+  data += g * strides[2];
+  if (!call.pages) return {data + b * strides[0], strides[1], nullptr, 0, 0, 0};
+  // windows are counted by their last tokens: the first ones' would be before the row
+  return {data, strides[1], call.pages + b * call.num_pages, strides[0], call.page_size / stride, (size - 1) / stride};
+}
+template <class T>
 Keys<T> fine_keys(const Call<T>& call, int64_t b, int64_t g) {
-  return {call.k1 + b * call.k1_stride[0] + g * call.k1_stride[2], call.k1_stride[1]};
+  return keys_of(call, call.k1, call.k1_stride, call.geometry.size, call.geometry.stride, b, g);
 }
 template <class T>
 Keys<T> coarse_keys(const Call<T>& call, int64_t b, int64_t g) {
-  return {call.k2 + b * call.k2_stride[0] + g * call.k2_stride[2], call.k2_stride[1]};
+  return keys_of(call, call.k2, call.k2_stride, call.geometry.coarse_size, call.geometry.coarse_stride, b, g);
 }
 
 // How many windows of a tier each query is normalised by: coarse ones, or fine ones where it sees no coarse one.
@@ -604,13 +636,14 @@ void compress(const int64_t* sizes, const T* keys, T* means, int64_t threads) {
 }
 
 template <class T>
-void select(const int64_t* sizes, const T* q, const T* k1, const T* k2, const int64_t* positions, int32_t* table,
-            double scale, int64_t threads) {
+void select(const int64_t* sizes, const T* q, const T* k1, const T* k2, const int64_t* positions, const int32_t* pages,
+            int32_t* table, double scale, int64_t threads) {
   Call<T> call{};
-  call.q = q, call.k1 = k1, call.k2 = k2, call.positions = positions, call.table = table;
+  call.q = q, call.k1 = k1, call.k2 = k2, call.positions = positions, call.pages = pages, call.table = table;
   call.B = *sizes++, call.T_ = *sizes++, call.H = *sizes++, call.G = *sizes++, call.K = *sizes++;
   for (int64_t* strides : {call.q_stride, call.k1_stride, call.k2_stride})
     for (int64_t i = 0; i < 3; ++i) strides[i] = *sizes++;
+  call.num_pages = *sizes++, call.page_size = *sizes++;
   call.geometry = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8] != 0};
   call.scale = float(scale * 1.4426950408889634);
   call.threads = threads;
@@ -620,14 +653,16 @@ void select(const int64_t* sizes, const T* q, const T* k1, const T* k2, const in
 }  // namespace
 }  // namespace sala
 
-// sizes: B, T, H, G, K; the strides of q, k1 and k2 in their first three dimensions; then Geometry.
+// sizes: B, T, H, G, K; the strides of q, k1 and k2 in their first three dimensions; pages a row, tokens a page; Geometry.
 SALA_EXPORT void sala_select_f32(const int64_t* sizes, const float* q, const float* k1, const float* k2,
-                                 const int64_t* positions, int32_t* table, double scale, int64_t threads) {
-  sala::select(sizes, q, k1, k2, positions, table, scale, threads);
+                                 const int64_t* positions, const int32_t* pages, int32_t* table, double scale,
+                                 int64_t threads) {
+  sala::select(sizes, q, k1, k2, positions, pages, table, scale, threads);
 }
 SALA_EXPORT void sala_select_bf16(const int64_t* sizes, const sala::bf16* q, const sala::bf16* k1, const sala::bf16* k2,
-                                  const int64_t* positions, int32_t* table, double scale, int64_t threads) {
-  sala::select(sizes, q, k1, k2, positions, table, scale, threads);
+                                  const int64_t* positions, const int32_t* pages, int32_t* table, double scale,
+                                  int64_t threads) {
+  sala::select(sizes, q, k1, k2, positions, pages, table, scale, threads);
 }
 
 // sizes: B, N, G, K, a window's size and stride, and the strides of the keys in their first three dimensions.

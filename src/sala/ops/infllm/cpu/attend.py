@@ -23,6 +23,7 @@ def attend(
     geometry: SparseGeometry,
     scale: float,
     start: int | None,
+    page_table_BP: Tensor | None = None,
 ) -> Tensor:
     """Return (B, T, H, V) in v's dtype; see `infllm_attention`."""
     B, T = q_BTHK.shape[:2]
@@ -38,9 +39,14 @@ def attend(
     for q_BCHK, positions_BC in zip(q_BTHK.split(QUERIES, 1), positions_BT.split(QUERIES, 1), strict=True):
         # what reads everything chooses nothing
         choosing_BC = positions_BC.masked_fill(positions_BC < first_sparse_B[:, None], -1)
-        table_BCGN = select(q_BCHK, k1_BNGK, k2_BNGK, choosing_BC, geometry, scale)
+        table_BCGN = select(
+            q_BCHK, k1_BNGK, k2_BNGK, choosing_BC, geometry, scale, page_table_BP, page_size=k_BSGK.shape[1]
+        )
+        block_size = geometry.block_size
         parts.append(
-            attend_blocks(q_BCHK, k_BSGK, v_BSGV, positions_BC, table_BCGN, first_sparse_B, geometry.block_size, scale)
+            attend_blocks(
+                q_BCHK, k_BSGK, v_BSGV, positions_BC, table_BCGN, first_sparse_B, page_table_BP, block_size, scale
+            )
         )
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -56,8 +62,8 @@ def _empty(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *_: object) -> Tensor
 
 
 @operator(
-    "attend_blocks(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor table, Tensor first_sparse, int block_size, "
-    "float scale) -> Tensor",
+    "attend_blocks(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor table, Tensor first_sparse, "
+    "Tensor? page_table, int block_size, float scale) -> Tensor",
     _empty,
 )
 def attend_blocks(
@@ -67,6 +73,7 @@ def attend_blocks(
     positions_BT: Tensor,
     table_BTGN: Tensor,
     first_sparse_B: Tensor,
+    page_table_BP: Tensor | None,
     block_size: int,
     scale: float,
 ) -> Tensor:
@@ -76,7 +83,8 @@ def attend_blocks(
         positions_BT: integer positions; negative is padding, whose output is zero.
         table_BTGN: (B, T, G, N) int32 blocks, ascending, -1 at the end.
         first_sparse_B: (B,) int64: queries at lower positions read all keys, whatever the table holds.
+        page_table_BP: (B, P) int32, where `k` and `v` are pages of whole blocks.
         block_size: keys in a block.
         scale: factor on the scores.
     """
-    return run(q_BTHK, k_BSGK, v_BSGV, positions_BT, 0, scale, table_BTGN, first_sparse_B, block_size)
+    return run(q_BTHK, k_BSGK, v_BSGV, positions_BT, 0, scale, table_BTGN, first_sparse_B, block_size, page_table_BP)

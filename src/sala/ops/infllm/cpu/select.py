@@ -8,7 +8,7 @@ from torch import Tensor
 from sala.ops import native
 from sala.ops.infllm.geometry import SparseGeometry
 
-_TYPES = "ppppp p f i"
+_TYPES = "ppppppp f i"
 _select = {
     torch.float32: native.Function("sala_select_f32", _TYPES),
     torch.bfloat16: native.Function("sala_select_bf16", _TYPES),
@@ -16,15 +16,27 @@ _select = {
 
 
 def select(
-    q_BTHK: Tensor, k1_BNGK: Tensor, k2_BNGK: Tensor, positions_BT: Tensor, geometry: SparseGeometry, scale: float
+    q_BTHK: Tensor,
+    k1_BNGK: Tensor,
+    k2_BNGK: Tensor,
+    positions_BT: Tensor,
+    geometry: SparseGeometry,
+    scale: float,
+    page_table_BP: Tensor | None = None,
+    page_size: int = 1,
 ) -> Tensor:
-    """Return (B, T, G, num_selected) int32 block indices, ascending, -1 at the end; see `select_blocks`."""
+    """Return (B, T, G, num_selected) int32 block indices, ascending, -1 at the end; see `select_blocks`.
+
+    page_table_BP, page_size: (B, P) int32, where compressed keys lie in pages of so many tokens; see `sala.ops.pages`.
+    """
     exact = geometry.normalizer == "exact"
     return _operator(
         q_BTHK,
         k1_BNGK,
         k1_BNGK if exact else k2_BNGK,
         positions_BT,
+        page_table_BP,
+        page_size,
         [
             geometry.kernel_size,
             geometry.kernel_stride,
@@ -41,17 +53,33 @@ def select(
 
 
 def _table(
-    q_BTHK: Tensor, k1_BNGK: Tensor, k2_BNGK: Tensor, positions_BT: Tensor, geometry: list[int], scale: float
+    q_BTHK: Tensor,
+    k1_BNGK: Tensor,
+    k2_BNGK: Tensor,
+    positions_BT: Tensor,
+    page_table_BP: Tensor | None,
+    page_size: int,
+    geometry: list[int],
+    scale: float,
 ) -> Tensor:
     B, T = q_BTHK.shape[:2]
     return q_BTHK.new_empty((B, T, k1_BNGK.shape[2], geometry[7]), dtype=torch.int32)
 
 
 @native.operator(
-    "infllm_select(Tensor q, Tensor k1, Tensor k2, Tensor positions, int[] geometry, float scale) -> Tensor", _table
+    "infllm_select(Tensor q, Tensor k1, Tensor k2, Tensor positions, Tensor? page_table, int page_size, int[] geometry, "
+    "float scale) -> Tensor",
+    _table,
 )
 def _operator(
-    q_BTHK: Tensor, k1_BNGK: Tensor, k2_BNGK: Tensor, positions_BT: Tensor, geometry: list[int], scale: float
+    q_BTHK: Tensor,
+    k1_BNGK: Tensor,
+    k2_BNGK: Tensor,
+    positions_BT: Tensor,
+    page_table_BP: Tensor | None,
+    page_size: int,
+    geometry: list[int],
+    scale: float,
 ) -> Tensor:
     # keys may be kept in another dtype than queries: float32 holds both
     dtype = q_BTHK.dtype if q_BTHK.dtype == k1_BNGK.dtype == k2_BNGK.dtype else torch.float32
@@ -59,12 +87,17 @@ def _operator(
         x if x.dtype == dtype and x.stride(-1) == 1 else x.to(dtype).contiguous() for x in (q_BTHK, k1_BNGK, k2_BNGK)
     )
     positions = positions_BT.to(torch.int64).contiguous()
-    table = _table(q, k1, k2, positions, geometry, scale)
-    sizes = (*q.shape[:3], *k1.shape[2:], *q.stride()[:3], *k1.stride()[:3], *k2.stride()[:3], *geometry)
+    table = _table(q, k1, k2, positions, page_table_BP, page_size, geometry, scale)
+    pages = None if page_table_BP is None else page_table_BP.contiguous()
+    pages_at, num_pages = (None, 0) if pages is None else (pages.data_ptr(), pages.shape[1])
+    strides = (*q.stride()[:3], *k1.stride()[:3], *k2.stride()[:3])
+    sizes = (*q.shape[:3], *k1.shape[2:], *strides, num_pages, page_size, *geometry)
     numbers = (ctypes.c_int64 * len(sizes))(*sizes)
     _select[dtype](
         ctypes.addressof(numbers),
-        *(x.data_ptr() for x in (q, k1, k2, positions, table)),
+        *(x.data_ptr() for x in (q, k1, k2, positions)),
+        pages_at,
+        table.data_ptr(),
         scale,
         torch.get_num_threads(),
     )

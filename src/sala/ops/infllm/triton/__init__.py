@@ -4,7 +4,4 @@ from sala.ops.infllm.triton.attend import attend
 from sala.ops.infllm.triton.compress import compress
 from sala.ops.infllm.triton.select import select
 
-# `attend` takes a page table
-READS_PAGES = True
-
-__all__ = ["READS_PAGES", "attend", "compress", "select"]
+__all__ = ["attend", "compress", "select"]

@@ -31,6 +31,7 @@ from sala.ops.infllm.triton.select import (
     stages,
     tile_keys,
 )
+from sala.ops.pages import windows_in_order
 
 # entries of a list that a program reads for each token of its tile, where there are few queries
 FEW_ENTRIES = 2
@@ -53,6 +54,11 @@ def attend(
 ) -> Tensor:
     """Return (B, T, H, V) in v's dtype, differentiable through q, k and v where they are no pages; see `infllm_attention`."""
     block_size = geometry.block_size
+    if page_table_BP is not None:
+        # a twentieth of the keys, and the kernels read all of them in order
+        k1_BNGK = windows_in_order(k1_BNGK, page_table_BP, geometry.kernel_size, geometry.kernel_stride)
+        k2_BNGK = windows_in_order(k2_BNGK, page_table_BP, geometry.coarse_size, geometry.coarse_stride)
+        page_table_BP = page_table_BP.contiguous()
     if start == 0 and page_table_BP is None:
         # the beginning reads everything before it: torch's own causal attention
         num_dense = min(q_BTHK.shape[1], geometry.first_sparse_position(q_BTHK.shape[1] - 1))

@@ -1,7 +1,8 @@
 """Keys and values in pages of a pool, as serving keeps them: rows of any lengths in one memory, shared beginnings once.
 
-Compressed keys stay in one piece a row: they take a twentieth of what keys and values do, a window may reach over a
-page's end, so that a shared page could not hold its last one, and every step reads all of them in order.
+A compressed key lies in the page of its window's last token, so that a full page has all its own: window j of a row, of
+`size` tokens each `stride` after the last, is at place j + (size - 1) // stride when the places of the row's pages, one a
+stride, are counted through.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from sala.errors import InputError
 
 
-def rows_of_pages(k_NCGK: Tensor, v_NCGV: Tensor, page_table_BP: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def rows_of_pages(k_NCGK: Tensor, v_NCGV: Tensor, page_table_BP: Tensor, block_size: int = 1) -> tuple[Tensor, Tensor]:
     """Return tensors of the shapes that the rows' keys and values have room for, (B, P * C, G, width), to be checked.
 
     They take no memory; their numbers are not those of the rows.
@@ -36,12 +37,22 @@ def rows_of_pages(k_NCGK: Tensor, v_NCGV: Tensor, page_table_BP: Tensor, block_s
     return k_BSGK, v_BSGV
 
 
-def check_pages(page_table_BP: Tensor, last_B: Tensor, num_pages: int, page_size: int) -> None:
-    """Check the pages that are read, by rows whose last position is `last_B`; looks at both tensors' values.
+def last_positions(page_table_BP: Tensor, positions_BT: Tensor | None, start: int | None, length: int) -> Tensor:
+    """Return each row's last position, (B,): of `length` tokens from `start` on (or 0, in a static call), or by positions."""
+    if start is None and positions_BT is not None and positions_BT.shape[1]:
+        return positions_BT.amax(1)
+    return page_table_BP.new_full((len(page_table_BP),), (start or 0) + length - 1)
+
+
+def check_pages(page_table_BP: Tensor, last_B: Tensor, k_NCGK: Tensor, start: int | None) -> None:
+    """Check the pages that are read, by rows whose last position is `last_B`; not where a device would be waited for.
 
     Raises:
         InputError: a page that does not exist.
     """
+    if (start is not None and not page_table_BP.is_cpu) or torch.compiler.is_compiling():
+        return
+    num_pages, page_size = k_NCGK.shape[:2]
     wrong_BP = _used(page_table_BP, last_B, page_size) & ((page_table_BP < 0) | (page_table_BP >= num_pages))
     if wrong_BP.any():
         b, place = wrong_BP.nonzero()[0].tolist()
@@ -56,6 +67,30 @@ def in_order(x_NCGK: Tensor, page_table_BP: Tensor, last_B: Tensor) -> Tensor:
     # entries that are not used need not be pages
     pages_BP = page_table_BP.masked_fill(~_used(page_table_BP, last_B, x_NCGK.shape[1]), 0)
     return x_NCGK[pages_BP].flatten(1, 2)
+
+
+def windows_in_order(k1_NCGK: Tensor, page_table_BP: Tensor, size: int, stride: int) -> Tensor:
+    """Return the rows' compressed keys, (B, N, G, K), as many as the table has places for; what no row has may be anything."""
+    page_places = k1_NCGK.shape[1]
+    first = (size - 1) // stride
+    place_N = torch.arange(first, page_table_BP.shape[1] * page_places, device=page_table_BP.device)
+    # entries that are not used need not be pages
+    page_BN = page_table_BP.long().clamp(0, len(k1_NCGK) - 1)[:, place_N // page_places]
+    return k1_NCGK[page_BN, place_N % page_places]
+
+
+def check_window_pages(k1_NCGK: Tensor, k_NCGK: Tensor, stride: int, name: str) -> None:
+    """Check that compressed keys lie in the pages of the keys they are of.
+
+    Raises:
+        InputError: another number of pages, or of places in one.
+    """
+    N, page_size, G, K = k_NCGK.shape
+    if k1_NCGK.shape != (N, page_size // stride, G, K) or page_size % stride:
+        raise InputError(
+            f"{name} of keys in {N} pages of {page_size} tokens, one each {stride} tokens, have shape "
+            f"{tuple(k1_NCGK.shape)}; expected {(N, page_size // stride, G, K)}"
+        )
 
 
 def _used(page_table_BP: Tensor, last_B: Tensor, page_size: int) -> Tensor:
