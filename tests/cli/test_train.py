@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from sala.cli.progress import Display
 from sala.data import Document, train_tokenizer
-from sala.train.checkpoint import Checkpoints
-from sala.train.record import Record
+from sala.runs.checkpoint import Checkpoints
+from sala.runs.record import Record
 
 TEXT = "def read(path):\n    return open(path).read()\n" * 40
 
@@ -85,7 +85,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(sala, recipe, t
     assert sala("train", recipe, "--out", tmp_path / "run", "--set", "stages.short.steps=1").code == 0
     (tmp_path / "file").touch()
     monkeypatch.setattr(Checkpoints, "load", lambda *_: pytest.fail("a model was made"))
-    monkeypatch.setattr("sala.train.run.run_stage", lambda *_, **__: pytest.fail("a stage was trained"))
+    monkeypatch.setattr("sala.runs.stages.run_stage", lambda *_, **__: pytest.fail("a stage was trained"))
     monkeypatch.setattr("sala.data.encode._texts", lambda *_: pytest.fail("a document was read"))
     words = ("--tokenizer", "embedded-teacher")
     nowhere = Path("/proc/absent/below/out")

@@ -1,13 +1,13 @@
 """What a recipe costs: operations as torch counts them, memory that follows the mesh, hours that follow the cluster."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sala.convert import halo, planned_configs
+from sala.convert.plan import make_twins, planned_configs
+from sala.convert.transfer import own
 from sala.errors import InputError, RecipeError
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.model.families import config_from
@@ -112,17 +112,8 @@ def test_products_of_alignment_are_those_that_torch_counts(monkeypatch: pytest.M
     teacher = MiniCPMSALAForCausalLM(teacher_config).eval()
     settings, seen = Conversion(keep=Keep(count=1, method="uniform")), []
 
-    class Last:
-        loss, layer_errors = 0.0, ()
-
-    def note(model: Any, stage: Stage, *, teacher: Any) -> Any:
-        seen.append(counted(model, stage, None))
-        return Last
-
     stage = row(loss="align")
-    zero = {"score_recall": lambda model: 0.0, "score_language": lambda model: 0.0}
-    sample = SimpleNamespace(input_ids=torch.zeros(1, T, dtype=torch.long), real=None, cu_seqlens=None)
-    halo(teacher, settings, [stage], run_stage=note, sample=sample, **zero)
+    seen.append(counted(make_twins(teacher, settings, torch.Generator(), own), stage, None))
     hybrid, twins = planned_configs(teacher_config, settings)
     assert [stage_flops(stage, Networks(hybrid, teacher_config, twins)).total] == seen
 

@@ -79,7 +79,7 @@ def slow_main(world: World, folder: Path) -> str:
         patched.setenv("WORLD_SIZE", str(world.ranks))
         with start_world() as started:
             distributed_c10d._set_pg_timeout(timedelta(milliseconds=1))
-            found = started.on_main(lambda: time.sleep(0.1) or "found")
+            found = started.first(lambda: time.sleep(0.1) or "found")
             started.gather(None)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return found

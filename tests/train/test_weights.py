@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from sala.convert import halo
+from runs import small_runs as runs
 from sala.data import Document, load_tokenizer
 from sala.errors import DiskError
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.model.families import load_model
 from sala.recipe import Mesh, Optimizer
-from sala.train import RunOptions, Scorers, train
+from sala.runs import RunOptions, Scorers, run_recipe
 from sala.train.batches import read_corpus
 from sala.train.loop import run_stage
 from sala.train.parallel import Parallel, World, shadow
 from sala.train.weights import PREFIX, Weights
-from train import ranks, runs
+from train import ranks
 
 on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory as Linux tells it")
 
@@ -128,12 +128,12 @@ def conversion(world: World, given: Any, folder: Path, out: Path) -> list[float]
         taken.append(private.now() / size_of(candidate))
         return candidate.model.layers[0].self_attn.q_proj.weight[0, 0].item()
 
-    hybrid = train(
+    hybrid = run_recipe(
         given,
         out,
         tokenizer=tokenizer,
         model=teacher,
-        scorers=Scorers(halo, score, score),
+        scorers=Scorers(score, score),
         data=corpus,
         world=world,
         options=RunOptions(save_every=100),
@@ -172,7 +172,7 @@ def shared_modules(world: World, folder: Path) -> dict[str, Any]:
         both[0].load_state_dict(first.state_dict(), assign=True)
         weights.own(both)
         seen["shares"] = both[0].weight.data_ptr() == first.weight.data_ptr()
-        seen["second"], seen["files"] = tensors_of(both[1]), world.on_main(files)
+        seen["second"], seen["files"] = tensors_of(both[1]), world.first(files)
         with torch.no_grad():
             first.bias += world.rank
         world.gather(None)
@@ -184,7 +184,7 @@ def shared_modules(world: World, folder: Path) -> dict[str, Any]:
         weights.renew(dict(both.named_parameters()), dict(sharded.named_parameters()))
         seen["renewed"], seen["left"] = tensors_of(both), tensors_of(first)
         del first, sharded
-        seen["files then"] = world.on_main(files)
+        seen["files then"] = world.first(files)
     world.gather(None)
     return seen | {"files at the end": files(), "still": tensors_of(both)}
 

@@ -25,11 +25,11 @@ from sala.engine.memory import available_bytes, human_bytes
 from sala.errors import InputError, nearest
 from sala.model import MiniCPMSALAForCausalLM
 from sala.recipe import LearningRate, Mesh, Recipe, Stage
+from sala.runs.stages import StageRunner
 from sala.train import Progress, World, start_world
 from sala.train.batches import StepFeed, WindowBatch
 from sala.train.budget import Networks, model_flops, peak_flops, stage_memory
 from sala.train.parallel import PRECISIONS
-from sala.train.run import StageRunner
 
 NEXT_TOKEN, DISTILL = "next_token", "distill"
 LOSSES = (NEXT_TOKEN, DISTILL)

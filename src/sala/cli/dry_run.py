@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sala.cli.start import BUILTIN_TEACHER, load_words, naming_tokenizer, plan_data, plan_networks
+from sala.cli.start import BUILTIN_TEACHER, load_words, naming_tokenizer, plan_data
 
 if TYPE_CHECKING:
     from sala.model import MiniCPMSALAConfig
@@ -36,14 +36,14 @@ def dry_run(
         conversion without one the embedded teacher.
     tokenizer: as for the run. Of a recipe's own teacher none is known: then its data is not asked what it holds.
     """
+    from sala.runs.checks import networks_of, require_feeds
     from sala.train.budget import cluster, stage_budgets
-    from sala.train.checks import require_feeds
 
     machine = cluster(gpu, precision=recipe.precision, gpus=gpus, memory_gib=memory, mfu=mfu)
     config, source, origin = _shape(recipe, start, tokenizer)
     words = None if source is None else load_words(source)
     with naming_tokenizer(named=bool(tokenizer or start)):
-        networks = plan_networks(recipe, config, words)
+        networks = networks_of(recipe, config, words)
         data = plan_data(recipe, words)
     rows = stage_budgets(recipe, networks, machine)
     if data is not None:
@@ -64,7 +64,7 @@ def _shape(
     from sala.model.families import config_from, load_config
     from sala.model.report import check_tensors
     from sala.recipe import ConversionRecipe, TrainingRecipe
-    from sala.train import Origin
+    from sala.runs import Origin
 
     if start is None and isinstance(recipe, TrainingRecipe):
         source = tokenizer or BUILTIN_TEACHER

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sala.model import MiniCPMSALAConfig
     from sala.recipe import Recipe
     from sala.train import Data
-    from sala.train.budget import Networks
 
 BUILTIN_TEACHER = "embedded-teacher"
 
@@ -53,39 +51,6 @@ def naming_tokenizer(named: bool) -> Iterator[None]:
         raise TokenizerError(
             f"{error}. It is the tokenizer of {BUILTIN_TEACHER}, for none was named; expected --tokenizer CHECKPOINT"
         ) from error
-
-
-def plan_networks(
-    recipe: "Recipe", start: "MiniCPMSALAConfig | None", words: "PreTrainedTokenizerBase | None"
-) -> "Networks":
-    """Return the networks that the stages of a recipe run on.
-
-    start: the configuration of the teacher or of the model to train; None for a new model.
-    words: the tokenizer; None where a plan does without, and the vocabulary is taken as it is.
-
-    Raises:
-        SalaError: the recipe does not fit them.
-    """
-    from sala.convert import planned_configs
-    from sala.recipe import ConversionRecipe, TrainingRecipe
-    from sala.train.budget import Networks
-    from sala.train.checks import model_config, require_same_shape, require_trainable, require_vocabulary
-
-    if isinstance(recipe, ConversionRecipe):
-        assert start is not None
-        require_same_shape(recipe, start)
-        hybrid, twins = planned_configs(start, recipe.conversion)
-        networks = Networks(hybrid, start, twins)
-    else:
-        assert isinstance(recipe, TrainingRecipe)
-        if start is None:
-            assert words is not None
-            start = model_config(recipe, words)
-        networks = Networks(start)
-    if words is not None:
-        require_vocabulary(networks.student, words)
-    require_trainable(recipe, networks.student)
-    return networks
 
 
 def plan_data(recipe: "Recipe", words: "PreTrainedTokenizerBase | None") -> "Data | None":

@@ -8,7 +8,7 @@ import typer
 
 from sala.cli.options import Threads, prepare
 from sala.cli.progress import Display, error_console
-from sala.cli.start import BUILTIN_TEACHER, load_words, naming_tokenizer, plan_networks, require_start
+from sala.cli.start import BUILTIN_TEACHER, load_words, naming_tokenizer, require_start
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a field of the recipe. May be repeated.")
@@ -121,7 +121,7 @@ def run_options(context: typer.Context) -> Any:
         InputError: two of them exclude each other.
     """
     from sala.errors import InputError
-    from sala.train import RunOptions
+    from sala.runs import RunOptions
 
     given = context.params
     if given["save_every"] is not None and _given(context, "save_minutes"):
@@ -148,28 +148,27 @@ def run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, option
 
     start: the checkpoint to convert, or to train; None for a new model.
     """
-    from sala.convert import halo
     from sala.eval import layer_scorers
     from sala.model.checkpoint import find_checkpoint
     from sala.model.families import load_model
     from sala.recipe import ConversionRecipe
-    from sala.train import Finished, Origin, Scorers, read_data, start_world, train
+    from sala.runs import Finished, Origin, run_recipe
+    from sala.train import start_world
 
     words = load_words(tokenizer or start or BUILTIN_TEACHER)
     network: Any = None if start is None else load_model(find_checkpoint(start), dtype="stored")
-    with naming_tokenizer(named=bool(tokenizer or start)):
-        plan_networks(recipe, None if network is None else network.config, words)
-        data = read_data(recipe, words)
-    with start_world(recipe.precision) as world, Display(error_console(), quiet=not world.main) as display:
-        scorers = layer_scorers(words) if isinstance(recipe, ConversionRecipe) else None
+    with (
+        naming_tokenizer(named=bool(tokenizer or start)),
+        start_world(recipe.precision) as world,
+        Display(error_console(), quiet=not world.main) as display,
+    ):
         try:
-            train(
+            run_recipe(
                 recipe,
                 out,
                 tokenizer=words,
                 model=network,
-                scorers=None if scorers is None else Scorers(halo, scorers.recall, scorers.language),
-                data=data,
+                scorers=layer_scorers(words) if isinstance(recipe, ConversionRecipe) else None,
                 observer=display.observe,
                 say=display.say,
                 world=world,

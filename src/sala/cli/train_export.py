@@ -19,8 +19,7 @@ def train_export(
 ) -> None:
     """Write the model of a run's newest checkpoint as a Hugging Face folder; the run goes on undisturbed."""
     prepare(threads)
-    from sala.convert import halo
-    from sala.train import export
+    from sala.runs import export
 
-    export(run, out, halo=halo, resume=resume.value)
+    export(run, out, resume=resume.value)
     typer.echo(out)

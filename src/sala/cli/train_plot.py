@@ -15,7 +15,7 @@ def train_plot(
     ] = None,
 ) -> None:
     """Draw a run: loss of each stage, learning rate, gradient norm and tokens/s against tokens."""
-    from sala.train.plot import plot_run
+    from sala.runs.plot import plot_run
 
     target = out or run / "training.png"
     plot_run(run, target)

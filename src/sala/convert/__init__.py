@@ -1,7 +1,8 @@
-"""HALO: a pretrained Transformer becomes a hybrid of linear and sparse attention."""
+"""Converting a pretrained Transformer: its weights as a hybrid's, linear twins, and the choice of layers."""
 
 from sala.convert.bootstrap import Bootstrap, Outcomes, bootstrap
-from sala.convert.halo import Remember, Report, halo, planned_configs
+from sala.convert.choose import Scorers
+from sala.convert.plan import planned_configs
 from sala.convert.select import LayerScores, importance, read_scores, select
 from sala.convert.selection import Selection, plot_selection
 
@@ -9,11 +10,9 @@ __all__ = [
     "Bootstrap",
     "LayerScores",
     "Outcomes",
-    "Remember",
-    "Report",
+    "Scorers",
     "Selection",
     "bootstrap",
-    "halo",
     "importance",
     "planned_configs",
     "plot_selection",

@@ -26,8 +26,9 @@ from sala.model import MiniCPMSALAConfig
 from sala.model.checkpoint import find_checkpoint
 from sala.model.families import load_config, load_model
 from sala.recipe import TrainingRecipe, load_recipe, parse_recipe
-from sala.train import Progress, train
-from sala.train.folder import FINAL
+from sala.runs import run_recipe
+from sala.runs.identity import FINAL
+from sala.train import Progress
 
 logger = logging.getLogger("sala.demo.controls")
 
@@ -141,7 +142,7 @@ def _run(control: Control, recipe: str, teacher: str, plan: Plan, folder: Path, 
         training = control_recipe(recipe, control.seed)
         resolved = training.resolved
         if not (folder / FINAL).is_dir():
-            train(training, folder, tokenizer=tokenizer, model=model, observer=_steps(observer))
+            run_recipe(training, folder, tokenizer=tokenizer, model=model, observer=_steps(observer))
         model = load_model(folder / FINAL, dtype=torch.float32)
     ground, models = read_ground(tokenizer), {TEACHER: model}
     return {

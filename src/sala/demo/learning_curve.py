@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from sala.bench import environment
-from sala.convert import halo
 from sala.data import load_tokenizer
 from sala.demo.measure import TEACHER, measure_language, read_ground, variants
 from sala.demo.plots import INK, save_plot
@@ -26,9 +25,10 @@ from sala.errors import InputError, RecipeError, require_writable
 from sala.eval import layer_scorers, text_loss
 from sala.model.checkpoint import find_checkpoint
 from sala.model.families import load_model
-from sala.recipe import ConversionRecipe, TrainingRecipe, load_recipe
-from sala.train import Progress, Scorers, read_data
-from sala.train.run import StageRunner, make_model
+from sala.recipe import ConversionRecipe, Stage, TrainingRecipe, load_recipe
+from sala.runs import make_model
+from sala.runs.stages import StageRunner
+from sala.train import Progress, read_data
 
 logger = logging.getLogger("sala.demo.learning_curve")
 
@@ -62,15 +62,13 @@ def learning_curve(recipe: ConversionRecipe, teacher: str = EMBEDDED_TEACHER, wi
         points.append({"stage": stage, "tokens": tokens, "loss": loss})
         logger.info("%s, %s tokens: %.4f", stage, f"{tokens:,}", loss)
 
-    def watched(*arguments: Any, run_stage: Any, **keywords: Any) -> Any:
-        def run(model: Any, stage: Any, *, teacher: Any) -> Any:
+    class Watched(StageRunner):
+        def __call__(self, model: Any, stage: Stage, *, teacher: Any = None) -> Progress:
             if stage.loss != "align":
                 trained.append(model)
                 if not points:
                     look(stage.name)
-            return run_stage(model, stage, teacher=teacher)
-
-        return halo(*arguments, run_stage=run, **keywords)
+            return super().__call__(model, stage, teacher=teacher)
 
     sizes = {stage.name: stage.batch * stage.length for stage in recipe.stages}
 
@@ -81,11 +79,9 @@ def learning_curve(recipe: ConversionRecipe, teacher: str = EMBEDDED_TEACHER, wi
         if trained and (progress.step == progress.steps or tokens - last >= EVERY * planned):
             look(progress.stage)
 
-    scorers = layer_scorers(tokenizer)
-    runner = StageRunner(recipe, read_data(recipe, tokenizer), note)
-    hybrid, report = make_model(
-        recipe, model, Scorers(watched, scorers.recall, scorers.language), runner, say=logger.info
-    )
+    runner = Watched(recipe, read_data(recipe, tokenizer), note)
+    hybrid, report = make_model(model, runner, layer_scorers(tokenizer), say=logger.info)
+    assert report is not None
     models = {TEACHER: model} | variants(hybrid)
     return {
         "seed": recipe.seed,

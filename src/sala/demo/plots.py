@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
 from sala.demo.measure import HYBRID_FULL, HYBRID_SPARSE, TEACHER
-from sala.train.record import smooth
+from sala.runs.record import smooth
 
 # colours that people with any colour vision tell apart (Okabe and Ito), and a marker each for print
 STYLES: dict[str, dict[str, Any]] = {

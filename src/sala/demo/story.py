@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sala.bench import environment, latency, peak_memory
-from sala.convert import halo
 from sala.data import load_tokenizer
 from sala.demo.folder import RESULTS, report_folder
 from sala.demo.measure import (
@@ -39,8 +38,10 @@ from sala.eval.retrieval import EVALUATION_SEED
 from sala.model.checkpoint import find_checkpoint, output_folder, read_json
 from sala.model.families import load_model
 from sala.recipe import ConversionRecipe, load_recipe
-from sala.train import Progress, Scorers, read_data
-from sala.train.run import StageRunner, make_model, write_final
+from sala.runs import make_model
+from sala.runs.final import write_final
+from sala.runs.stages import StageRunner
+from sala.train import Progress, read_data
 
 EMBEDDED_TEACHER = "embedded-teacher"
 
@@ -151,10 +152,10 @@ def convert(
             )
         )
 
-    scorers, data = layer_scorers(tokenizer), read_data(recipe, tokenizer)
+    data = read_data(recipe, tokenizer)
     runner = StageRunner(recipe, data, watch)
     # in memory: an interrupted demo begins anew
-    hybrid, report = make_model(recipe, model, Scorers(halo, scorers.recall, scorers.language), runner, say=say)
+    hybrid, report = make_model(model, runner, layer_scorers(tokenizer), say=say)
     with output_folder(out) as folder:
         write_final(folder, hybrid, report, tokenizer, recipe, data, steps, None)
     shown = ("stage", "step", "loss", "tokens_per_s")

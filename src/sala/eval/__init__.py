@@ -6,12 +6,11 @@ from sala.eval.language import copy_accuracy, text_loss
 from sala.eval.needle import NeedleResult, NeedlesResult, find_needle, find_needles, needle_document
 from sala.eval.reading import logits_at
 from sala.eval.retrieval import DepthBin, RetrievalPoint, retrieval
-from sala.eval.scores import LayerScorers, layer_scorers
+from sala.eval.scores import layer_scorers
 
 __all__ = [
     "BlockCount",
     "DepthBin",
-    "LayerScorers",
     "NeedleResult",
     "NeedlesResult",
     "RetrievalPoint",

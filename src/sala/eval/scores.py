@@ -1,6 +1,6 @@
 """The two scores that HALO chooses layers by, for any tokenizer: recall of a needle, and prediction of short text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sala.convert import Scorers
 from sala.data import (
     Document,
     Vocabulary,
@@ -31,18 +32,6 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class LayerScorers:
-    """model -> the outcome of every item, the same items in the same order for every model.
-
-    recall: 1 for every question that was answered right, else 0. language: for every piece of text, the share of its
-    tokens that were predicted right. Both run on the device that the model is on.
-    """
-
-    recall: Callable[[Any], tuple[float, ...]]
-    language: Callable[[Any], tuple[float, ...]]
-
-
-@dataclass(frozen=True, slots=True)
 class Reading:
     """One document (T,), and the tokens (Q, A) that are right after its indices (Q, A)."""
 
@@ -58,8 +47,11 @@ def layer_scorers(
     questions: int = 128,
     windows: int = 16,
     documents: list[Document] | None = None,
-) -> LayerScorers:
-    """Return the scores for models with this tokenizer, on documents of the validation split.
+) -> Scorers:
+    """Return the scores for models with this tokenizer, on documents of the validation split and the model's device.
+
+    Recall is 1 for every question that was answered right, else 0; language is, for every piece of text, the share of its
+    tokens that were predicted right.
 
     With the embedded tokenizer recall is that of `retrieval`, in text and in noise, half of the questions each, at least
     and in whole documents. Another tokenizer gets sentences about numbers hidden in the same text, an answer being right
@@ -82,7 +74,7 @@ def layer_scorers(
     def language(model: Any) -> tuple[float, ...]:
         return tuple(predicted(model, tokens_T) for tokens_T in pieces)
 
-    return LayerScorers(recall, language)
+    return Scorers(recall, language)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +14,6 @@ from sala.model.config import FULL_ROWS, SPARSE_ROWS, MiniCPMSALAConfig
 from sala.model.infllm import SparseAttention
 from sala.model.latent import LatentAttention, SparseLatentAttention
 from sala.model.lightning import LightningAttention
-
-if TYPE_CHECKING:
-    from sala.model.decoder import MiniCPMSALAForCausalLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +36,7 @@ def new_cache(config: MiniCPMSALAConfig, reserve: int = 0) -> SalaCache:
     return SalaCache([MIXERS[name].cache(config, reserve) for name in config.mixer_types])
 
 
-def reconfigured(model: "MiniCPMSALAForCausalLM", **changes: Any) -> "MiniCPMSALAForCausalLM":
+def reconfigured(model: Any, **changes: Any) -> Any:
     """Return a model on the same parameter tensors with other values of fields that own no parameters.
 
     Raises:
@@ -59,7 +56,7 @@ def reconfigured(model: "MiniCPMSALAForCausalLM", **changes: Any) -> "MiniCPMSAL
     return view.train(model.training)
 
 
-def with_mixers(model: "MiniCPMSALAForCausalLM", mixer_types: Sequence[str]) -> "MiniCPMSALAForCausalLM":
+def with_mixers(model: Any, mixer_types: Sequence[str]) -> Any:
     """Return a model on the same parameter tensors whose layers are of other kinds.
 
     Full and block-sparse attention have the same parameters, so switching selection on or off is another tuple.

@@ -24,6 +24,7 @@ from sala.recipe import Mesh
 from sala.train.context import GroupContext
 
 Module = TypeVar("Module", bound=nn.Module)
+Result = TypeVar("Result")
 
 CPU = torch.device("cpu")
 # ranks wait for one that scores a candidate, measures, or writes the model; a sum over ranks has a limit of its own, torch's
@@ -72,18 +73,26 @@ class World:
             dist.all_reduce(numbers)
         return numbers.tolist()
 
-    def on_main(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on rank 0 while the others wait; its result, or its error, is every rank's."""
-        outcome: tuple[Any, BaseException | None] = (None, None)
-        if self.main:
-            try:
-                outcome = action(), None
-            except Exception as error:
-                outcome = None, error
-        result, failure = self.agree(outcome)
-        if failure is not None:
-            raise failure
+    def all(self, fact: bool) -> bool:
+        """Return whether `fact` holds on every rank."""
+        return self.sum([not fact]) == [0]
+
+    def each(self, action: Callable[[], Result]) -> Result:
+        """Return what `action` returns on this rank, once it is done on all; an error of one rank is every rank's."""
+        result: Any = None
+        failure: Exception | None = None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        for one in self.gather(failure):
+            if one is not None:
+                raise one
         return result
+
+    def first(self, action: Callable[[], Result]) -> Result:
+        """Run `action` on rank 0 while the others wait; its result, or its error, is every rank's."""
+        return self.agree(self.each(action if self.main else _nothing))
 
     def parallel(self, mesh: Mesh, precision: str, place: str = "", field: str = "mesh") -> "Parallel":
         """Return how the processes share a stage; `field` is where its recipe has the mesh.
@@ -103,6 +112,10 @@ class World:
                 f"precision {precision!r} needs a process group; expected a run inside of start_world({precision!r}), or float32"
             )
         return Parallel(self, mesh, PRECISIONS[precision])
+
+
+def _nothing() -> Any:
+    """What ranks do while rank 0 works."""
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import mmap
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -15,7 +15,6 @@ from sala.errors import DiskError, writing
 from sala.train.parallel import CPU, ONE_PROCESS, World, whole
 
 Module = TypeVar("Module", bound=nn.Module)
-Result = TypeVar("Result")
 
 PREFIX = ".weights-"
 # bytes: tensors begin where torch begins its own, for its kernels may add up in another order elsewhere
@@ -77,8 +76,8 @@ class Weights:
         gathered: Iterator[Tensor] = (whole(numbers[name].detach()).to(CPU, torch.float32) for name in parameters)
         if self.folder is not None and parameters:
             path = self.folder / f"{PREFIX}{self.world.agree(uuid4().hex)}"
-            self._each(lambda: self._write(path, gathered))
-            gathered = iter(self._each(lambda: self._map(path, [p.shape for p in parameters.values()])))
+            self.world.each(lambda: self._write(path, gathered))
+            gathered = iter(self.world.each(lambda: self._map(path, [p.shape for p in parameters.values()])))
         for parameter, tensor in zip(parameters.values(), gathered, strict=True):
             parameter.data = tensor
 
@@ -116,18 +115,6 @@ class Weights:
         start = tensors[0].data_ptr()
         self._mapped[mapping] = range(start, start + len(mapping))
         return tensors
-
-    def _each(self, action: Callable[[], Result]) -> Result:
-        """Return `action()`; a DiskError of one rank is raised on all."""
-        result, failure = None, None
-        try:
-            result = action()
-        except DiskError as error:
-            failure = error
-        for one in self.world.gather(failure):
-            if one is not None:
-                raise one
-        return result  # type: ignore[return-value]
 
 
 def remove_files(folder: Path) -> None:

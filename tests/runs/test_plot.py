@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from sala.runs.plot import draw
 from sala.train.loop import Progress
-from sala.train.plot import draw
 
 
 def stage(index: int, name: str, steps: int, **changes: Any) -> list[dict[str, Any]]:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sala.convert import halo
 from sala.data import Document, train_tokenizer
 from sala.model.families import load_model
 from sala.recipe import load_recipe
-from sala.train import Scorers, read_corpus, train
+from sala.runs import Scorers, run_recipe
+from sala.train import read_corpus
 
 TEXT = "def read(path):\n    return open(path).read()\n" * 40
 
@@ -20,16 +20,16 @@ def test_a_conversion_writes_what_it_returns(
     teacher_of: Callable, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # as on a GPU that is known: every stage counts its operations, alignment too
-    monkeypatch.setattr("sala.train.run.peak_flops", lambda device, precision: 1e12)
+    monkeypatch.setattr("sala.runs.stages.peak_flops", lambda device, precision: 1e12)
     tokenizer = train_tokenizer([Document("a.py", TEXT)], vocab_size=300)
     teacher = teacher_of(family, vocab_size=len(tokenizer))
     recipe = load_recipe("smoke")
     seen: list[tuple[str, int]] = []
-    hybrid = train(
+    hybrid = run_recipe(
         recipe,
         tmp_path / "run",
         model=teacher,
-        scorers=Scorers(halo, lambda model: 0.5, lambda model: 0.5),
+        scorers=Scorers(lambda model: 0.5, lambda model: 0.5),
         tokenizer=tokenizer,
         data=read_corpus(tokenizer, [Document("a.py", TEXT)]),
         observer=lambda progress: seen.append((progress.stage, progress.step)),

@@ -16,11 +16,13 @@ from sala.errors import CheckpointError, InputError, RecipeError, SalaError
 from sala.model.checkpoint import read_tensors
 from sala.model.families import load_config, load_model
 from sala.recipe import ConversionRecipe, TrainingRecipe, load_recipe, override, parse_recipe
+from sala.runs.checks import require_same_shape
+from sala.runs.identity import Finished
+from sala.runs.run import Scorers, new_model
+from sala.runs.run import run_recipe as train
+from sala.runs.stages import sample
+from sala.runs.start import Origin
 from sala.train.batches import Corpus, StepFeed, WindowBatch, read_corpus
-from sala.train.checks import require_same_shape
-from sala.train.folder import Finished
-from sala.train.run import Scorers, new_model, sample, train
-from sala.train.start import Origin
 
 TEXT = "def read(path):\n    return open(path).read()\n" * 40
 MODEL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
@@ -150,8 +152,8 @@ def test_a_stage_switches_block_selection_on_and_off(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr("sala.train.run.run_stage", lambda model, *_, **__: seen.append(model.config.mixer_types))
-    monkeypatch.setattr("sala.train.run.read_metrics", lambda folder: [])
+    monkeypatch.setattr("sala.runs.stages.run_stage", lambda model, *_, **__: seen.append(model.config.mixer_types))
+    monkeypatch.setattr("sala.runs.run.read_metrics", lambda folder: [])
     sparse = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8, "window_size": 16, "topk": 2, "dense_len": 32}
     fields = {"mixer_types": ["attention", "lightning-attn"], "sparse_config": sparse}
     values = training_recipe().resolved
@@ -180,10 +182,18 @@ def test_a_teacher_of_another_shape_is_refused(
             load_recipe("halo-qwen3-1.7b", ["mesh={}", "precision=float32"]),
             tmp_path / "hybrid",
             model=teacher,
-            scorers=Scorers(lambda *_, **__: None, lambda model: 0.0, lambda model: 0.0),
+            scorers=Scorers(lambda model: 0.0, lambda model: 0.0),
             tokenizer=tokenizer,
             data=corpus,
         )
+
+
+def a_teacher(tokenizer: PreTrainedTokenizerFast) -> Any:
+    return new_model(training_recipe().model_copy(update={"model": MODEL | {"attn_use_output_gate": False}}), tokenizer)
+
+
+def never(model: Any) -> float:
+    pytest.fail("a conversion began")
 
 
 def smoke() -> ConversionRecipe:
@@ -202,7 +212,7 @@ def test_latent_keys_that_cannot_be_frozen_are_refused_before_alignment(
     recipe = smoke()
     *first, last = recipe.stages
     frozen = recipe.model_copy(update={"stages": (*first, last.model_copy(update={"freeze_qk": True}))})
-    scorers = Scorers(lambda *_, **__: pytest.fail("a conversion began"), lambda model: 0.0, lambda model: 0.0)
+    scorers = Scorers(never, never)
     with pytest.raises(SalaError, match="freeze_qk: latent attention makes keys and values in one projection"):
         train(frozen, tmp_path / "run", model=teacher, scorers=scorers, tokenizer=tokenizer, data=corpus)
     assert not (tmp_path / "run").exists()
@@ -224,9 +234,9 @@ def test_what_is_measured_on_is_packed_as_what_is_trained_on(corpus: Corpus) -> 
 def test_weights_that_are_not_finite_are_the_teacher_s(
     number: float, named: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
 ) -> None:
-    teacher = new_model(training_recipe(), tokenizer)
+    teacher = a_teacher(tokenizer)
     teacher.model.layers[1].mlp.up_proj.weight.data[3, 0] = number
-    scorers = Scorers(lambda *_, **__: pytest.fail("a conversion began"), lambda model: 0.0, lambda model: 0.0)
+    scorers = Scorers(never, never)
     given: dict[str, Any] = {"tokenizer": tokenizer, "data": corpus, "origin": Origin("mine")}
     message = f"'mine': tensor 'model.layers.1.mlp.up_proj.weight' {named}; expected finite weights"
     with pytest.raises(CheckpointError, match=f"^the teacher {message}"):
@@ -240,9 +250,9 @@ def test_weights_that_are_not_finite_are_the_teacher_s(
 def test_logits_that_are_not_finite_are_the_teacher_s(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
 ) -> None:
-    teacher = new_model(training_recipe(), tokenizer)
+    teacher = a_teacher(tokenizer)
     teacher.lm_head.weight.data.fill_(3e38)
-    scorers = Scorers(lambda *_, **__: pytest.fail("a conversion began"), lambda model: 0.0, lambda model: 0.0)
+    scorers = Scorers(never, never)
     with pytest.raises(
         CheckpointError, match="^the teacher: the weights are finite, and the logits computed in float32"
     ):
@@ -266,7 +276,7 @@ def test_another_tokenizer_trains_on_text_alone() -> None:
 def test_utilisation_is_shown_where_the_peak_is_known(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sala.train.run.peak_flops", lambda device, precision: 1e12)
+    monkeypatch.setattr("sala.runs.stages.peak_flops", lambda device, precision: 1e12)
     train(training_recipe(), tmp_path / "run", tokenizer=tokenizer, data=corpus)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < row["mfu"] < 1 for row in rows)

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from sala.recipe import load_recipe
-from sala.train.card import model_card, versions
+from sala.runs.card import model_card, versions
 from sala.train.loop import Progress
 
 RECIPE = load_recipe("smoke").resolved

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from runs import small_runs as runs
 from sala.recipe import parse_recipe
 from sala.train.weights import PREFIX
-from train import ranks, runs
+from train import ranks
 
 
 @pytest.fixture(scope="module")

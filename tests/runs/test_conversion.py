@@ -2,60 +2,85 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from sala.convert import halo
-from sala.convert.halo import num_kept
+from sala.convert import Scorers
+from sala.convert.choose import num_kept
 from sala.errors import ConfigError, RecipeError
 from sala.model import with_mixers
+from sala.recipe import Conversion, Keep, Stage, parse_recipe
+from sala.runs.conversion import convert as convert_by
+from sala.train.batches import StepFeed, WindowBatch
+from sala.train.parallel import ONE_PROCESS
+from sala.train.weights import PRIVATE
 
 IDS = torch.arange(2 * 24).view(2, 24) % 50
-SAMPLE = SimpleNamespace(input_ids=IDS, real=None, cu_seqlens=None)
+SAMPLE = WindowBatch(IDS, torch.ones(2, 24), ("", ""))
 SPARSE = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8, "window_size": 8, "topk": 2, "dense_len": 8}
+NUMBERS = {"length": 24, "batch": 1, "steps": 1, "learning_rate": {"peak": 1.0}, "data": {"text": 1}}
+QUARTER = Keep(fraction=0.25)
 
 
-@dataclass
-class Keep:
-    fraction: float | None = 0.25
-    count: int | None = None
-    layers: tuple[int, ...] | None = None
-    method: str = "halo"
-    first_last: bool = False
-    epsilon: float = 1e-3
+def settings(keep: Keep = QUARTER, **changes: Any) -> Conversion:
+    return Conversion(**{"keep": keep, "gate_init": "open", "sparse": SPARSE} | changes)
 
 
-@dataclass
-class Settings:
-    keep: Keep = field(default_factory=Keep)
-    attention_rope: bool = False
-    lightning_rope: bool = True
-    gate_init: str = "open"
-    output_norm_init: str = "ones"
-    logits_scaling: float | None = None
-    sparse: Any = field(default_factory=lambda: SimpleNamespace(model_dump=lambda: dict(SPARSE)))
+def stage(name: str, loss: str, **changes: Any) -> Stage:
+    return Stage(name=name, loss=loss, **NUMBERS, **changes)
 
 
-@dataclass
-class Stage:
-    name: str
-    loss: str
-    sparse: bool = False
-    logits_scaling: bool = False
+class Notes:
+    """Remembers in JSON text, as a file would."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        if name not in self.texts:
+            self.texts[name] = json.dumps(compute())
+        return json.loads(self.texts[name])
+
+    def each(self, name: str, count: int, compute: Callable[[int], Any]) -> list[Any]:
+        return [self.once(f"{name}-{index}", lambda index=index: compute(index)) for index in range(count)]
 
 
-def convert(teacher: Any, settings: Settings, stages: list[Stage] = [], **changes: Any) -> tuple[Any, Any]:  # noqa: B006
-    arguments = {
-        "run_stage": lambda model, stage, *, teacher: SimpleNamespace(loss=1.0, layer_errors=()),
-        "score_recall": lambda model: 0.0,
-        "score_language": lambda model: 0.0,
-        "sample": SAMPLE,
-    }
-    return halo(teacher, settings, stages, **(arguments | changes))
+class Runner:
+    """A runner whose training is passed in."""
+
+    def __init__(self, recipe: Any, run_stage: Callable[..., Any], sample: WindowBatch):
+        self.recipe, self.run_stage = recipe, run_stage
+        self.data = SimpleNamespace(feed=lambda stage, seed: StepFeed(lambda step: sample))
+        self.world, self.weights = ONE_PROCESS, PRIVATE
+
+    def __call__(self, model: Any, stage: Stage, *, teacher: Any = None) -> Any:
+        return self.run_stage(model, stage, teacher=teacher)
+
+
+def trained(model: Any, stage: Stage, *, teacher: Any) -> Any:
+    return SimpleNamespace(loss=1.0, layer_errors=())
+
+
+def convert(
+    teacher: Any,
+    conversion: Conversion,
+    stages: Any = (),
+    *,
+    run_stage: Callable[..., Any] = trained,
+    recall: Callable[[Any], Any] = lambda model: 0.0,
+    language: Callable[[Any], Any] = lambda model: 0.0,
+    measured: Any = None,
+    sample: WindowBatch = SAMPLE,
+    seed: int = 0,
+    **changes: Any,
+) -> tuple[Any, Any]:
+    rows = [row.model_dump() for row in stages or [stage("distill", "distill")]]
+    recipe = parse_recipe({"name": "tiny", "seed": seed, "conversion": conversion.model_dump(), "stages": rows})
+    runner: Any = Runner(recipe, run_stage, sample)
+    return convert_by(teacher, runner, Scorers(recall, language), measured=measured or Notes(), **changes)
 
 
 def test_scores_choose_the_layer_and_the_report_says_why(teacher_of: Callable, any_family: str) -> None:
@@ -67,7 +92,7 @@ def test_scores_choose_the_layer_and_the_report_says_why(teacher_of: Callable, a
         assert len(swapped) == 1, "one layer at a time"
         return {0: 0.9, 1: 0.2, 2: 0.8, 3: 0.9}[swapped[0]]
 
-    hybrid, report = convert(teacher, Settings(), score_recall=recall)
+    hybrid, report = convert(teacher, settings(), recall=recall)
     assert report.kept == (1,)
     sparse = "latent-minicpm4" if any_family == "minicpm3" else "minicpm4"
     assert report.mixer_types == ("lightning-attn", sparse, "lightning-attn", "lightning-attn")
@@ -86,12 +111,12 @@ def test_each_stage_trains_the_model_it_asks_for_and_all_the_same_parameters(tea
         return SimpleNamespace(loss=1.0, layer_errors=())
 
     stages = [
-        Stage("align", "align"),
-        Stage("distill", "distill"),
-        Stage("long", "next_token", sparse=True, logits_scaling=True),
+        stage("align", "align"),
+        stage("distill", "distill"),
+        stage("long", "next_token", sparse=True, logits_scaling=True),
     ]
-    settings = Settings(keep=Keep(fraction=None, count=2), logits_scaling=16)
-    hybrid, report = convert(teacher, settings, stages, run_stage=run_stage)
+    wanted = settings(keep=Keep(count=2), logits_scaling=16)
+    hybrid, report = convert(teacher, wanted, stages, run_stage=run_stage)
     assert [row[:3] for row in seen] == [
         ("align", "Twins", False),
         ("distill", "MiniCPMSALAForCausalLM", True),
@@ -111,19 +136,19 @@ def test_each_stage_trains_the_model_it_asks_for_and_all_the_same_parameters(tea
 
 def test_open_gates_cost_nothing_and_positions_cost_something(teacher_of: Callable, any_family: str) -> None:
     teacher = teacher_of(any_family)
-    _, report = convert(teacher, Settings())
+    _, report = convert(teacher, settings())
     assert report.step_zero["gates"] == pytest.approx(0, abs=1e-5)
     assert report.step_zero["positions"] > 1e-4
     assert report.step_zero["linear_layers"] > 1e-4
 
-    _, report = convert(teacher, Settings(gate_init="random", attention_rope=True))
+    _, report = convert(teacher, settings(gate_init="random", attention_rope=True))
     assert report.step_zero["gates"] > 1e-4
     assert report.step_zero["positions"] == pytest.approx(0, abs=1e-5)
 
 
 def test_the_divergence_at_step_zero_is_that_of_the_hybrid(teacher_of: Callable) -> None:
     teacher = teacher_of()
-    hybrid, report = convert(teacher, Settings(logits_scaling=None))
+    hybrid, report = convert(teacher, settings(logits_scaling=None))
     dense = [kind.replace("minicpm4", "attention") for kind in hybrid.config.mixer_types]
     with torch.no_grad():
         target = teacher(IDS, use_cache=False).logits.log_softmax(-1)
@@ -133,12 +158,11 @@ def test_the_divergence_at_step_zero_is_that_of_the_hybrid(teacher_of: Callable)
 
 
 def test_what_is_measured_of_a_document_does_not_know_its_neighbours(teacher_of: Callable) -> None:
-    settings = Settings(output_norm_init="measured")
-    ends = torch.tensor([0, 24, 48, 53], dtype=torch.int32)
+    wanted = settings(output_norm_init="measured")
     # the last five tokens are padding
     ids = torch.cat([IDS.flatten(), torch.arange(5)])[None]
-    packed = SimpleNamespace(input_ids=ids, real=torch.arange(53)[None] < 48, cu_seqlens=ends)
-    apart, together = (convert(teacher_of(), settings, sample=sample) for sample in (SAMPLE, packed))
+    packed = WindowBatch(ids, torch.ones(1, 53), ("",), ((24, 48, 53),), torch.arange(53)[None] >= 48)
+    apart, together = (convert(teacher_of(), wanted, sample=sample) for sample in (SAMPLE, packed))
     assert together[1].step_zero == pytest.approx(apart[1].step_zero, rel=1e-3)
     for ours, theirs in zip(together[0].parameters(), apart[0].parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -146,12 +170,12 @@ def test_what_is_measured_of_a_document_does_not_know_its_neighbours(teacher_of:
 
 def test_a_teacher_with_gates_is_refused(teacher_of: Callable) -> None:
     with pytest.raises(ConfigError, match="the teacher has output gates"):
-        convert(teacher_of(attn_use_output_gate=True), Settings())
+        convert(teacher_of(attn_use_output_gate=True), settings())
 
 
 def test_rope_stays_when_the_ablation_asks(teacher_of: Callable) -> None:
-    assert convert(teacher_of(), Settings())[0].config.attn_use_rope is False
-    assert convert(teacher_of(), Settings(attention_rope=True))[0].config.attn_use_rope is True
+    assert convert(teacher_of(), settings())[0].config.attn_use_rope is False
+    assert convert(teacher_of(), settings(attention_rope=True))[0].config.attn_use_rope is True
 
 
 def test_linear_layers_and_their_twins_go_without_rope_when_the_ablation_asks(teacher_of: Callable) -> None:
@@ -162,7 +186,7 @@ def test_linear_layers_and_their_twins_go_without_rope_when_the_ablation_asks(te
         return SimpleNamespace(loss=1.0, layer_errors=())
 
     for wanted in (True, False):
-        hybrid, _ = convert(teacher_of(), Settings(lightning_rope=wanted), [Stage("align", "align")], run_stage=watch)
+        hybrid, _ = convert(teacher_of(), settings(lightning_rope=wanted), [stage("align", "align")], run_stage=watch)
         assert hybrid.config.lightning_use_rope is wanted
         assert all(twin.use_rope is wanted for twin in seen.pop().twins)
     with torch.no_grad():
@@ -170,30 +194,15 @@ def test_linear_layers_and_their_twins_go_without_rope_when_the_ablation_asks(te
 
 
 def test_all_layers_can_be_linear(teacher_of: Callable) -> None:
-    hybrid, report = convert(teacher_of(), Settings(keep=Keep(method="none")))
+    hybrid, report = convert(teacher_of(), settings(keep=Keep(method="none")))
     assert set(hybrid.config.mixer_types) == {"lightning-attn"}
     assert report.kept == ()
 
 
 def test_the_same_seed_gives_the_same_hybrid(teacher_of: Callable) -> None:
-    first, again, other = (convert(teacher_of(), Settings(gate_init="random"), seed=seed)[0] for seed in (0, 0, 1))
+    first, again, other = (convert(teacher_of(), settings(gate_init="random"), seed=seed)[0] for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
-
-
-class Notes:
-    """Remembers in JSON text, as a file would."""
-
-    def __init__(self) -> None:
-        self.texts: dict[str, str] = {}
-
-    def once(self, name: str, compute: Callable[[], Any]) -> Any:
-        if name not in self.texts:
-            self.texts[name] = json.dumps(compute())
-        return json.loads(self.texts[name])
-
-    def each(self, name: str, count: int, compute: Callable[[int], Any]) -> list[Any]:
-        return [self.once(f"{name}-{index}", lambda index=index: compute(index)) for index in range(count)]
 
 
 class Checkpoints:
@@ -212,8 +221,8 @@ class Checkpoints:
         return SimpleNamespace(loss=1.0, layer_errors=())
 
 
-STAGES = [Stage("align", "align"), Stage("distill", "distill")]
-MEASURED = Settings(gate_init="random", output_norm_init="measured")
+STAGES = [stage("align", "align"), stage("distill", "distill")]
+MEASURED = settings(gate_init="random", output_norm_init="measured")
 
 
 def count_swaps(teacher: Any, seen: list[int]) -> Callable[[Any], float]:
@@ -229,8 +238,8 @@ def count_swaps(teacher: Any, seen: list[int]) -> Callable[[Any], float]:
 def test_a_conversion_that_is_started_again_measures_nothing_twice(teacher_of: Callable, family: str) -> None:
     remember, run_stage, seen = Notes(), Checkpoints(), []
     teacher = teacher_of(family)
-    known = {"remember": remember, "run_stage": run_stage}
-    first, report = convert(teacher, MEASURED, STAGES, score_recall=count_swaps(teacher, seen), **known)
+    known = {"measured": remember, "run_stage": run_stage}
+    first, report = convert(teacher, MEASURED, STAGES, recall=count_swaps(teacher, seen), **known)
     assert seen == [0, 1, 2, 3]
 
     def never(model: Any) -> float:
@@ -238,7 +247,7 @@ def test_a_conversion_that_is_started_again_measures_nothing_twice(teacher_of: C
 
     texts = dict(remember.texts)
     assert set(texts) == {"output_norms", *(f"layer_scores-{layer}" for layer in range(4)), "kept", "step_zero"}
-    again, same = convert(teacher_of(family), MEASURED, STAGES, score_recall=never, score_language=never, **known)
+    again, same = convert(teacher_of(family), MEASURED, STAGES, recall=never, language=never, **known)
     assert same == report
     assert remember.texts == texts
     assert first.state_dict().keys() == again.state_dict().keys()
@@ -248,7 +257,7 @@ def test_a_conversion_that_is_started_again_measures_nothing_twice(teacher_of: C
 def test_candidates_scored_before_are_not_scored_again(teacher_of: Callable) -> None:
     remember, seen, teacher = Notes(), [], teacher_of()
     remember.texts |= {"layer_scores-0": "[0.9, 0.5]", "layer_scores-2": "[0.0, 0.5]"}
-    _, report = convert(teacher, Settings(), remember=remember, score_recall=count_swaps(teacher, seen))
+    _, report = convert(teacher, settings(), measured=remember, recall=count_swaps(teacher, seen))
     assert seen == [1, 3]
     assert report.selection.scores.recall == (0.9, 0.1, 0.0, 0.2)
     assert report.kept == (2,)
@@ -263,11 +272,11 @@ def test_items_say_how_sure_the_choice_is(teacher_of: Callable) -> None:
         return layer
 
     arguments = {
-        "score_recall": lambda model: (1.0, 1.0, 1.0, 0.0) if layer_of(model) == 2 else (1.0,) * 4,
-        "score_language": lambda model: [(0.1, 0.3, 0.2), (0.2, 0.1, 0.3)][layer_of(model) % 2],
-        "remember": Notes(),
+        "recall": lambda model: (1.0, 1.0, 1.0, 0.0) if layer_of(model) == 2 else (1.0,) * 4,
+        "language": lambda model: [(0.1, 0.3, 0.2), (0.2, 0.1, 0.3)][layer_of(model) % 2],
+        "measured": Notes(),
     }
-    _, report = convert(teacher, Settings(), say=said.append, **arguments)
+    _, report = convert(teacher, settings(), say=said.append, **arguments)
     selection = report.selection
     assert selection.kept == report.kept == (2,)
     assert selection.scores.recall == (1, 1, 0.75, 1)
@@ -275,11 +284,11 @@ def test_items_say_how_sure_the_choice_is(teacher_of: Callable) -> None:
     assert selection.bootstrap.frequency[2] == pytest.approx(1 - 0.75**4 * 3 / 4, abs=0.04)
     assert selection.bootstrap.language_noise > selection.epsilon
     assert selection.warning in said
-    assert convert(teacher, Settings(), **arguments)[1] == report, "the resamples have a seed"
+    assert convert(teacher, settings(), **arguments)[1] == report, "the resamples have a seed"
 
 
 def test_a_mean_alone_says_nothing_of_how_sure_it_is(teacher_of: Callable) -> None:
-    _, report = convert(teacher_of(), Settings(), score_language=lambda model: (0.25, 0.75))
+    _, report = convert(teacher_of(), settings(), language=lambda model: (0.25, 0.75))
     assert report.selection.bootstrap is None
     assert report.selection.scores.language == (0.5,) * 4
 
@@ -287,13 +296,13 @@ def test_a_mean_alone_says_nothing_of_how_sure_it_is(teacher_of: Callable) -> No
 @pytest.mark.parametrize(
     ("keep", "method", "kept"),
     [
-        (Keep(method="uniform", count=2, fraction=None), "uniform", (1, 3)),
-        (Keep(layers=(3, 1), fraction=None), "layers", (1, 3)),
-        (Keep(method="none", fraction=None), "none", ()),
+        (Keep(method="uniform", count=2), "uniform", (1, 3)),
+        (Keep(layers=(3, 1)), "layers", (1, 3)),
+        (Keep(method="none"), "none", ()),
     ],
 )
 def test_a_choice_without_scores_is_recorded_too(teacher_of: Callable, keep: Keep, method: str, kept: tuple) -> None:
-    _, report = convert(teacher_of(), Settings(keep=keep))
+    _, report = convert(teacher_of(), settings(keep=keep))
     selection = report.selection
     assert (selection.method, selection.kept, selection.scores, selection.importance) == (method, kept, None, ())
 
@@ -309,10 +318,10 @@ def test_what_the_modules_start_from_is_no_matter_of_chance(teacher_of: Callable
         starts.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return SimpleNamespace(loss=1.0, layer_errors=())
 
-    convert(teacher, MEASURED, STAGES, run_stage=run_stage, remember=remember)
+    convert(teacher, MEASURED, STAGES, run_stage=run_stage, measured=remember)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    convert(teacher, MEASURED, STAGES, run_stage=run_stage, remember=remember)
+    convert(teacher, MEASURED, STAGES, run_stage=run_stage, measured=remember)
     for first, again in zip(starts[:2], starts[2:], strict=True):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
@@ -321,18 +330,18 @@ def test_what_the_teacher_does_not_have_is_refused_before_training(teacher_of: C
     def run_stage(*_: Any, **__: Any) -> Any:
         raise AssertionError("nothing may be trained")
 
-    stages = [Stage("align", "align")]
+    stages = [stage("align", "align")]
     with pytest.raises(RecipeError, match="names layer 7; the teacher has 0 to 3"):
-        convert(teacher_of(), Settings(keep=Keep(layers=(1, 7))), stages, run_stage=run_stage)
+        convert(teacher_of(), settings(keep=Keep(layers=(1, 7))), stages, run_stage=run_stage)
     with pytest.raises(RecipeError, match="keep is 9"):
-        convert(teacher_of(), Settings(keep=Keep(fraction=None, count=9)), stages, run_stage=run_stage)
-    hybrid, _ = convert(teacher_of(), Settings())
+        convert(teacher_of(), settings(keep=Keep(count=9)), stages, run_stage=run_stage)
+    hybrid, _ = convert(teacher_of(), settings())
     with pytest.raises(ConfigError, match="starts from 'attention' in every layer"):
-        convert(hybrid, Settings(), stages, run_stage=run_stage)
+        convert(hybrid, settings(), stages, run_stage=run_stage)
 
 
 def test_a_fraction_is_rounded_down_but_keeps_one() -> None:
     assert num_kept(Keep(fraction=0.25), 28) == 7
     assert num_kept(Keep(fraction=0.25), 37) == 9
     assert num_kept(Keep(fraction=0.25), 3) == 1
-    assert num_kept(Keep(fraction=None, count=5), 28) == 5
+    assert num_kept(Keep(count=5), 28) == 5

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from sala.errors import InputError
-from sala.train.record import Row, in_stages, read_metrics, short, smooth, write_whole
+from sala.runs.record import Row, in_stages, read_metrics, short, smooth, write_whole
 
 # colours that people with any colour vision tell apart (Okabe and Ito)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7a7a7a")

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from sala.convert.plan import planned_configs
 from sala.errors import RecipeError, TokenizerError, nearest
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.model.families import config_from
 from sala.model.mixers import sparse_mixers, with_mixers
 from sala.recipe import ConversionRecipe, Recipe, TrainingRecipe
 from sala.train.batches import Data
+from sala.train.budget import Networks
 from sala.train.initial import require_init
 from sala.train.loop import trainable_parameters
 
@@ -76,12 +78,30 @@ def require_vocabulary(config: MiniCPMSALAConfig, tokenizer: PreTrainedTokenizer
         )
 
 
-def require_freezable(recipe: ConversionRecipe, teacher: Any) -> None:
-    """Raise SalaError when a stage freezes queries and keys that the teacher's kept layers do not have apart."""
-    if recipe.conversion.keep.method == "none" or recipe.conversion.keep.layers == ():
-        return
-    for stage in recipe.stages:
-        trainable_parameters(teacher, "all", freeze_qk=stage.freeze_qk)
+def networks_of(recipe: Recipe, start: MiniCPMSALAConfig | None, tokenizer: PreTrainedTokenizerBase | None) -> Networks:
+    """Return the networks that the stages of a recipe run on.
+
+    start: the configuration of the teacher or of the model to train; None for a new model.
+    tokenizer: None where a plan does without, and the vocabulary is taken as it is.
+
+    Raises:
+        SalaError: the recipe does not fit them.
+    """
+    if isinstance(recipe, ConversionRecipe):
+        assert start is not None
+        require_same_shape(recipe, start)
+        hybrid, twins = planned_configs(start, recipe.conversion)
+        networks = Networks(hybrid, start, twins)
+    else:
+        assert isinstance(recipe, TrainingRecipe)
+        if start is None:
+            assert tokenizer is not None
+            start = model_config(recipe, tokenizer)
+        networks = Networks(start)
+    if tokenizer is not None:
+        require_vocabulary(networks.student, tokenizer)
+    require_trainable(recipe, networks.student)
+    return networks
 
 
 def require_trainable(recipe: Recipe, config: MiniCPMSALAConfig) -> None:

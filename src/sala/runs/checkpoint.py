@@ -1,21 +1,16 @@
 """Checkpoints of a run: staged at once, written beside the training, published by one rename, verified before use."""
 
 import fcntl
-import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -23,14 +18,23 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from sala.errors import CheckpointError, DiskError, SalaError
+from sala.runs.manifest import (
+    FORMAT,
+    MANIFEST,
+    NAME,
+    checksum,
+    order,
+    published,
+    read_manifest,
+    sync_folder,
+    verify,
+    write_manifest,
+)
+from sala.train.parallel import ONE_PROCESS, World
 
-FORMAT = 2
-MANIFEST, LOCK = "manifest.json", ".lock"
-WRITING, DELETED = ".writing-", ".deleted-"
-# "-2" and so on: the same step saved again
-_NAME = re.compile(r"step-(\d{10,})(?:-(\d+))?")
+LOCK, WRITING, DELETED = ".lock", ".writing-", ".deleted-"
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,56 +46,7 @@ class Saved:
 
     @property
     def step(self) -> int:
-        return _order(self.folder)[0]
-
-
-class _Ranks:
-    """All ranks of a run, or the one process that there is; they talk over gloo, whatever the default backend is."""
-
-    def __init__(self) -> None:
-        self.rank, self.size, self._group = 0, 1, None
-        if dist.is_available() and dist.is_initialized():
-            self.rank, self.size = dist.get_rank(), dist.get_world_size()
-            # ranks wait here for the slowest disk
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-
-    def gather(self, value: T) -> list[T]:
-        """Return everybody's value to everybody."""
-        if self._group is None:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
-    def agree(self, fact: bool) -> bool:
-        """Return whether `fact` holds on every rank."""
-        if self._group is None:
-            return fact
-        flag = torch.tensor(int(fact))
-        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self._group)
-        return bool(flag)
-
-    def each(self, what: str, work: Callable[[], T]) -> list[T]:
-        """Do `work` on every rank and return all results; an error on any rank is one error on all.
-
-        A DiskError is the system's, any other a CheckpointError.
-        """
-        value, error = None, None
-        try:
-            value = work()
-        except Exception as caught:
-            error = caught
-        answers = self.gather((value, None if error is None else _told(error)))
-        for rank, (_, told) in enumerate(answers):
-            if told is not None:
-                kind, message = told
-                where = f" on rank {rank}" if self.size > 1 else ""
-                raise kind(f"{what}{where}: {message}") from error
-        return [value for value, _ in answers]  # type: ignore[misc]
-
-    def first(self, what: str, work: Callable[[], T]) -> T:
-        """Do `work` on rank 0 and return its result on every rank; errors as in `each`."""
-        return self.each(what, work if self.rank == 0 else lambda: None)[0]  # type: ignore[return-value]
+        return order(self.folder)[0]
 
 
 class _Staging(DefaultSavePlanner):
@@ -133,8 +88,9 @@ class Checkpoints:
     """The checkpoints of one run: `folder/step-0000001200` and so on, in torch's distributed format.
 
     Every rank makes one and calls each method at the same point, with the same arguments but for the tensors ("collective").
-    With a default process group of any backend, ranks talk over a gloo group of their own, on the calling thread only; all
-    ranks see one file system. A checkpoint is written under a hidden name, checksummed, and renamed when it is complete: a
+    Ranks talk on the calling thread only, and see one file system.
+
+    A checkpoint is written under a hidden name, checksummed, and renamed when it is complete: a
     folder with a visible name is a complete checkpoint, whenever the run was killed. Reading changes nothing, so another
     process may read while a run writes.
 
@@ -142,15 +98,16 @@ class Checkpoints:
     rank writes it: what differs by rank needs a key by rank. Numbers and text go into `facts`.
 
     Args:
+        world: the processes of the run.
         keep: how many checkpoints stay, the newest.
         asynchronous: write in a thread, beside the training; else `save` returns when the checkpoint is complete.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = True):
+    def __init__(self, folder: Path, *, world: World = ONE_PROCESS, keep: int = 2, asynchronous: bool = True):
         if keep < 1:
             raise ValueError(f"keep is {keep}; expected 1 or more")
+        self.world = world
         self.folder, self.keep, self.asynchronous = Path(folder), keep, asynchronous
-        self._ranks = _Ranks()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: _Writing | None = None
         self._deletion: Future[None] | None = None
@@ -170,7 +127,7 @@ class Checkpoints:
             CheckpointError: another process saves there.
             DiskError: the folder cannot be written.
         """
-        self._ranks.first(f"{self.folder} cannot be written", self._claim)
+        self._first(f"{self.folder} cannot be written", self._claim)
 
     def save(
         self, step: int, state: Mapping[str, Any], facts: Mapping[str, Any], files: Mapping[str, bytes] | None = None
@@ -194,13 +151,13 @@ class Checkpoints:
         if self._last_step is not None and step < self._last_step:
             raise ValueError(f"step {step} is saved after step {self._last_step}")
         tensors, text = _flat(state), json.dumps(facts)
-        name = self._ranks.first(f"a checkpoint of step {step} cannot be started", partial(self._start, step))
+        name = self._first(f"a checkpoint of step {step} cannot be started", partial(self._start, step))
         folder = self.folder / f"{WRITING}{name}"
         planner, writer = _Staging(), FileSystemWriter(folder, per_thread_copy_ahead=0)
         plan = self._agree_on_plan(tensors, planner, writer)
-        self._ranks.each(f"a checkpoint of step {step} cannot be started", partial(planner.stage, plan))
-        own = (files or {}) if self._ranks.rank == 0 else {}
-        written = self._thread.submit(_write, folder, self._ranks.rank, writer, plan, planner, own)
+        self._each(f"a checkpoint of step {step} cannot be started", partial(planner.stage, plan))
+        own = (files or {}) if self.world.main else {}
+        written = self._thread.submit(_write, folder, self.world.rank, writer, plan, planner, own)
         self._writing = _Writing(step, folder, self.folder / name, text, writer, self._metadata, written)
         if not self.asynchronous:
             self.wait()
@@ -211,7 +168,7 @@ class Checkpoints:
         Raises:
             DiskError: it could not be written, on any rank. It is removed; those before it are untouched.
         """
-        if self._writing is not None and self._ranks.agree(self._writing.written.done()):
+        if self._writing is not None and self.world.all(self._writing.written.done()):
             self._finish(self._writing)
 
     def wait(self) -> None:
@@ -220,9 +177,7 @@ class Checkpoints:
             wait([self._writing.written])
             self._finish(self._writing)
         deletion, self._deletion = self._deletion, None
-        self._ranks.first(
-            f"old checkpoints in {self.folder} cannot be deleted", deletion.result if deletion else _nothing
-        )
+        self._first(f"old checkpoints in {self.folder} cannot be deleted", lambda: deletion and deletion.result())
 
     def require(self, which: Literal["newest", "previous"]) -> list[Path]:
         """Return the complete checkpoints from the oldest to the newest, none of them verified. Collective.
@@ -230,7 +185,7 @@ class Checkpoints:
         Raises:
             CheckpointError: "previous" is asked for and there is no checkpoint before the newest.
         """
-        found = self._ranks.first(f"{self.folder} cannot be read", self._published)
+        found = self._first(f"{self.folder} cannot be read", partial(published, self.folder))
         if which == "previous" and len(found) < 2:
             there = f"only {found[0].name}" if found else "no checkpoint"
             raise CheckpointError(f"--resume previous: {self.folder} holds {there}, and none before it")
@@ -250,8 +205,8 @@ class Checkpoints:
         *older, folder = found if which == "newest" else found[:-1]
         try:
             what = f"{folder} cannot be resumed from"
-            manifest = self._ranks.first(what, partial(_read_manifest, folder))
-            self._ranks.each(what, partial(_verify, folder, manifest["files"], self._ranks.rank, self._ranks.size))
+            manifest = self._first(what, partial(read_manifest, folder))
+            self._each(what, partial(verify, folder, manifest["files"], self.world.rank, self.world.ranks))
         except (CheckpointError, DiskError) as error:
             if not older:
                 advice = "there is no checkpoint before it"
@@ -276,8 +231,8 @@ class Checkpoints:
         def compare() -> set[str]:
             metadata = reader.read_metadata()
             _require_same_tensors(metadata, tensors)
-            planner.set_up_planner(tensors, metadata, is_coordinator=self._ranks.rank == 0)
-            reader.set_up_storage_reader(metadata, is_coordinator=self._ranks.rank == 0)
+            planner.set_up_planner(tensors, metadata, is_coordinator=self.world.main)
+            reader.set_up_storage_reader(metadata, is_coordinator=self.world.main)
             return metadata.state_dict_metadata.keys() - tensors.keys()
 
         def read() -> None:
@@ -285,15 +240,27 @@ class Checkpoints:
             reader.read_data(planner.finish_plan(plan), planner).wait()
 
         what = f"{saved.folder} cannot be loaded"
-        unread = set.intersection(*self._ranks.each(what, compare))
+        unread = set.intersection(*self.world.gather(self._each(what, compare)))
         if unread:
             raise CheckpointError(f"{what}: it has {_listed(unread)}, which nothing here takes")
-        self._ranks.each(what, read)
+        self._each(what, read)
         self._last_step = saved.step
 
-    def _published(self) -> list[Path]:
-        """Return the complete checkpoints from the oldest to the newest, one a step."""
-        return _published(self.folder)
+    def _each(self, what: str, work: Callable[[], Result]) -> Result:
+        """As `World.each`, with errors that say `what` failed: a DiskError of the system, or a CheckpointError."""
+        return self.world.each(partial(self._named, what, work))
+
+    def _first(self, what: str, work: Callable[[], Result]) -> Result:
+        """As `World.first`, with errors as in `_each`."""
+        return self.world.first(partial(self._named, what, work))
+
+    def _named(self, what: str, work: Callable[[], Result]) -> Result:
+        try:
+            return work()
+        except Exception as error:
+            kind, message = _told(error)
+            where = f" on rank {self.world.rank}" if self.world.ranks > 1 else ""
+            raise kind(f"{what}{where}: {message}") from error
 
     def _claim(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -305,36 +272,36 @@ class Checkpoints:
     def _start(self, step: int) -> str:
         """Make room for a checkpoint and return the name that it will have."""
         self._claim()
-        published = self._published()
-        if self._last_step is None and published and _order(published[-1])[0] > step:
+        there = published(self.folder)
+        if self._last_step is None and there and order(there[-1])[0] > step:
             raise CheckpointError(
-                f"{published[-1]} is later, and this run was not resumed; resume it, or name another folder"
+                f"{there[-1]} is later, and this run was not resumed; resume it, or name another folder"
             )
-        times = [_order(path)[1] for path in published if _order(path)[0] == step]
+        times = [order(path)[1] for path in there if order(path)[0] == step]
         name = f"step-{step:010}" + (f"-{times[0] + 1}" if times else "")
         (self.folder / f"{WRITING}{name}").mkdir()
         return name
 
     def _agree_on_plan(self, tensors: dict[str, Tensor], planner: _Staging, writer: FileSystemWriter) -> SavePlan:
         """Return what this rank writes: replicas are written once."""
-        first = self._ranks.rank == 0
+        first = self.world.main
         planner.set_up_planner(tensors, writer.storage_meta(), is_coordinator=first)
         writer.set_up_storage_writer(first)
         wanted = writer.prepare_local_plan(planner.create_local_plan())
-        if not self._ranks.agree(wanted == self._wanted):
-            plans, self._metadata = planner.create_global_plan(self._ranks.gather(wanted))
-            self._wanted, self._plan = wanted, writer.prepare_global_plan(plans)[self._ranks.rank]
+        if not self.world.all(wanted == self._wanted):
+            plans, self._metadata = planner.create_global_plan(self.world.gather(wanted))
+            self._wanted, self._plan = wanted, writer.prepare_global_plan(plans)[self.world.rank]
         return planner.finish_plan(self._plan)
 
     def _finish(self, writing: _Writing) -> None:
         self._writing = None
         what = f"the checkpoint of step {writing.step} could not be written to {self.folder}"
         try:
-            written = self._ranks.each(what, writing.written.result)
-            self._ranks.first(what, partial(self._publish, writing, written))
+            written = self.world.gather(self._each(what, writing.written.result))
+            self._first(what, partial(self._publish, writing, written))
         except (CheckpointError, DiskError):
             # the next save, of this run or another, removes what cannot be removed now
-            self._ranks.first(what, partial(shutil.rmtree, writing.folder, ignore_errors=True))
+            self._first(what, partial(shutil.rmtree, writing.folder, ignore_errors=True))
             raise
         self._last_step = writing.step
 
@@ -345,24 +312,20 @@ class Checkpoints:
         files = {name: facts for _, part in written for name, facts in part.items()}
         for path in sorted(folder.iterdir()):
             if path.name not in files:
-                files[path.name] = _checksum(path)
-        _write_manifest(folder / MANIFEST, {"format": FORMAT, "facts": json.loads(writing.facts), "files": files})
+                files[path.name] = checksum(path)
+        write_manifest(folder / MANIFEST, {"format": FORMAT, "facts": json.loads(writing.facts), "files": files})
         # later steps are a history that this run has left by resuming before them: they must never be newest again
-        later = [path for path in self._published() if _order(path)[0] > writing.step]
+        later = [path for path in published(self.folder) if order(path)[0] > writing.step]
         deleted = [self._set_aside(path) for path in later]
         folder.rename(writing.final)
-        _sync_folder(self.folder)
-        kept = {path.name for path in self._published()[-self.keep :]}
-        old = [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name) and path.name not in kept]
+        sync_folder(self.folder)
+        kept = {path.name for path in published(self.folder)[-self.keep :]}
+        old = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name) and path.name not in kept]
         deleted += [self._set_aside(path) for path in old]
         self._deletion = self._thread.submit(_delete, deleted)
 
     def _set_aside(self, path: Path) -> Path:
         return path.rename(path.with_name(f"{DELETED}{path.name}"))
-
-
-def _nothing() -> None:
-    """What ranks do that have nothing to do."""
 
 
 def _told(error: BaseException) -> tuple[type[SalaError], str]:
@@ -374,30 +337,6 @@ def _told(error: BaseException) -> tuple[type[SalaError], str]:
     text = " ".join(str(cause or error).split())
     kind = DiskError if isinstance(cause, OSError) else CheckpointError
     return kind, text if cause is not None else f"{type(error).__name__}: {text}"
-
-
-def newest_facts(folder: Path) -> dict[str, Any] | None:
-    """Return the facts of the newest complete checkpoint, which is not verified; None when there is none.
-
-    Raises:
-        CheckpointError: its manifest is damaged.
-    """
-    published = _published(folder)
-    return _read_manifest(published[-1])["facts"] if published else None
-
-
-def _published(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    folders = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return list({_order(path)[0]: path for path in sorted(folders, key=_order)}.values())
-
-
-def _order(folder: Path) -> tuple[int, int]:
-    """Return (step, how many times it has been saved) of a checkpoint's folder."""
-    found = _NAME.fullmatch(folder.name)
-    assert found is not None, folder
-    return int(found[1]), int(found[2] or 1)
 
 
 def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
@@ -447,56 +386,7 @@ def _write(
             file.flush()
             os.fsync(file.fileno())
     paths = [*sorted(folder.glob(f"__{rank}_*")), *(folder / name for name in files)]
-    return results, {path.name: _checksum(path) for path in paths}
-
-
-def _checksum(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        json.dump(manifest | {"sha256": _digest(manifest)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(path.parent)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint; CheckpointError if it is not the one that was written."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{MANIFEST} is missing") from None
-    except ValueError as error:
-        raise CheckpointError(f"{MANIFEST} is not JSON: {error}") from error
-    if not isinstance(manifest, dict) or "format" not in manifest:
-        raise CheckpointError(f"{MANIFEST} does not say its format")
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"its format is {manifest['format']!r}, and this version of sala reads format {FORMAT}")
-    expected = manifest.pop("sha256", None)
-    if expected != _digest(manifest):
-        raise CheckpointError(f"{MANIFEST} has changed: sha256 {_digest(manifest)}, and it says {expected}")
-    return manifest
-
-
-def _verify(folder: Path, files: dict[str, dict[str, Any]], rank: int, size: int) -> None:
-    """Compare this rank's share of a checkpoint's files with the manifest: all sizes, then all checksums."""
-    share = sorted(files, key=lambda name: -files[name]["bytes"])[rank::size]
-    for name in share:
-        path, expected = folder / name, files[name]["bytes"]
-        if not path.is_file():
-            raise CheckpointError(f"{name} is missing; {MANIFEST} says {expected:,} bytes")
-        if (found := path.stat().st_size) != expected:
-            raise CheckpointError(f"{name} has {found:,} bytes; {MANIFEST} says {expected:,}")
-    for name in share:
-        if (digest := _checksum(folder / name)["sha256"]) != files[name]["sha256"]:
-            raise CheckpointError(f"{name} has changed: sha256 {digest}; {MANIFEST} says {files[name]['sha256']}")
+    return results, {path.name: checksum(path) for path in paths}
 
 
 def _lock(path: Path) -> int:
@@ -513,12 +403,3 @@ def _lock(path: Path) -> int:
 def _delete(folders: list[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make names in a folder last through a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,19 +8,24 @@ from typing import Any, Literal
 
 import torch
 
+from sala.convert.choose import Scorers
 from sala.data import load_tokenizer
 from sala.errors import InputError, SalaError
 from sala.model.checkpoint import find_checkpoint, output_folder
 from sala.model.families import load_model
 from sala.recipe import Mesh, Recipe, Stage, load_recipe
+from sala.runs.checkpoint import Checkpoints, Saved
+from sala.runs.final import write_final
+from sala.runs.folder import progress_of
+from sala.runs.identity import CHECKPOINTS, MEASURED, RECIPE
+from sala.runs.measured import Measured
+from sala.runs.record import METRICS, rows_of
+from sala.runs.run import make_model, new_model
+from sala.runs.stages import StageRunner, ignore
+from sala.runs.start import START, Origin, require_same_start, start_of
 from sala.train.batches import Feed, StepFeed, WindowBatch
-from sala.train.checkpoint import Checkpoints, Saved
-from sala.train.folder import CHECKPOINTS, MEASURED, RECIPE, Measured, progress_of
 from sala.train.loop import Progress
 from sala.train.parallel import ONE_PROCESS
-from sala.train.record import METRICS, rows_of
-from sala.train.run import Scorers, StageRunner, ignore, make_model, new_model, write_final
-from sala.train.start import START, Origin, require_same_start, start_of
 
 
 class _Known(Measured):
@@ -82,16 +87,13 @@ def _while_it_is_there(checkpoint: Path | None) -> Iterator[None]:
         ) from error
 
 
-def export(
-    run: Path, out: Path, *, halo: Callable[..., Any], resume: Literal["newest", "previous"] = "newest"
-) -> Progress:
+def export(run: Path, out: Path, *, resume: Literal["newest", "previous"] = "newest") -> Progress:
     """Write the model of a run's newest checkpoint into the new folder `out`, and return the step that it is of.
 
     It takes one process, whatever the number of ranks that saved, and goes through what a run does that goes on from there:
     a conversion is made again from what the run has measured.
 
     Args:
-        halo: `sala.convert.halo`.
         resume: which checkpoint.
 
     Raises:
@@ -106,12 +108,10 @@ def export(
     chosen = published[-1 if resume == "newest" else -2] if published else None
     # the folder first: what cannot be written is known before a model is made
     with output_folder(out) as folder, _while_it_is_there(chosen):
-        return _export(run, folder, recipe, checkpoints, checkpoints.newest(resume), halo)
+        return _export(run, folder, recipe, checkpoints, checkpoints.newest(resume))
 
 
-def _export(
-    run: Path, folder: Path, recipe: Recipe, checkpoints: Checkpoints, saved: Saved | None, halo: Callable[..., Any]
-) -> Progress:
+def _export(run: Path, folder: Path, recipe: Recipe, checkpoints: Checkpoints, saved: Saved | None) -> Progress:
     if saved is None:
         raise InputError(f"the run in {str(run)!r} has saved nothing yet; wait for its first checkpoint")
     index, progress = saved.facts["stage"], progress_of(saved.facts["progress"])
@@ -128,10 +128,8 @@ def _export(
     require_same_start(there, start_of(model, origin, tokenizer, data), run)
     cut = _until(recipe, index, progress.step)
     runner = StageRunner(cut, data, ignore, kept=_Reader(checkpoints, saved))
-    scorers = Scorers(halo, _not_scored, _not_scored)
-    trained, report = make_model(
-        cut, model or new_model(recipe, tokenizer), scorers, runner, measured, lambda text: None
-    )
+    scorers = Scorers(_not_scored, _not_scored)
+    trained, report = make_model(model or new_model(recipe, tokenizer), runner, scorers, measured)
     steps = list(rows_of((saved.folder / METRICS).read_bytes()))
     write_final(folder, trained, report, tokenizer, recipe, data, steps, origin)
     return progress

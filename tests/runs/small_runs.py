@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-import sala.train
-from sala.convert import halo
+import sala.runs
 from sala.data import Document, Record, load_tokenizer, train_tokenizer, write_shards
 from sala.errors import SalaError
 from sala.model.families import load_model
 from sala.recipe import Recipe, Stage, parse_recipe
-from sala.train import Origin, RunOptions, Scorers, World, loop, train
+from sala.runs import Origin, RunOptions, Scorers, run_recipe
+from sala.runs.run import new_model
+from sala.train import World, loop
 from sala.train.batches import Data, Feed, WindowBatch, read_corpus, read_data
 from sala.train.loop import Progress
-from sala.train.run import new_model
 
 TEXT = "def read(path):\n    return open(path).read()\n" * 40
 SPARSE = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8, "window_size": 16, "topk": 2, "dense_len": 32}
@@ -214,13 +214,13 @@ def work(
         return candidate(sample, use_cache=False).logits.std().item()
 
     try:
-        train(
+        run_recipe(
             given,
             out,
             tokenizer=tokenizer,
             model=model,
             origin=Origin(str(folder)),
-            scorers=Scorers(halo, score, score),
+            scorers=Scorers(score, score),
             data=Noting(read_data(given, tokenizer) if given.sources else corpus, log, spoil if here else None),
             observer=observe,
             say=say,
@@ -261,4 +261,4 @@ def weights_of(model: Path) -> str:
 
 
 def export(world: World, run: Path, out: Path, resume: Any) -> Progress:
-    return sala.train.export(run, out, halo=halo, resume=resume)
+    return sala.runs.export(run, out, resume=resume)

@@ -15,10 +15,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sala.errors import DiskError, InputError
+from sala.runs.record import Record, short, smooth
 from sala.train import memory
 from sala.train.loop import Progress
 from sala.train.memory import peak_memory_bytes
-from sala.train.record import Record, short, smooth
 
 CONFIG = {"stages": [{"name": "align", "steps": 3}, {"name": "long", "steps": 4}]}
 

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sala.errors import CheckpointError, InputError, RecipeError, SalaError
 from sala.recipe import Recipe, load_recipe, override, parse_recipe
-from sala.train.checkpoint import Checkpoints
-from sala.train.folder import Measured, RunFolder, RunOptions, StageKeeper
+from sala.runs.checkpoint import Checkpoints
+from sala.runs.folder import Measured, RunFolder, RunOptions, StageKeeper
 from sala.train.loop import Progress
 from sala.train.parallel import ONE_PROCESS
 from train.ranks import another_process
@@ -116,12 +116,12 @@ def test_a_stage_may_change_until_it_has_begun(
     path = tmp_path / "run"
     begun(path)
     for facts in (None, {"stage": 0}):
-        monkeypatch.setattr("sala.train.folder.newest_facts", lambda folder, facts=facts: facts)
+        monkeypatch.setattr("sala.runs.identity.newest_facts", lambda folder, facts=facts: facts)
         with RunFolder(path, parse_recipe(values), START, ONE_PROCESS):
             assert parse_recipe(values) == load_recipe(path / "recipe.yaml")
         with RunFolder(path, recipe(), START, ONE_PROCESS):
             pass
-    monkeypatch.setattr("sala.train.folder.newest_facts", lambda folder: {"stage": 1})
+    monkeypatch.setattr("sala.runs.identity.newest_facts", lambda folder: {"stage": 1})
     with pytest.raises(RecipeError, match=message):
         RunFolder(path, parse_recipe(values), START, ONE_PROCESS)
 
@@ -142,7 +142,7 @@ def test_a_source_may_change_until_a_stage_that_reads_it_has_begun(
         assert folder.measured.known("start") == other
     with pytest.raises(InputError, match="drew 'text' from a of 3 documents"):
         RunFolder(path, parse_recipe(values), other | {"data": other["data"] | {"text": "d"}}, ONE_PROCESS)
-    monkeypatch.setattr("sala.train.folder.newest_facts", lambda folder: {"stage": 1})
+    monkeypatch.setattr("sala.runs.identity.newest_facts", lambda folder: {"stage": 1})
     with pytest.raises(InputError, match="drew 'later' from c of 5 documents"):
         RunFolder(path, parse_recipe(values), start, ONE_PROCESS)
 

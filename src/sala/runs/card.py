@@ -10,7 +10,7 @@ import yaml
 
 import sala
 from sala.model.report import MIXER_KINDS
-from sala.train.record import in_stages, short, smooth
+from sala.runs.record import in_stages, short, smooth
 
 LOSSES = {
     "align": "mean squared error of each layer's linear twin against the attention that it may replace",

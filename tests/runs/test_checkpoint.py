@@ -24,8 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from sala.errors import CheckpointError, DiskError
-from sala.train import checkpoint
-from sala.train.checkpoint import Checkpoints, Saved
+from sala.runs import checkpoint
+from sala.runs.checkpoint import Checkpoints, Saved
 from sala.train.parallel import World
 from train import ranks
 
@@ -394,7 +394,7 @@ def test_further_files_are_kept_and_checked(tmp_path: Path) -> None:
 def test_an_error_while_publishing_is_said_and_the_rest_stays(
     saved_twice: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_write_manifest", fail_to_write)
+    monkeypatch.setattr(checkpoint, "write_manifest", fail_to_write)
     said = (
         rf"the checkpoint of step 30 could not be written to {saved_twice.folder}: \[Errno 28\] No space left on device"
     )
@@ -484,13 +484,13 @@ def error_of(work: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
-def step_twice(folder: Path, mesh: Any) -> list[Tensor]:
+def step_twice(folder: Path, mesh: Any, world: World) -> list[Tensor]:
     """Return the weight that a sharded module has after its second step, and after resuming from its first."""
     torch.manual_seed(0)
     module = torch.nn.Linear(5, 7)
     fully_shard(module, mesh=mesh)
     optimizer = torch.optim.AdamW(module.parameters())
-    checkpoints, weights = Checkpoints(folder), []
+    checkpoints, weights = Checkpoints(folder, world=world), []
 
     def step() -> None:
         optimizer.zero_grad()
@@ -517,7 +517,7 @@ def two_ranks(world: World, folder: Path) -> dict[str, Any]:
     """Return what one of two ranks finds, for the tests below."""
     rank = world.rank
     mesh = init_device_mesh("cpu", (2,))
-    checkpoints = Checkpoints(folder / "two")
+    checkpoints = Checkpoints(folder / "two", world=world)
     for step in (10, 20):
         state = sharded(step, [Shard(0)], mesh)
         checkpoints.save(step, state, {"step": step, "rank": rank})
@@ -534,17 +534,19 @@ def two_ranks(world: World, folder: Path) -> dict[str, Any]:
         found[repr(placement)] = whole(state)
     found["facts"] = saved.facts
     replicas = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp_replicate", "dp_shard"))
-    Checkpoints(folder / "replicas", asynchronous=False).save(6, sharded(6, [Replicate(), Shard(0)], replicas), {})
+    Checkpoints(folder / "replicas", world=world, asynchronous=False).save(
+        6, sharded(6, [Replicate(), Shard(0)], replicas), {}
+    )
     found["of one"] = blank(values(0))
-    alone = Checkpoints(folder / "one")
+    alone = Checkpoints(folder / "one", world=world)
     saved_alone = alone.newest()
     assert saved_alone is not None
     alone.load(saved_alone, found["of one"])
-    found["sharded module"] = step_twice(folder / "module", mesh)
+    found["sharded module"] = step_twice(folder / "module", mesh, world)
     # a rank alone is slow
     write, event = checkpoint._write, threading.Event()
     checkpoint._write = (lambda *args: event.wait(60) and write(*args)) if rank == 1 else write
-    slow = Checkpoints(folder / "slow")
+    slow = Checkpoints(folder / "slow", world=world)
     slow.save(7, sharded(7, [Shard(0)], mesh), {})
     if rank == 0:
         assert slow._writing is not None
@@ -568,7 +570,7 @@ def two_ranks(world: World, folder: Path) -> dict[str, Any]:
         shutil.copytree(folder / "two", folder / "damaged")
         truncate(folder / "damaged" / LATER)
     dist.barrier()
-    found["damaged"] = error_of(Checkpoints(folder / "damaged").newest)
+    found["damaged"] = error_of(Checkpoints(folder / "damaged", world=world).newest)
     return found
 
 

@@ -1,0 +1,98 @@
+"""The stages of a recipe, run one by one: data, seed, optimizer, mesh and checkpoints of each."""
+
+import gc
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sala.recipe import Recipe, Stage
+from sala.runs.checks import require_feeds
+from sala.train.batches import Data, Feed
+from sala.train.budget import Networks, model_flops, peak_flops
+from sala.train.loop import Keeper, Observer, Part, Progress, part_of, run_stage
+from sala.train.parallel import ALONE, ONE_PROCESS, Parallel, World
+from sala.train.weights import PRIVATE, Weights
+
+# stages of one run draw different data: each has a seed of its own
+SEEDS_PER_RUN = 1000
+
+
+def ignore(progress: Progress) -> None:
+    """The observer that shows nothing."""
+
+
+class Kept(Protocol):
+    """The stages of a run that are done, by their last steps, and who puts back the one after them."""
+
+    @property
+    def finished(self) -> list[Progress]: ...
+
+    def keeper(self, index: int) -> Keeper: ...
+
+
+@dataclass(frozen=True)
+class StageRunner:
+    """Runs the stages of one recipe: data, seed, optimizer, mesh and keeper of each."""
+
+    recipe: Recipe
+    data: Data
+    observer: Observer
+    world: World = ONE_PROCESS
+    kept: Kept | None = None
+    weights: Weights = PRIVATE
+
+    def check(self) -> None:
+        """Raise RecipeError for what a stage cannot have, before anything is trained."""
+        meshes = [self._parallel(index).mesh for index in range(len(self.recipe.stages))]
+        require_feeds(self.recipe, self.data, [mesh.data_parallel for mesh in meshes])
+
+    def __call__(self, model: Any, stage: Stage, *, teacher: Any = None) -> Progress:
+        index = self.recipe.stages.index(stage)
+        if self.kept is not None and index < len(self.kept.finished):
+            # a later stage's checkpoint has every parameter that this one left behind
+            return self.kept.finished[index]
+        parallel = self._parallel(index)
+        progress = run_stage(
+            model,
+            stage,
+            self._feed(index, parallel),
+            optimizer=self.recipe.optimizer_of(stage),
+            observer=self.observer,
+            teacher=teacher,
+            compile_mode=self.recipe.compile,
+            parallel=parallel,
+            weights=self.weights,
+            keeper=None if self.kept is None else self.kept.keeper(index),
+            stage_index=index,
+            model_flops=self._model_flops(model, stage, teacher),
+        )
+        if not parallel.alone:
+            # what FSDP makes refers to itself: shards and optimizer states would stay until Python happens to look
+            gc.collect()
+        return progress
+
+    def _model_flops(self, model: Any, stage: Stage, teacher: Any) -> tuple[int, float] | None:
+        """Return the operations of a step and the peak of a rank, where that is known."""
+        peak = peak_flops(self.world.device, self.recipe.precision)
+        if peak is None:
+            return None
+        # linear twins stand beside their teacher, and are given none
+        teacher = getattr(model, "teacher", teacher)
+        of_teacher = None if teacher is None else teacher.config
+        return model_flops(stage, Networks(model.config, of_teacher, model.config)), peak
+
+    def _parallel(self, index: int) -> Parallel:
+        stage = self.recipe.stages[index]
+        field = "mesh" if stage.mesh is None else f"stages.{stage.name}.mesh"
+        return self.world.parallel(
+            self.recipe.mesh_of(stage), self.recipe.precision, f"stages.{index} ({stage.name!r}): ", field
+        )
+
+    def _feed(self, index: int, parallel: Parallel) -> Feed:
+        seed = self.recipe.seed * SEEDS_PER_RUN + index
+        return self.data.feed(self.recipe.stages[index], seed, parallel.data_rank, parallel.mesh.data_parallel)
+
+
+def sample(recipe: Recipe, data: Data) -> Part:
+    """Return up to 8 windows like those of the first stage, for measurements before training."""
+    seed = recipe.seed * SEEDS_PER_RUN + SEEDS_PER_RUN - 1
+    return part_of(next(data.feed(recipe.stages[0], seed)).rows(0, 8), ALONE)
