@@ -1,7 +1,8 @@
 """What holds for every test: one thread, fixed seeds, fresh memory that reads NaN, and where Triton runs."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,3 +53,19 @@ def same_every_time() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def chosen_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return what lets the kernels of operators be chosen on another type of device than a GPU."""
+    # imported when it is known where Triton runs
+    from sala.ops import dispatch, gpu
+
+    if (why_not := gpu.unavailable()) is not None:
+        pytest.skip(why_not)
+
+    def choose(device: str, *ops: str, **changes: object) -> None:
+        kernels = {op: {"triton": replace(dispatch.BACKENDS[op]["triton"], devices=(device,), **changes)} for op in ops}
+        monkeypatch.setattr(dispatch, "BACKENDS", {**dispatch.BACKENDS, **kernels})
+
+    return choose

@@ -1,7 +1,6 @@
 """A tiny hybrid with the embedded tokenizer, as one checkpoint folder; and what stands for a GPU where there is none."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from model.shapes import tiny_model
 from sala.data import load_tokenizer
 from sala.model.checkpoint import find_checkpoint
-from sala.ops import dispatch, gpu
+from sala.ops import gpu
 
 
 @pytest.fixture(scope="session")
@@ -34,19 +33,6 @@ def folder(model, tokenizer, tmp_path_factory):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
-
-
-@pytest.fixture
-def chosen_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return what lets the kernels of operators be chosen on another type of device than a GPU."""
-    if (why_not := gpu.unavailable()) is not None:
-        pytest.skip(why_not)
-
-    def choose(device: str, *ops: str, **changes: object) -> None:
-        kernels = {op: {"triton": replace(dispatch.BACKENDS[op]["triton"], devices=(device,), **changes)} for op in ops}
-        monkeypatch.setattr(dispatch, "BACKENDS", {**dispatch.BACKENDS, **kernels})
-
-    return choose
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 from sala.model.cache import SalaCache
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.decoder import MiniCPMSALAForCausalLM, MiniCPMSALAModel
-from sala.model.mixers import MIXERS, new_cache, with_mixers
+from sala.model.mixers import MIXERS, new_cache, new_paged_cache, with_mixers
+from sala.model.paged import PagedCache, PagedRow
 from sala.model.rows import Rows
 
 __all__ = [
@@ -11,8 +12,11 @@ __all__ = [
     "MiniCPMSALAConfig",
     "MiniCPMSALAForCausalLM",
     "MiniCPMSALAModel",
+    "PagedCache",
+    "PagedRow",
     "Rows",
     "SalaCache",
     "new_cache",
+    "new_paged_cache",
     "with_mixers",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sala.model.autocast import as_written
-from sala.model.cache import AttentionCache
+from sala.model.cache import KeysAndValues
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.linear import Linear
 from sala.model.norm import RMSNorm, normed_or_fused
@@ -61,7 +61,7 @@ class FullAttention(nn.Module):
         v = self.v_proj(x_BTD).view(batch, length, self.num_groups, self.width)
         return q, k, v
 
-    def forward(self, x_BTD: Tensor, rows: Rows, cache: AttentionCache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rows: Rows, cache: KeysAndValues | None = None) -> Tensor:
         q, k, v = self.project(x_BTD)
         rotation = rows.rotation if self.use_rope else None
         assert (rotation is not None) == self.use_rope
@@ -80,13 +80,18 @@ class FullAttention(nn.Module):
         gate_BTD = None if self.o_gate is None else self.o_gate(x_BTD)
         return self.o_proj(norm_gate(o_BTHV[..., : self.value_width], gate_BTD=gate_BTD))
 
-    def attend(
-        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows, cache: AttentionCache | None
-    ) -> Tensor:
+    def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows, cache: KeysAndValues | None) -> Tensor:
         """Return (B, T, H, V) over everything cached and new, causal by position."""
         k, v = cached(k_BTGK, v_BTGV, rows, cache)
         return dense_attention(
-            q_BTHK, k, v, rows.positions_BT, scale=self.width**-0.5, start=rows.start, static=rows.unread
+            q_BTHK,
+            k,
+            v,
+            rows.positions_BT,
+            scale=self.width**-0.5,
+            start=rows.start,
+            static=rows.unread,
+            page_table_BP=rows.page_table_BP,
         )
 
     # the documents' lengths would be numbers of the graph, and every batch would compile it again
@@ -124,8 +129,8 @@ class FullAttention(nn.Module):
         return dense_attention(q_BTHK, k_BSGK, v_BSGV, None, scale=self.width**-0.5, start=start)
 
 
-def cached(k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows, cache: AttentionCache | None) -> tuple[Tensor, Tensor]:
-    """Return all keys (B, S, G, K) and values (B, S, G, V) that there are by now, the one of position p at index p."""
+def cached(k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows, cache: KeysAndValues | None) -> tuple[Tensor, Tensor]:
+    """Return all keys (B, S, G, K) and values (B, S, G, V) that there are by now, the one of position p at index p; or pages."""
     if cache is None:
         return rows.in_order(k_BTGK), rows.in_order(v_BTGV)
     return cache.append(k_BTGK, v_BTGV, rows)

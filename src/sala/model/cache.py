@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,36 @@ from sala.model.growing import GrowingTensor
 from sala.model.rows import Rows
 from sala.model.seen import SeenTokens
 from sala.ops.infllm import SparseGeometry, compress, num_windows
+
+
+class MixerCache(Protocol):
+    """What every layer has that remembers.
+
+    open: whether a call is reading: outside of one nobody has a reason to write.
+    """
+
+    open: bool
+
+
+class KeysAndValues(Protocol):
+    """What full attention asks of a cache."""
+
+    def append(self, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows) -> tuple[Tensor, Tensor]: ...
+
+
+@runtime_checkable
+class CompressedKeys(KeysAndValues, Protocol):
+    """What block-sparse attention asks of a cache."""
+
+    def compressed(self, k_BSGK: Tensor, rows: Rows) -> tuple[Tensor, Tensor]: ...
+
+
+class States(Protocol):
+    """What lightning attention asks of a cache."""
+
+    def initial(self, rows: Rows, like: Tensor) -> Tensor | None: ...
+
+    def keep(self, state_BHKV: Tensor, rows: Rows) -> None: ...
 
 
 class LayerCache(CacheLayerMixin):
@@ -203,6 +233,10 @@ class LightningCache(LayerCache):
     @property
     def size_bytes(self) -> int:
         return 0 if self.state_BHKV is None else self.state_BHKV.numel() * self.state_BHKV.element_size()
+
+    def initial(self, rows: Rows, like: Tensor) -> Tensor | None:
+        """Return the state before `rows`."""
+        return self.state_BHKV
 
     def keep(self, state_BHKV: Tensor, rows: Rows) -> None:
         """Remember the state after `rows`."""

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import ModelOutput, logging
 
 from sala.errors import InputError
-from sala.model.cache import LayerCache, SalaCache, given
+from sala.model.cache import MixerCache, SalaCache, given
 from sala.model.checkpoint import check_whole
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.documents import ends_of_call, labels_within, shifted_labels_within
@@ -58,7 +58,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.residual_scale = config.residual_scale
 
-    def forward(self, hidden_BTD: Tensor, rows: Rows, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, rows: Rows, cache: MixerCache | None = None) -> Tensor:
         if cache is not None and rows.capacity is None and not cache.open:
             raise InputError(
                 "a layer with a cache is computed again, as under activation checkpointing; expected use_cache=False"
@@ -158,7 +158,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         self,
         hidden_BTD: Tensor,
         rows: Rows,
-        caches: Sequence[LayerCache | None],
+        caches: Sequence[MixerCache | None],
         on_layer: Callable[[Tensor], None] = _forget,
     ) -> Tensor:
         """Return the last hidden state (B, T, D): all layers, the one pass that every caller takes.

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from sala.model.attention import FullAttention, cached
-from sala.model.cache import AttentionCache, SparseCache
+from sala.model.cache import CompressedKeys, KeysAndValues
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.rows import Rows
 from sala.ops.infllm import infllm_attention
@@ -16,13 +16,11 @@ class SparseAttention(FullAttention):
         super().__init__(config)
         self.geometry = config.sparse_geometry
 
-    def attend(
-        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows, cache: AttentionCache | None
-    ) -> Tensor:
+    def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows, cache: KeysAndValues | None) -> Tensor:
         k, v = cached(k_BTGK, v_BTGV, rows, cache)
         fine = coarse = None
         if cache is not None:
-            assert isinstance(cache, SparseCache)
+            assert isinstance(cache, CompressedKeys)
             fine, coarse = cache.compressed(k, rows)
         return infllm_attention(
             q_BTHK,
@@ -35,6 +33,7 @@ class SparseAttention(FullAttention):
             scale=self.width**-0.5,
             start=rows.start,
             static=rows.unread,
+            page_table_BP=rows.page_table_BP,
         )
 
     @property

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sala.model.autocast import as_written
-from sala.model.cache import LightningCache
+from sala.model.cache import States
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.linear import Linear
 from sala.model.norm import RMSNorm, normed_or_fused
@@ -50,7 +50,7 @@ class LightningAttention(nn.Module):
     def needs_rope(self) -> bool:
         return self.use_rope
 
-    def attend(self, x_BTD: Tensor, rows: Rows, cache: LightningCache | None = None) -> Tensor:
+    def attend(self, x_BTD: Tensor, rows: Rows, cache: States | None = None) -> Tensor:
         """Return what the heads read, (B, T, H, V), before norm and gate."""
         batch, length, _ = x_BTD.shape
         rotation = rows.rotation if self.use_rope else None
@@ -77,14 +77,15 @@ class LightningAttention(nn.Module):
                 v,
                 log_decay_H,
                 scale=self.scale,
-                initial_state_BHKV=None if cache is None else cache.state_BHKV,
+                initial_state_BHKV=None if cache is None else cache.initial(rows, v),
                 mask_BT=rows.mask_BT,
+                slots_2B=None if rows.pages is None else rows.pages.slots_2B,
             )
         if cache is not None:
             cache.keep(state_BHKV, rows)
         return o_BTHV
 
-    def forward(self, x_BTD: Tensor, rows: Rows, cache: LightningCache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rows: Rows, cache: States | None = None) -> Tensor:
         o_BTHV = self.attend(x_BTD, rows, cache)
         gate_BTD = None if self.z_proj is None else self.z_proj(x_BTD)
         o_BTHV, o_norm = normed_or_fused(self.o_norm, o_BTHV, dimensions=2)

@@ -1,4 +1,4 @@
-"""The table of mixers: a kind of layer is a row, its module and what it remembers."""
+"""The table of mixers: a kind of layer is a row, its module and what it remembers, of a batch and of requests."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,31 +9,43 @@ from torch import nn
 
 from sala.errors import ConfigError
 from sala.model.attention import FullAttention
-from sala.model.cache import AttentionCache, LayerCache, LightningCache, SalaCache, SparseCache
+from sala.model.cache import AttentionCache, LayerCache, LightningCache, MixerCache, SalaCache, SparseCache
 from sala.model.config import FULL_ROWS, SPARSE_ROWS, MiniCPMSALAConfig
 from sala.model.infllm import SparseAttention
 from sala.model.latent import LatentAttention, SparseLatentAttention
 from sala.model.lightning import LightningAttention
+from sala.model.paged import PAGE_TOKENS, AttentionPool, PagedCache, Sizes, SparsePool, StatePool
 
 
 @dataclass(frozen=True, slots=True)
 class Mixer:
     module: Callable[[MiniCPMSALAConfig], nn.Module]
     cache: Callable[[MiniCPMSALAConfig, int], LayerCache]
+    pool: Callable[[MiniCPMSALAConfig, Sizes], MixerCache]
 
 
 MIXERS = {
-    "attention": Mixer(FullAttention, AttentionCache),
-    "minicpm4": Mixer(SparseAttention, SparseCache),
-    "lightning-attn": Mixer(LightningAttention, LightningCache),
-    "latent-attention": Mixer(LatentAttention, AttentionCache),
-    "latent-minicpm4": Mixer(SparseLatentAttention, SparseCache),
+    "attention": Mixer(FullAttention, AttentionCache, AttentionPool),
+    "minicpm4": Mixer(SparseAttention, SparseCache, SparsePool),
+    "lightning-attn": Mixer(LightningAttention, LightningCache, StatePool),
+    "latent-attention": Mixer(LatentAttention, AttentionCache, AttentionPool),
+    "latent-minicpm4": Mixer(SparseLatentAttention, SparseCache, SparsePool),
 }
 
 
 def new_cache(config: MiniCPMSALAConfig, reserve: int = 0) -> SalaCache:
     """Return an empty cache; `reserve` is a number of tokens to take memory for at once, where the length is known ahead."""
     return SalaCache([MIXERS[name].cache(config, reserve) for name in config.mixer_types])
+
+
+def new_paged_cache(config: MiniCPMSALAConfig, pages: int, slots: int, page_tokens: int = PAGE_TOKENS) -> PagedCache:
+    """Return empty pools for requests: so many pages, and slots for states.
+
+    Raises:
+        InputError: pages that do not hold whole blocks.
+    """
+    sizes = Sizes(pages, slots, page_tokens)
+    return PagedCache(config, [MIXERS[name].pool(config, sizes) for name in config.mixer_types], sizes)
 
 
 def reconfigured(model: Any, **changes: Any) -> Any:

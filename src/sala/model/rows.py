@@ -41,6 +41,22 @@ class Packing:
 
 
 @dataclass(frozen=True, slots=True)
+class Pages:
+    """Where rows of requests have their memory.
+
+    table_BP: int32, the numbers of each row's pages; what lies behind its last is any page.
+    places_N: int64, where keys and values of the new tokens go, counted through all pages; padding has none.
+    slots_2B: int64, the slots that states are read from (-1: none yet) and written to.
+    windows: of each tier of compressed keys the places of new windows (N,) and those of their keys (N, C), int64.
+    """
+
+    table_BP: Tensor
+    places_N: Tensor
+    slots_2B: Tensor
+    windows: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """The places of new tokens, the same for every layer of one call.
 
@@ -53,6 +69,7 @@ class Rows:
     rotation: cosine and sine of the rotary embedding, (B or 1, T, R) float32 for R pairs; None when no layer rotates.
     capacity: set where only the device knows the positions, the same in every row: the places of the cache that are in
         use. What is launched is then the same whatever the positions, and nothing is read back.
+    pages: of requests, whose cache is a `PagedCache`.
     windows: beside `capacity`, of each tier of compressed keys every row's newest complete window (B,) and its keys'
         places (B, C).
     """
@@ -67,11 +84,13 @@ class Rows:
     rotation: tuple[Tensor, Tensor] | None = None
     capacity: int | None = None
     windows: tuple[tuple[Tensor, Tensor], ...] = ()
+    pages: Pages | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Rows":
         """Return the same places on another device: accelerate asks for them where a layer's weights are."""
         if self.positions_BT.device == torch.device(device):
             return self
+        assert self.pages is None, "a paged cache is on one device"
         names = ("positions_BT", "mask_BT", "real", "packing", "rotation", "windows")
         return replace(self, **{name: _sent(getattr(self, name), device, non_blocking) for name in names})
 
@@ -80,7 +99,13 @@ class Rows:
         """Whether the positions are on a device that a layer must not wait for."""
         if self.capacity is not None:
             return True
+        if self.pages is not None:
+            return self.start is None and not self.positions_BT.is_cpu
         return self.real is not None and (torch.compiler.is_exporting() or not self.positions_BT.is_cpu)
+
+    @property
+    def page_table_BP(self) -> Tensor | None:
+        return None if self.pages is None else self.pages.table_BP
 
     def in_order(self, new_BT: Tensor) -> Tensor:
         """Return keys or values (B, S, ...) of a call without a cache, the one of position p at index p, behind a row's end zeros."""
