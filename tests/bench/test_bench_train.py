@@ -13,7 +13,7 @@ from sala.bench.ceilings import Ceilings
 from sala.bench.shapes import ModelShape
 from sala.bench.train import overheads
 from sala.errors import InputError
-from sala.train.budget import Networks, model_flops
+from sala.train.flops import Networks, model_flops
 
 PLAN = TrainPlan(
     shape="tiny",

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from sala.convert.align import Twins
-from sala.convert.transfer import hybrid_config, linear_twin, own
+from sala.convert.align import LinearTwins
+from sala.convert.transfer import hybrid_config, linear_twin, unshare
 from sala.recipe import Optimizer, Stage
 from sala.train.batches import StepFeed, WindowBatch
 from sala.train.loop import Progress, run_stage
@@ -33,8 +33,8 @@ def test_every_layer_comes_nearer_and_the_teacher_stays(teacher_of: Callable, fa
     before = [parameter.detach().clone() for parameter in teacher.parameters()]
     config = hybrid_config(teacher.config, ["lightning-attn"] * 4, rope=True, gates=False)
     generator = torch.Generator().manual_seed(0)
-    twins = Twins(
-        teacher, [own(linear_twin(layer.self_attn, config, "random", generator)) for layer in teacher.model.layers]
+    twins = LinearTwins(
+        teacher, [unshare(linear_twin(layer.self_attn, config, "random", generator)) for layer in teacher.model.layers]
     )
     assert all(name.startswith("twins.") for name, _ in twins.named_parameters())
     seen: list[Progress] = []
@@ -50,8 +50,8 @@ def test_a_twin_sees_the_teachers_input_whatever_the_other_twins_do(teacher_of: 
     teacher = teacher_of()
     config = hybrid_config(teacher.config, ["lightning-attn"] * 4, rope=True, gates=False)
     generator = torch.Generator().manual_seed(0)
-    twins = Twins(
-        teacher, [own(linear_twin(layer.self_attn, config, "open", generator)) for layer in teacher.model.layers]
+    twins = LinearTwins(
+        teacher, [unshare(linear_twin(layer.self_attn, config, "open", generator)) for layer in teacher.model.layers]
     )
     ids = batch(0).input_ids
     with torch.no_grad():

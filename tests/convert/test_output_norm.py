@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sala.convert.align import Twins, watch_mixers
+from sala.convert.align import LinearTwins, watch_mixers
 from sala.convert.output_norm import measure_output_norms, scale_output_norms
 from sala.convert.transfer import hybrid_config, linear_twin
 
@@ -21,7 +21,7 @@ def test_every_head_starts_at_the_teachers_size(
     teacher = teacher_of(family)
     config = hybrid_config(teacher.config, ["lightning-attn"] * 4, rope=True, gates=False)
     generator = torch.Generator().manual_seed(0)
-    twins = Twins(
+    twins = LinearTwins(
         teacher, [linear_twin(layer.self_attn, config, gate_init, generator) for layer in teacher.model.layers]
     )
     scale_output_norms(twins, measure_output_norms(twins, SAMPLE))

@@ -12,8 +12,8 @@ from sala.convert.transfer import (
     hybrid_config,
     kept_attention,
     linear_twin,
-    own,
     require_teacher,
+    unshare,
 )
 from sala.errors import ConfigError
 from sala.model import MIXERS, MiniCPMSALAConfig
@@ -94,7 +94,7 @@ def test_what_is_not_a_mixer_is_the_teachers_until_it_is_owned(teacher_of: Calla
     for name, parameter in theirs.items():
         if ".self_attn." not in name:
             assert ours[name].data_ptr() == parameter.data_ptr()
-    own(hybrid)
+    unshare(hybrid)
     assert not {p.data_ptr() for p in hybrid.parameters()} & {p.data_ptr() for p in teacher.parameters()}
     for name, parameter in theirs.items():
         if ".self_attn." not in name:

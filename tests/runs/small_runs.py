@@ -21,7 +21,7 @@ from sala.model.families import load_model
 from sala.recipe import Recipe, Stage, parse_recipe
 from sala.runs import Origin, RunOptions, Scorers, run_recipe
 from sala.runs.run import new_model
-from sala.train import World, loop
+from sala.train import World, passes
 from sala.train.batches import Data, Feed, WindowBatch, read_corpus, read_data
 from sala.train.loop import Progress
 
@@ -123,8 +123,10 @@ class NotingFeed:
         batch = next(self.feed)
         self.drawn += 1
         if self.drawn == self.spoil:
-            row = loop.LOSSES["next_token"]
-            loop.LOSSES["next_token"] = dataclasses.replace(row, of=lambda *given: (row.of(*given)[0] * math.nan, None))
+            row = passes.LOSSES["next_token"]
+            passes.LOSSES["next_token"] = dataclasses.replace(
+                row, of=lambda *given: (row.of(*given)[0] * math.nan, None)
+            )
         note(self.log, {"batch": batch.names})
         return batch
 

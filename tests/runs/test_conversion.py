@@ -118,7 +118,7 @@ def test_each_stage_trains_the_model_it_asks_for_and_all_the_same_parameters(tea
     wanted = settings(keep=Keep(count=2), logits_scaling=16)
     hybrid, report = convert(teacher, wanted, stages, run_stage=run_stage)
     assert [row[:3] for row in seen] == [
-        ("align", "Twins", False),
+        ("align", "LinearTwins", False),
         ("distill", "MiniCPMSALAForCausalLM", True),
         ("long", "MiniCPMSALAForCausalLM", True),
     ]

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sala.errors import CheckpointError, InputError, RecipeError, SalaError
 from sala.recipe import Recipe, load_recipe, override, parse_recipe
 from sala.runs.checkpoint import Checkpoints
-from sala.runs.folder import Measured, RunFolder, RunOptions, StageKeeper
+from sala.runs.folder import Measured, RunFolder, RunOptions, StageSaver
 from sala.train.loop import Progress
 from sala.train.parallel import ONE_PROCESS
 from train.ranks import another_process
@@ -166,14 +166,14 @@ class Run:
         self.folder = RunFolder(path, recipe(), START, ONE_PROCESS, RunOptions(save_every=2, resume=resume))
         self.stage, self.step = len(self.folder.finished), 0
         if self.folder.saved is not None and self.stage < 2:
-            progress = self.keeper.restore(self.state, FEED)
+            progress = self.saver.restore(self.state, FEED)
             self.step = 0 if progress is None else progress.step
         if self.step == STEPS:
             self.stage, self.step = self.stage + 1, 0
 
     @property
-    def keeper(self) -> StageKeeper:
-        return self.folder.keeper(self.stage)
+    def saver(self) -> StageSaver:
+        return self.folder.saver(self.stage)
 
     @property
     def done(self) -> bool:
@@ -191,7 +191,7 @@ class Run:
         name = recipe().stages[self.stage].name
         progress = Progress(name, self.step, STEPS, loss, 1.0, 1.0, 8 * self.step, 1.0, 1.0, stage_index=self.stage)
         self.folder.recording(lambda progress: None)(progress)
-        self.keeper.after(progress, lambda: self.state, FEED)
+        self.saver.after(progress, lambda: self.state, FEED)
         if self.step == STEPS:
             self.stage, self.step = self.stage + 1, 0
 

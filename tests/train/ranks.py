@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sala.convert.align import Twins
-from sala.convert.transfer import hybrid_config, linear_twin, own
+from sala.convert.align import LinearTwins
+from sala.convert.transfer import hybrid_config, linear_twin, unshare
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.recipe import Mesh, Optimizer, Stage
 from sala.train.batches import WindowBatch
@@ -57,8 +57,9 @@ def models(loss: str) -> tuple[Any, Any]:
     if loss == "align":
         config = hybrid_config(teacher.config, ["lightning-attn"] * 3, rope=True, gates=False)
         generator = torch.Generator().manual_seed(0)
-        return Twins(
-            teacher, [own(linear_twin(layer.self_attn, config, "random", generator)) for layer in teacher.model.layers]
+        return LinearTwins(
+            teacher,
+            [unshare(linear_twin(layer.self_attn, config, "random", generator)) for layer in teacher.model.layers],
         ), None
     return tiny("lightning-attn", "minicpm4", "lightning-attn"), teacher if loss == "distill" else None
 
@@ -123,7 +124,7 @@ def run(
     stage: Stage,
     precision: torch.dtype = torch.float32,
     *,
-    keeper: Any = None,
+    saver: Any = None,
     batches: Callable[[int], WindowBatch] = packed,
 ) -> tuple[list[Progress], Any]:
     """Run a stage and return its steps and the model."""
@@ -139,7 +140,7 @@ def run(
         teacher=teacher,
         compile_mode="off",
         parallel=parallel,
-        keeper=keeper,
+        saver=saver,
     )
     return seen, model
 

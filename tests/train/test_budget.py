@@ -7,29 +7,22 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sala.convert.plan import make_twins, planned_configs
-from sala.convert.transfer import own
+from sala.convert.transfer import unshare
 from sala.errors import InputError, RecipeError
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from sala.model.families import config_from
 from sala.model.report import num_parameters
 from sala.recipe import Conversion, Keep, Stage, load_recipe, parse_recipe
-from sala.train import budget
+from sala.train import flops as counting
 from sala.train.batches import WindowBatch
-from sala.train.budget import (
-    DEVICE_NAMES,
-    GPUS,
-    Memory,
-    Networks,
-    activation_numbers,
-    cluster,
-    model_flops,
-    peak_flops,
-    stage_budgets,
-    stage_flops,
-)
+from sala.train.budget import Memory, activation_numbers, stage_budgets, stage_memory
+from sala.train.cards import DEVICE_NAMES, GPUS, cluster, peak_flops
 from sala.train.compile import Compiled
-from sala.train.loop import Pass, _backward, _training_only, trainable_parameters
+from sala.train.flops import Networks, attention_flops, model_flops, stage_flops
+from sala.train.loop import _backward, _training_only
 from sala.train.parallel import ALONE
+from sala.train.passes import Pass
+from sala.train.trainable import trainable_parameters
 
 T, B, X = 12, 4, 20
 SPARSE = {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "window_size": 4, "topk": 2, "dense_len": 8}
@@ -91,7 +84,7 @@ def counted(model: Any, stage: Stage, teacher: Any) -> int:
 def test_matrix_products_are_those_that_torch_counts(
     changes: dict, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "attention_flops", lambda *_: (0, 0))
+    monkeypatch.setattr(counting, "attention_flops", lambda *_: (0, 0))
     student = config("attention", "lightning-attn", "attention", tie_word_embeddings=tied)
     teacher = config("attention", "attention")
     stage = row(**changes)
@@ -107,24 +100,24 @@ def test_matrix_products_are_those_that_torch_counts(
 
 
 def test_products_of_alignment_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "attention_flops", lambda *_: (0, 0))
+    monkeypatch.setattr(counting, "attention_flops", lambda *_: (0, 0))
     teacher_config = config("attention", "attention", attn_use_output_gate=False)
     teacher = MiniCPMSALAForCausalLM(teacher_config).eval()
     settings, seen = Conversion(keep=Keep(count=1, method="uniform")), []
 
     stage = row(loss="align")
-    seen.append(counted(make_twins(teacher, settings, torch.Generator(), own), stage, None))
+    seen.append(counted(make_twins(teacher, settings, torch.Generator(), unshare), stage, None))
     hybrid, twins = planned_configs(teacher_config, settings)
     assert [stage_flops(stage, Networks(hybrid, teacher_config, twins)).total] == seen
 
 
 def test_attention_is_counted_by_kind_and_length() -> None:
     one = config("attention")
-    assert budget.attention_flops(one, "attention", 3) == (2 * (8 + 8) * 2 * (1 + 2 + 3), 0)
-    assert budget.attention_flops(one, "lightning-attn", 3) == (4 * 8 * 8 * 2 * 3, 0)
+    assert attention_flops(one, "attention", 3) == (2 * (8 + 8) * 2 * (1 + 2 + 3), 0)
+    assert attention_flops(one, "lightning-attn", 3) == (4 * 8 * 8 * 2 * 3, 0)
     # as far as everything is read, sparse is full
-    assert budget.attention_flops(one, "minicpm4", 7) == budget.attention_flops(one, "attention", 7)
-    attend, select = budget.attention_flops(one, "minicpm4", 4096)
+    assert attention_flops(one, "minicpm4", 7) == attention_flops(one, "attention", 7)
+    attend, select = attention_flops(one, "minicpm4", 4096)
     # three blocks of four of each query, the last one up to itself
     assert attend == pytest.approx(2 * (8 + 8) * 2 * 4096 * (2 * 4 + 2.5), rel=0.01)
     # a window every two tokens, a coarse one every eight
@@ -178,7 +171,7 @@ def memory(mesh: dict | None = None, stage: dict | None = None, **changes: Any) 
     plan = recipe(mesh=mesh or {}, **changes)
     first = plan.stages[0].model_copy(update=stage or {})
     student = config("attention", "lightning-attn", "lightning-attn", "lightning-attn")
-    return budget.stage_memory(first, Networks(student), plan.mesh, plan)
+    return stage_memory(first, Networks(student), plan.mesh, plan)
 
 
 def test_memory_follows_the_mesh() -> None:

@@ -13,8 +13,10 @@ from sala.recipe import Mesh, Optimizer, Stage
 from sala.train import compile as compiling
 from sala.train.batches import StepFeed
 from sala.train.batches import WindowBatch as Batch
-from sala.train.loop import NonFiniteError, Progress, part_of, run_stage, trainable_parameters
+from sala.train.loop import NonFiniteError, Progress, run_stage
 from sala.train.parallel import Parallel, World
+from sala.train.passes import micro_batch_of
+from sala.train.trainable import trainable_parameters
 
 X = 20
 
@@ -214,7 +216,7 @@ def test_the_ends_of_documents_stay_where_the_model_reads_them() -> None:
     # any device that is not the CPU: reading a number from it would wait for all of its work, and from "meta" is an error
     far = Parallel(World(device=torch.device("meta")), Mesh())
     batch = Batch(torch.ones(2, 6, dtype=torch.int64), torch.ones(2, 6), ("a", "b"), ((2, 6), (6,)))
-    part = part_of(batch, far)
+    part = micro_batch_of(batch, far)
     assert part.input_ids.is_meta and part.cu_seqlens is not None
     assert part.cu_seqlens.tolist() == [0, 2, 6, 12]
 

@@ -20,7 +20,7 @@ STAGES = {
 
 
 class Seen(TorchDispatchMode):
-    """Notes the dtypes of matrix products and of sums over ranks; as a stage's keeper, of what it remembers."""
+    """Notes the dtypes of matrix products and of sums over ranks; as a stage's saver, of what it remembers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def every_stage(world: World, mesh: Mesh, precision: torch.dtype) -> dict[str, l
     for name, stage in STAGES.items():
         seen = Seen()
         with seen:
-            steps, model = ranks.run(world, mesh, stage, precision, keeper=seen)
+            steps, model = ranks.run(world, mesh, stage, precision, saver=seen)
         losses[name] = [step.loss for step in steps]
         assert seen.remembered == {torch.float32} == {parameter.dtype for parameter in model.parameters()}
         assert precision in seen.products

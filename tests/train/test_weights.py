@@ -87,7 +87,7 @@ def stage_of_a_checkpoint(world: World, folder: Path, files: Path | None) -> dic
     """Train a layer of a checkpoint; return private memory by the model's size in float32."""
     stage = ranks.stage_of("next_token", 1, trainable="linear_attention", micro_batch=1, activation_checkpointing=True)
     with Weights(world, files) as weights, Private() as private:
-        model = weights.own(load_model(folder, dtype="stored"), copy=False)
+        model = weights.unshare(load_model(folder, dtype="stored"), copy=False)
         loaded, parallel = private.now(), Parallel(world, Mesh(dp_shard=2))
         before = model.model.layers[0].self_attn.q_proj.weight.clone()
         run_stage(
@@ -166,11 +166,11 @@ def shared_modules(world: World, folder: Path) -> dict[str, Any]:
     with Weights(world, folder) as weights:
         first = nn.Linear(3, 5).bfloat16()
         seen["drawn"] = tensors_of(first)
-        weights.own(first)
+        weights.unshare(first)
         seen["owned"] = tensors_of(first)
         both = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7))
         both[0].load_state_dict(first.state_dict(), assign=True)
-        weights.own(both)
+        weights.unshare(both)
         seen["shares"] = both[0].weight.data_ptr() == first.weight.data_ptr()
         seen["second"], seen["files"] = tensors_of(both[1]), world.first(files)
         with torch.no_grad():

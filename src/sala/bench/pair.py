@@ -30,7 +30,7 @@ from sala.errors import InputError, nearest
 from sala.model import MiniCPMSALAConfig, new_cache
 from sala.model.families import config_from
 from sala.model.report import num_parameters
-from sala.train.budget import attention_flops
+from sala.train.flops import attention_flops
 
 HYBRID, TWIN = "hybrid", "twin"
 WHO = (HYBRID, TWIN)

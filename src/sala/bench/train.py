@@ -28,7 +28,9 @@ from sala.recipe import LearningRate, Mesh, Recipe, Stage
 from sala.runs.stages import StageRunner
 from sala.train import Progress, World, start_world
 from sala.train.batches import StepFeed, WindowBatch
-from sala.train.budget import Networks, model_flops, peak_flops, stage_memory
+from sala.train.budget import stage_memory
+from sala.train.cards import peak_flops
+from sala.train.flops import Networks, model_flops
 from sala.train.parallel import PRECISIONS
 
 NEXT_TOKEN, DISTILL = "next_token", "distill"

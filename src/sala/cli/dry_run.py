@@ -14,7 +14,9 @@ from sala.cli.start import BUILTIN_TEACHER, load_words, naming_tokenizer, plan_d
 if TYPE_CHECKING:
     from sala.model import MiniCPMSALAConfig
     from sala.recipe import ConversionRecipe, LearningRate, Mesh, TrainingRecipe
-    from sala.train.budget import Cluster, Networks, StageBudget
+    from sala.train.budget import StageBudget
+    from sala.train.cards import Cluster
+    from sala.train.flops import Networks
 
 GIB = 2**30
 
@@ -37,7 +39,8 @@ def dry_run(
     tokenizer: as for the run. Of a recipe's own teacher none is known: then its data is not asked what it holds.
     """
     from sala.runs.checks import networks_of, require_feeds
-    from sala.train.budget import cluster, stage_budgets
+    from sala.train.budget import stage_budgets
+    from sala.train.cards import cluster
 
     machine = cluster(gpu, precision=recipe.precision, gpus=gpus, memory_gib=memory, mfu=mfu)
     config, source, origin = _shape(recipe, start, tokenizer)

@@ -35,7 +35,7 @@ def real_tokens(values_BTX: Tensor, sample: Sample) -> Tensor:
     return values_BTX.flatten(0, 1) if sample.real is None else values_BTX[sample.real.to(values_BTX.device)]
 
 
-class Twins(nn.Module):
+class LinearTwins(nn.Module):
     """The linear twin of every attention layer, beside the frozen teacher.
 
     A twin sees its layer's normed input in the teacher and answers with what the layer adds after its output

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sala.convert.align import Sample, Twins, inputs_of, real_tokens, watch_mixers
+from sala.convert.align import LinearTwins, Sample, inputs_of, real_tokens, watch_mixers
 from sala.convert.transfer import ZERO_GATE
 
 
 @torch.no_grad()
-def measure_output_norms(twins: Twins, sample: Sample) -> list[list[float]]:
+def measure_output_norms(twins: LinearTwins, sample: Sample) -> list[list[float]]:
     """Return, for every layer and head, the factor by which the teacher's head is larger than the twin's.
 
     By root mean square over the tokens of `sample`, after the twin's output norm and gate.
@@ -51,7 +51,7 @@ def measure_output_norms(twins: Twins, sample: Sample) -> list[list[float]]:
 
 
 @torch.no_grad()
-def scale_output_norms(twins: Twins, factors: Sequence[Sequence[float]]) -> None:
+def scale_output_norms(twins: LinearTwins, factors: Sequence[Sequence[float]]) -> None:
     """Multiply each twin's output norm by `factors`, one a layer and head (see `measure_output_norms`)."""
     for twin, row in zip(twins.twins, factors, strict=True):
         module: Any = twin

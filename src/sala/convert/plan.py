@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from sala.convert.align import Twins
+from sala.convert.align import LinearTwins
 from sala.convert.choose import blank_scores, select_layers
 from sala.convert.select import RULES, select
 from sala.convert.transfer import hybrid_config, linear_twin, require_teacher
@@ -49,8 +49,12 @@ def planned_configs(teacher: MiniCPMSALAConfig, settings: Conversion) -> tuple[M
     return config_of_hybrid(teacher, settings, kept), config_of_twins(teacher, settings)
 
 
-def make_twins(teacher: Any, settings: Conversion, generator: torch.Generator, own: Callable[[Any], Any]) -> Twins:
+def make_twins(
+    teacher: Any, settings: Conversion, generator: torch.Generator, unshare: Callable[[Any], Any]
+) -> LinearTwins:
     config = config_of_twins(teacher.config, settings)
-    # each owned before the next one is made: with several ranks there is no more than one in this one's memory
-    twins = [own(linear_twin(layer.self_attn, config, settings.gate_init, generator)) for layer in teacher.model.layers]
-    return Twins(teacher, twins, config)
+    # each unshared before the next one is made: with several ranks there is no more than one in this one's memory
+    twins = [
+        unshare(linear_twin(layer.self_attn, config, settings.gate_init, generator)) for layer in teacher.model.layers
+    ]
+    return LinearTwins(teacher, twins, config)

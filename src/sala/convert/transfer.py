@@ -23,7 +23,7 @@ GateInit = Literal["random", "open"]
 ZERO_GATE = 0.5
 
 
-def own(module: Module) -> Module:
+def unshare(module: Module) -> Module:
     """Give a module parameters of its own, which can be trained and leave all others as they are; return it."""
     for parameter in module.parameters():
         parameter.data = parameter.detach().clone()

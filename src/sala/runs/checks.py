@@ -13,9 +13,9 @@ from sala.model.families import config_from
 from sala.model.mixers import sparse_mixers, with_mixers
 from sala.recipe import ConversionRecipe, Recipe, TrainingRecipe
 from sala.train.batches import Data
-from sala.train.budget import Networks
+from sala.train.flops import Networks
 from sala.train.initial import require_init
-from sala.train.loop import trainable_parameters
+from sala.train.trainable import trainable_parameters
 
 # what a teacher's configuration must have in common with the one that a recipe's numbers are for
 TEACHER_FIELDS = (

@@ -70,7 +70,7 @@ def convert(
         ConfigError: the teacher has layers other than attention, or output gates.
         RecipeError: the recipe asks for layers that the teacher does not have.
     """
-    recipe, own = runner.recipe, runner.weights.own
+    recipe, unshare = runner.recipe, runner.weights.unshare
     assert isinstance(recipe, ConversionRecipe)
     settings, tokens = recipe.conversion, sample(recipe, runner.data)
     require_teacher(teacher.config)
@@ -78,7 +78,7 @@ def convert(
     # what cannot be is refused before an hour of alignment
     select_layers(settings, num_layers, blank_scores(num_layers))
     generator = torch.Generator().manual_seed(recipe.seed)
-    twins = make_twins(teacher, settings, generator, own)
+    twins = make_twins(teacher, settings, generator, unshare)
     if settings.output_norm_init == "measured":
         say("setting the size of every head's output")
         scale_output_norms(twins, measured.once("output_norms", lambda: measure_output_norms(twins, tokens)))
@@ -102,9 +102,9 @@ def convert(
     mixers: dict[int, nn.Module] = dict(enumerate(twins.twins))
     for layer in kept:
         attention = teacher.model.layers[layer].self_attn
-        mixers[layer] = own(kept_attention(attention, config, settings.gate_init, generator))
+        mixers[layer] = unshare(kept_attention(attention, config, settings.gate_init, generator))
     step_zero = measured.once("step_zero", lambda: measure_step_zero(teacher, settings, kinds, mixers, tokens))
-    hybrid = own(assemble(teacher, config, mixers))
+    hybrid = unshare(assemble(teacher, config, mixers))
 
     def switched(sparse: bool, scaling: bool) -> Any:
         return reconfigured(

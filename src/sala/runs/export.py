@@ -62,7 +62,7 @@ class _Reader:
     def finished(self) -> list[Progress]:
         return [progress_of(values) for values in self.saved.facts["finished"]]
 
-    def keeper(self, index: int) -> "_Reader":
+    def saver(self, index: int) -> "_Reader":
         return self
 
     def restore(self, state: dict[str, Any], feed: Feed) -> Progress:
@@ -127,7 +127,7 @@ def _export(run: Path, folder: Path, recipe: Recipe, checkpoints: Checkpoints, s
     data = _Described(there["data"])
     require_same_start(there, start_of(model, origin, tokenizer, data), run)
     cut = _until(recipe, index, progress.step)
-    runner = StageRunner(cut, data, ignore, kept=_Reader(checkpoints, saved))
+    runner = StageRunner(cut, data, ignore, saved=_Reader(checkpoints, saved))
     scorers = Scorers(_not_scored, _not_scored)
     trained, report = make_model(model or new_model(recipe, tokenizer), runner, scorers, measured)
     steps = list(rows_of((saved.folder / METRICS).read_bytes()))

@@ -143,11 +143,11 @@ class RunFolder:
 
         return note
 
-    def keeper(self, stage_index: int) -> "StageKeeper":
-        return StageKeeper(self, stage_index)
+    def saver(self, stage_index: int) -> "StageSaver":
+        return StageSaver(self, stage_index)
 
 
-class StageKeeper:
+class StageSaver:
     """Saves one stage, and puts it back where it was left."""
 
     def __init__(self, folder: RunFolder, index: int):
@@ -156,7 +156,7 @@ class StageKeeper:
         self._saved_at = time.monotonic()
 
     def restore(self, state: dict[str, Any], feed: Feed) -> Progress | None:
-        """See `sala.train.loop.Keeper`."""
+        """See `sala.train.loop.Saver`."""
         saved = self.folder.saved
         if saved is None or saved.facts["stage"] != self.index:
             return None
@@ -168,7 +168,7 @@ class StageKeeper:
         return progress
 
     def after(self, progress: Progress, state: Callable[[], dict[str, Any]], feed: Feed) -> None:
-        """See `sala.train.loop.Keeper`. Raises Interrupted once everything is saved, when a signal came.
+        """See `sala.train.loop.Saver`. Raises Interrupted once everything is saved, when a signal came.
 
         Raises DiskError when this step could not be written down: then it is not saved.
         """

@@ -102,7 +102,7 @@ def run_recipe(
         if world.main:
             _say_what_is_read(data, recipe, say)
         if model is not None:
-            weights.own(model, copy=False)
+            weights.unshare(model, copy=False)
             world.first(lambda: require_finite_logits(model, sample(recipe, data).input_ids[:1, :PROBE], given))
         runner = StageRunner(recipe, data, folder.recording(observer), world, folder, weights)
 
@@ -139,7 +139,7 @@ def make_model(
     on_selection: Callable[[Selection], None] = lambda selection: None,
 ) -> tuple[Any, Report | None]:
     """Run the stages on a model or a teacher; return the model and, of a conversion, the report (see `convert`)."""
-    runner.weights.own(model, copy=False)
+    runner.weights.unshare(model, copy=False)
     recipe = runner.recipe
     if isinstance(recipe, ConversionRecipe):
         assert scorers is not None

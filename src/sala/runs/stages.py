@@ -7,9 +7,11 @@ from typing import Any, Protocol
 from sala.recipe import Recipe, Stage
 from sala.runs.checks import require_feeds
 from sala.train.batches import Data, Feed
-from sala.train.budget import Networks, model_flops, peak_flops
-from sala.train.loop import Keeper, Observer, Part, Progress, part_of, run_stage
+from sala.train.cards import peak_flops
+from sala.train.flops import Networks, model_flops
+from sala.train.loop import Observer, Progress, Saver, run_stage
 from sala.train.parallel import ALONE, ONE_PROCESS, Parallel, World
+from sala.train.passes import MicroBatch, micro_batch_of
 from sala.train.weights import PRIVATE, Weights
 
 # stages of one run draw different data: each has a seed of its own
@@ -20,24 +22,24 @@ def ignore(progress: Progress) -> None:
     """The observer that shows nothing."""
 
 
-class Kept(Protocol):
+class SavedStages(Protocol):
     """The stages of a run that are done, by their last steps, and who puts back the one after them."""
 
     @property
     def finished(self) -> list[Progress]: ...
 
-    def keeper(self, index: int) -> Keeper: ...
+    def saver(self, index: int) -> Saver: ...
 
 
 @dataclass(frozen=True)
 class StageRunner:
-    """Runs the stages of one recipe: data, seed, optimizer, mesh and keeper of each."""
+    """Runs the stages of one recipe: data, seed, optimizer, mesh and saver of each."""
 
     recipe: Recipe
     data: Data
     observer: Observer
     world: World = ONE_PROCESS
-    kept: Kept | None = None
+    saved: SavedStages | None = None
     weights: Weights = PRIVATE
 
     def check(self) -> None:
@@ -47,9 +49,9 @@ class StageRunner:
 
     def __call__(self, model: Any, stage: Stage, *, teacher: Any = None) -> Progress:
         index = self.recipe.stages.index(stage)
-        if self.kept is not None and index < len(self.kept.finished):
+        if self.saved is not None and index < len(self.saved.finished):
             # a later stage's checkpoint has every parameter that this one left behind
-            return self.kept.finished[index]
+            return self.saved.finished[index]
         parallel = self._parallel(index)
         progress = run_stage(
             model,
@@ -61,7 +63,7 @@ class StageRunner:
             compile_mode=self.recipe.compile,
             parallel=parallel,
             weights=self.weights,
-            keeper=None if self.kept is None else self.kept.keeper(index),
+            saver=None if self.saved is None else self.saved.saver(index),
             stage_index=index,
             model_flops=self._model_flops(model, stage, teacher),
         )
@@ -92,7 +94,7 @@ class StageRunner:
         return self.data.feed(self.recipe.stages[index], seed, parallel.data_rank, parallel.mesh.data_parallel)
 
 
-def sample(recipe: Recipe, data: Data) -> Part:
+def sample(recipe: Recipe, data: Data) -> MicroBatch:
     """Return up to 8 windows like those of the first stage, for measurements before training."""
     seed = recipe.seed * SEEDS_PER_RUN + SEEDS_PER_RUN - 1
-    return part_of(next(data.feed(recipe.stages[0], seed)).rows(0, 8), ALONE)
+    return micro_batch_of(next(data.feed(recipe.stages[0], seed)).rows(0, 8), ALONE)

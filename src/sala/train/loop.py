@@ -9,16 +9,17 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sala.errors import SalaError
 from sala.recipe import Optimizer, Stage
-from sala.train import losses
 from sala.train.batches import Feed, WindowBatch
 from sala.train.compile import Compiled
 from sala.train.memory import peak_memory_bytes
 from sala.train.optimizer import make_optimizers
 from sala.train.parallel import ALONE, Parallel, whole
+from sala.train.passes import LOSSES, Pass, micro_batches
+from sala.train.trainable import trainable_parameters
 from sala.train.weights import PRIVATE, Weights
 
 
@@ -49,183 +50,8 @@ class Progress:
 Observer = Callable[[Progress], None]
 
 
-# of a token that nothing predicts, in a weighted distillation
-LEAST_DISTILLATION_WEIGHT = 0.1
-
-
 class NonFiniteError(SalaError):
     """A loss or gradient that is not a finite number; the parameters are those from before the step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one forward and backward pass reads: (B, T) each, or the rank's piece of one packed row, (1, N).
-
-    targets: what follows each token; target_weights: how much that prediction counts. real: False on padding, None when
-    there is none. cu_seqlens: the ends of the packed row's sequences, on all ranks, on the CPU, where the model reads them;
-    context: who has the rest of the row.
-    """
-
-    input_ids: Tensor
-    targets: Tensor
-    target_weights: Tensor
-    real: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    context: Any = None
-
-    @property
-    def num_real(self) -> float:
-        return float(self.input_ids.numel() if self.real is None else self.real.sum())
-
-
-def _inputs(part: Part) -> dict[str, Any]:
-    if part.cu_seqlens is None:
-        return {"input_ids": part.input_ids}
-    packed: dict[str, Any] = {"input_ids": part.input_ids, "cu_seqlens": part.cu_seqlens}
-    return packed if part.context is None else packed | {"context": part.context}
-
-
-def _hidden(model: Any, part: Part) -> Tensor:
-    return model.model(**_inputs(part), use_cache=False).last_hidden_state
-
-
-def _head(model: Any) -> losses.Head:
-    return losses.Head(model.lm_head.weight, model.logits_divisor)
-
-
-def _chunk(model: Any) -> int:
-    """Tokens whose logits are held at once."""
-    return max(1, losses.CHUNK_LOGITS // model.config.vocab_size)
-
-
-def _align(model: Any, teacher: Any, part: Part, stage: Stage) -> tuple[Tensor, Tensor | None]:
-    return losses.align(model(**_inputs(part)), part.real)
-
-
-def _distill(model: Any, teacher: Any, part: Part, stage: Stage) -> tuple[Tensor, Tensor | None]:
-    with torch.no_grad():
-        teacher_BTD = _hidden(teacher, part)
-    student_BTD = _hidden(model, part)
-    weights_BT = _distillation_weights(part, stage)
-    return losses.distill(student_BTD, _head(model), teacher_BTD, _head(teacher), weights_BT, chunk=_chunk(model)), None
-
-
-def _distillation_weights(part: Part, stage: Stage) -> Tensor:
-    """Return the weight of each position's distribution: 1, or with `weighted` that of the target; 0 on padding."""
-    weights = part.target_weights.clamp(min=LEAST_DISTILLATION_WEIGHT)
-    if not stage.weighted:
-        weights = torch.ones_like(weights)
-    return weights if part.real is None else weights.where(part.real, 0)
-
-
-def _next_token(model: Any, teacher: Any, part: Part, stage: Stage) -> tuple[Tensor, Tensor | None]:
-    hidden_BTD = _hidden(model, part)
-    return losses.next_token(hidden_BTD, _head(model), part.targets, part.target_weights, chunk=_chunk(model)), None
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """A row of `LOSSES`.
-
-    of: the mean loss of a part, and in alignment the layers' sizes (`losses.align`). weight: what a part counts in the batch's mean.
-    """
-
-    of: Callable[[Any, Any, Part, Stage], tuple[Tensor, Tensor | None]]
-    weight: Callable[[Part, Stage], float]
-
-
-LOSSES = {
-    "align": Loss(_align, lambda part, stage: part.num_real),
-    "distill": Loss(_distill, lambda part, stage: float(_distillation_weights(part, stage).sum())),
-    "next_token": Loss(_next_token, lambda part, stage: float(part.target_weights.sum())),
-}
-
-
-def _parts(batch: WindowBatch, stage: Stage, parallel: Parallel) -> list[Part]:
-    """Split this rank's windows into micro-batches, and with context parallelism each of these over its ranks."""
-    windows = len(batch.input_ids)
-    size = stage.micro_batch or windows
-    return [part_of(batch.rows(start, start + size), parallel) for start in range(0, windows, size)]
-
-
-def part_of(batch: WindowBatch, parallel: Parallel) -> Part:
-    """Return what a rank reads of some windows, on its device."""
-    # shifted before windows are cut: the last token of a rank's piece is followed by the next rank's first
-    tensors = [batch.input_ids, losses.following(batch.input_ids), losses.following(batch.loss_weights), batch.padding]
-    packed = batch.ends is not None or parallel.context is not None
-    if packed:
-        tensors = [None if x is None else parallel.own_piece(x.reshape(1, -1)) for x in tensors]
-    ids, targets, weights, padding = (None if x is None else x.to(parallel.device) for x in tensors)
-    assert ids is not None and targets is not None and weights is not None
-    return Part(
-        ids,
-        targets,
-        weights,
-        None if padding is None else ~padding,
-        batch.cu_seqlens if packed else None,
-        parallel.context,
-    )
-
-
-class Pass(nn.Module):
-    """The forward pass of a stage: the root of everything whose parameters are sharded together."""
-
-    def __init__(self, model: nn.Module, teacher: nn.Module | None, stage: Stage):
-        super().__init__()
-        self.model = model
-        # linear twins stand beside a teacher that is no submodule of theirs
-        self.teacher = getattr(model, "teacher", None) if stage.loss == "align" else teacher
-        self.stage = stage
-
-    def forward(self, part: Part) -> tuple[Tensor, Tensor | None]:
-        return LOSSES[self.stage.loss].of(self.model, self.teacher, part, self.stage)
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The modules that are gathered one at a time: layers, and twins."""
-        own: Any = self.model.compilable() if self.stage.loss == "align" else self.model.model.layers  # type: ignore[operator, union-attr]
-        teacher: Any = self.teacher
-        return [*own, *([] if teacher is None else teacher.model.layers)]
-
-    @property
-    def compilable(self) -> list[nn.Module]:
-        """The blocks that run often enough, and alike enough, to be compiled."""
-        return list(self.model.compilable()) if self.stage.loss == "align" else self.blocks  # type: ignore[operator]
-
-    @property
-    def checkpointed(self) -> list[nn.Module]:
-        """The layers that keep no activations."""
-        return list(self.model.model.layers) if self.stage.activation_checkpointing else []  # type: ignore[union-attr, arg-type]
-
-
-# modules of a mixer that make queries and keys
-QUERIES_AND_KEYS = ("q_proj", "k_proj", "q_norm", "k_norm")
-
-
-def trainable_parameters(model: nn.Module, what: str, *, freeze_qk: bool = False) -> dict[str, nn.Parameter]:
-    """Return by name the parameters that a stage trains: "linear_attention", "mixers" or "all".
-
-    A stage of alignment trains the module of linear twins, all of it.
-
-    Args:
-        freeze_qk: leave out what makes queries and keys.
-
-    Raises:
-        SalaError: this chooses nothing, or the model makes keys and values in one projection.
-    """
-    named = dict(model.named_parameters())
-    if freeze_qk:
-        if any("kv_b_proj" in name for name in named):
-            raise SalaError("freeze_qk: latent attention makes keys and values in one projection; expected false")
-        named = {name: tensor for name, tensor in named.items() if not set(name.split(".")) & {*QUERIES_AND_KEYS}}
-    if what == "all":
-        return named
-    kinds: Sequence[str] = model.config.mixer_types  # type: ignore[union-attr, assignment]
-    chosen = [i for i, kind in enumerate(kinds) if what == "mixers" or kind == "lightning-attn"]
-    if not chosen:
-        raise SalaError(f"trainable: {what} chooses nothing in a model with mixers {', '.join(sorted(set(kinds)))}")
-    prefixes = tuple(f"model.layers.{i}.self_attn." for i in chosen)
-    return {name: parameter for name, parameter in named.items() if name.startswith(prefixes)}
 
 
 def _groups_to_clip(named: dict[str, nn.Parameter], stage: Stage) -> list[list[nn.Parameter]]:
@@ -301,7 +127,7 @@ class _Measured:
 def _backward(root: Any, batch: WindowBatch, stage: Stage, parallel: Parallel) -> _Measured:
     """Leave the gradients of the batch's loss, the mean over the tokens of all ranks, in the parameters."""
     root.zero_grad(set_to_none=True)
-    parts, loss = _parts(batch, stage, parallel), LOSSES[stage.loss]
+    parts, loss = micro_batches(batch, stage, parallel), LOSSES[stage.loss]
     weights = [loss.weight(part, stage) for part in parts]
     total = parallel.sum([sum(weights)])[0]
     # a mean over nothing: the loss is not a number, and the loop stops at it
@@ -350,7 +176,7 @@ class _Clock:
         }
 
 
-class Keeper(Protocol):
+class Saver(Protocol):
     """What outlives the process: told of every step, and asked where a stage was left."""
 
     def restore(self, state: dict[str, Any], feed: Feed) -> Progress | None:
@@ -373,7 +199,7 @@ def run_stage(
     compile_mode: Literal["auto", "on", "off"] = "auto",
     parallel: Parallel = ALONE,
     weights: Weights = PRIVATE,
-    keeper: Keeper | None = None,
+    saver: Saver | None = None,
     stage_index: int = 0,
     model_flops: tuple[int, float] | None = None,
 ) -> Progress:
@@ -385,7 +211,7 @@ def run_stage(
         teacher: needed by loss "distill"; never changed.
         parallel: the ranks that share the work.
         weights: where the model's trained parameters go, when the ranks have trained shards of them.
-        keeper: saves, and continues what was saved.
+        saver: saves, and continues what was saved.
         model_flops: of a step over all ranks, and the peak FLOP/s of a rank, for the utilisation; None: not known.
 
     Raises:
@@ -402,7 +228,7 @@ def run_stage(
         def state() -> dict[str, Any]:
             return {"model": dict(root.model.named_parameters()), "optimizer": optimizers.state}
 
-        progress = keeper.restore(state(), feed) if keeper is not None else None
+        progress = saver.restore(state(), feed) if saver is not None else None
         first = 0 if progress is None else progress.step
         clock = _Clock(stage, first, parallel, model_flops)
         with Compiled(root.compilable, compile_mode, root.checkpointed) as compiled:
@@ -428,8 +254,8 @@ def run_stage(
                     **clock.read(step + 1),
                 )
                 observer(progress)
-                if keeper is not None:
-                    keeper.after(progress, state, feed)
+                if saver is not None:
+                    saver.after(progress, state, feed)
         if root is not original:
             # also what this stage did not train: a checkpoint may have brought it
             weights.renew(dict(model.named_parameters()), dict(root.model.named_parameters()))

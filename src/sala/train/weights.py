@@ -46,7 +46,7 @@ class Weights:
         if self.folder is not None and self.world.main:
             remove_files(self.folder)
 
-    def own(self, module: Module, *, copy: bool = True) -> Module:
+    def unshare(self, module: Module, *, copy: bool = True) -> Module:
         """Give `module` parameters to train, which leaves those of all other modules as they are; return it.
 
         The numbers are rank 0's.
