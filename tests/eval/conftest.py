@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from sala.data import Vocabulary, load_tokenizer, vocabulary
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
@@ -34,12 +35,15 @@ class Scripted(nn.Module):
         self.config = MiniCPMSALAConfig(
             hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=vocab_size
         )
+        self.generation_config = GenerationConfig()
+        self.device = torch.device("cpu")
         self.calls: list[int] = []
         self.seen = torch.zeros(1, 0, dtype=torch.int64)
 
     def forward(self, input_ids: Tensor, cache: Any = None, use_cache: bool = False, logits_to_keep: Any = 0) -> Any:
         if cache is not None:
-            self.seen = self.seen[:, : cache.columns]
+            fresh = torch.zeros(len(input_ids), 0, dtype=torch.int64)
+            self.seen = self.seen[:, : cache.columns] if cache.columns else fresh
         self.seen = torch.cat([self.seen, input_ids], dim=1) if use_cache else input_ids
         if cache is not None:
             cache.columns += input_ids.shape[1]

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from sala.engine import logits_at
 from sala.errors import InputError
-from sala.eval import count_blocks, logits_at
+from sala.eval import count_blocks
 from sala.model import with_mixers
 
 NO_INDICES = torch.zeros(0, dtype=torch.int64)
@@ -15,7 +16,7 @@ NO_INDICES = torch.zeros(0, dtype=torch.int64)
 def read(model: Any, length: int, chunk_size: int, since: int = 0) -> Any:
     tokens_T = torch.arange(length) % 50
     with count_blocks(model, since=since) as count:
-        logits_at(model, tokens_T, NO_INDICES, chunk_size=chunk_size)
+        logits_at(model, tokens_T, NO_INDICES, chunk=chunk_size)
     return count
 
 

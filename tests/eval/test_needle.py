@@ -26,7 +26,7 @@ def test_the_document_is_the_text_with_one_needle_at_its_depth(words: Vocabulary
 
 @pytest.mark.parametrize("depth", [0.0, 0.37, 1.0])
 def test_a_model_that_looks_up_finds_it_at_any_depth(
-    scripted: Any, words: Vocabulary, text: np.ndarray, depth: float
+    scripted: Any, tokenizer: Any, words: Vocabulary, text: np.ndarray, depth: float
 ) -> None:
     _, question = needle_document(words, text, length=300, depth=depth)
     answer = [*question.prompt.tolist(), *question.answer.tolist()]
@@ -38,20 +38,20 @@ def test_a_model_that_looks_up_finds_it_at_any_depth(
     progress: list[int] = []
     result = find_needle(
         scripted(continue_answer),
-        words,
+        tokenizer,
         text,
         length=300,
         depth=depth,
         chunk_size=128,
-        on_chunk=lambda done, total: progress.append(done),
+        on_tokens=progress.append,
     )
     assert result.correct
     assert result.answer == result.wanted
-    assert progress == [128, 256, 300]
+    assert progress == [128, 128, 44]
 
 
-def test_a_wrong_answer_is_not_found(scripted: Any, words: Vocabulary, text: np.ndarray) -> None:
-    result = find_needle(scripted(torch.zeros_like), words, text, length=300, depth=0.5)
+def test_a_wrong_answer_is_not_found(scripted: Any, tokenizer: Any, text: np.ndarray) -> None:
+    result = find_needle(scripted(torch.zeros_like), tokenizer, text, length=300, depth=0.5)
     assert not result.correct
     assert result.answer == (0, 0)
 
@@ -66,7 +66,9 @@ def test_documents_that_cannot_be_are_refused(
         needle_document(words, text, length=length, depth=depth)
 
 
-def test_each_of_several_needles_is_asked_for_alone(scripted: Any, words: Vocabulary, text: np.ndarray) -> None:
+def test_each_of_several_needles_is_asked_for_alone(
+    scripted: Any, tokenizer: Any, words: Vocabulary, text: np.ndarray
+) -> None:
     document = retrieval_document(400 - 5 + 5 * 3, haystack="text", seed=7, vocabulary=words, text=text, num_needles=3)
     # what the model knows: the answers of two needles, and nothing of the one in the middle
     middle = sorted(document.questions, key=lambda question: question.needle_start)[1]
@@ -83,13 +85,13 @@ def test_each_of_several_needles_is_asked_for_alone(scripted: Any, words: Vocabu
             following[0, -1] = known.get(tuple(tokens_BT[0, -3:].tolist()), 0)
         return following
 
-    result = find_needles(scripted(look_up), words, text, length=400, num_needles=3, seed=7, chunk_size=128)
+    result = find_needles(scripted(look_up), tokenizer, text, length=400, num_needles=3, seed=7, chunk_size=128)
     assert [answer.correct for answer in result.answers] == [True, False, True]
     assert result.found == 2
     depths = [answer.depth for answer in result.answers]
     assert all(i / 3 <= depth <= (i + 1) / 3 for i, depth in enumerate(depths))
 
 
-def test_needles_that_do_not_fit_are_refused(scripted: Any, words: Vocabulary, text: np.ndarray) -> None:
+def test_needles_that_do_not_fit_are_refused(scripted: Any, tokenizer: Any, text: np.ndarray) -> None:
     with pytest.raises(InputError, match="needles"):
-        find_needles(scripted(torch.zeros_like), words, text, length=20, num_needles=8)
+        find_needles(scripted(torch.zeros_like), tokenizer, text, length=20, num_needles=8)

@@ -17,6 +17,7 @@ with loading():
     from sala.cli.convert import convert
     from sala.cli.data import data
     from sala.cli.demo import demo
+    from sala.cli.eval import evaluate
     from sala.cli.fetch import fetch
     from sala.cli.generate import generate
     from sala.cli.inspect import inspect
@@ -51,6 +52,7 @@ app = typer.Typer(
 for verb in (generate, inspect, plan, fetch, convert, data, train, train_plot, train_export, select, demo):
     app.command(verb.__name__.replace("_", " "))(verb)
 app.add_typer(bench)
+app.add_typer(evaluate)
 
 
 def _show_version(wanted: bool) -> None:

@@ -47,16 +47,18 @@ def find_in_million(
     kinds = variants(hybrid)
     name = HYBRID_SPARSE if HYBRID_SPARSE in kinds else HYBRID_FULL
     started = said = perf_counter()
+    done = 0
 
-    def note(done: int, total: int) -> None:
-        nonlocal said
+    def note(tokens: int) -> None:
+        nonlocal said, done
+        done += tokens
         now = perf_counter()
-        if now - said >= REPORT_EVERY_S or done == total:
+        if now - said >= REPORT_EVERY_S or done == length:
             said = now
-            say(f"{done:,} of {total:,} tokens, {now - started:.0f} s")
+            say(f"{done:,} of {length:,} tokens, {now - started:.0f} s")
 
     with peak_memory() as memory:
-        result = find_needles(kinds[name], ground.words, ground.text, length=length, num_needles=needles, on_chunk=note)
+        result = find_needles(kinds[name], tokenizer, ground.text, length=length, num_needles=needles, on_tokens=note)
 
     def words(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens))).strip()

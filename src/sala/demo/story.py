@@ -30,10 +30,10 @@ from sala.demo.page import write_page
 from sala.demo.plan import FULL, QUICK, Plan
 from sala.demo.plots import write_plots
 from sala.demo.progress import Meter, Moment, Observer, Say
+from sala.engine import DEFAULT_CHUNK
 from sala.errors import RecipeError
 from sala.eval import find_needle, layer_scorers
 from sala.eval.needle import SEED as NEEDLE_SEED
-from sala.eval.reading import CHUNK_SIZE
 from sala.eval.retrieval import EVALUATION_SEED
 from sala.model.checkpoint import find_checkpoint, output_folder, read_json
 from sala.model.families import load_model
@@ -218,23 +218,23 @@ def _needle(
 ) -> dict[str, Any]:
     """One needle in the library's source from its start on, read by the sparsest model there is."""
     name = HYBRID_SPARSE if HYBRID_SPARSE in models else HYBRID_FULL
-    meter = Meter(observer, "needle", -(-plan.needle_length // CHUNK_SIZE), plan.needle_length)
-    before, started = 0, perf_counter()
+    meter = Meter(observer, "needle", -(-plan.needle_length // DEFAULT_CHUNK), plan.needle_length)
+    done, started = 0, perf_counter()
 
-    def note(done: int, total: int) -> None:
-        nonlocal before
-        meter.advance(f"{name}, {total:,} tokens", done - before, done / (perf_counter() - started))
-        before = done
+    def note(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        meter.advance(f"{name}, {plan.needle_length:,} tokens", tokens, done / (perf_counter() - started))
 
     with peak_memory() as memory:
         result = find_needle(
             models[name],
-            ground.words,
+            tokenizer,
             ground.text,
             length=plan.needle_length,
             depth=plan.needle_depth,
-            chunk_size=CHUNK_SIZE,
-            on_chunk=note,
+            chunk_size=DEFAULT_CHUNK,
+            on_tokens=note,
         )
     return {
         "model": name,

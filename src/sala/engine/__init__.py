@@ -4,9 +4,11 @@ from sala.engine.generate import Generation, Statistics, generate
 from sala.engine.load import Checkpoint, load, open_checkpoint
 from sala.engine.memory import Need, available_bytes, check_memory, human_bytes
 from sala.engine.prompt import Documents, encode_prompt, join, read_documents
+from sala.engine.reading import DEFAULT_CHUNK, logits_at, read
 from sala.engine.sampling import Sampling, sampling_for
 
 __all__ = [
+    "DEFAULT_CHUNK",
     "Checkpoint",
     "Documents",
     "Generation",
@@ -20,7 +22,9 @@ __all__ = [
     "human_bytes",
     "join",
     "load",
+    "logits_at",
     "open_checkpoint",
+    "read",
     "read_documents",
     "sampling_for",
 ]

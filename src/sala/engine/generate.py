@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sala.engine.graph import Steps, obstacle
 from sala.engine.memory import peak_bytes
+from sala.engine.reading import DEFAULT_CHUNK, read
 from sala.engine.sampling import NO_TOKEN, Sampler, Sampling
 from sala.engine.transcript import Transcript
 from sala.errors import InputError
@@ -22,8 +23,6 @@ from sala.model.finite import refuse_logits
 from sala.model.interface import named
 from sala.model.rope import trained_length
 
-DEFAULT_CHUNK = 2048
-
 log = logging.getLogger(__name__)
 
 
@@ -31,7 +30,7 @@ log = logging.getLogger(__name__)
 class Statistics:
     """What an answer cost; `peak_bytes` is the most memory that the process has had so far, weights included.
 
-    Of the device where the model is on a GPU, else resident.
+    Of the device where the model is on a GPU, else resident. prompt_tokens: those that were read for this answer.
     """
 
     prompt_tokens: int
@@ -78,11 +77,8 @@ def prefill(
 
     on_tokens: called after every chunk with the number of tokens read in it.
     """
-    if chunk < 1:
-        raise InputError(f"chunk = {chunk}; expected 1 or above")
-    for part in ids_1T.split(min(chunk, ids_1T.shape[1]), dim=1):
-        logits_11X = model(part, **named(cache), use_cache=True, logits_to_keep=1).logits
-        on_tokens(part.shape[1])
+    last = torch.tensor([ids_1T.shape[1] - 1])
+    *_, logits_11X = read(model, ids_1T, last, cache, chunk=chunk, on_tokens=on_tokens)
     return logits_11X[:, -1]
 
 
@@ -95,12 +91,16 @@ def generate(
     *,
     chunk: int = DEFAULT_CHUNK,
     graph: bool | None = None,
+    cache: SalaCache | None = None,
+    warn: bool = True,
     on_prefill: Callable[[int], None] = lambda tokens: None,
     on_text: Callable[[str], None] = lambda piece: None,
 ) -> Generation:
     """Answer the token ids `prompt`.
 
     chunk: tokens of the prompt read in one forward pass; it changes memory and speed, not the answer.
+    cache: holds a start of the prompt, which is not read again, and is left at the end of the answer; None: a new one.
+    warn: log a warning where the prompt is longer than the model was trained for.
     graph: whether a GPU replays a recorded graph to decode; None: where it can.
     on_prefill: called after every chunk with its number of tokens.
     on_text: called with every piece of text that is certain.
@@ -110,16 +110,18 @@ def generate(
         CheckpointError: the logits are not finite.
     """
     recorded = _records(model, graph)
-    _warn_beyond_training(model, len(prompt))
+    if warn:
+        _warn_beyond_training(model, len(prompt))
     device = model.device
-    cache = new_cache(model.config, reserve=len(prompt) + sampling.max_new_tokens)
+    cache = new_cache(model.config, reserve=len(prompt) + sampling.max_new_tokens) if cache is None else cache
+    known = cache.get_seq_length()
     seen_1T = torch.empty(1, len(prompt) + sampling.max_new_tokens, dtype=torch.long, device=device)
     seen_1T[0, : len(prompt)] = torch.tensor(prompt, device=device)
     ends, stops = end_tokens(model, tokenizer), stop_tokens(tokenizer, sampling.stop)
     sampler, transcript = Sampler(sampling, device), Transcript(tokenizer, sampling.stop)
     finish: Literal["end", "stop", "length"] = "length"
     started = time.perf_counter()
-    logits_1X = prefill(model, seen_1T[:, : len(prompt)], cache, chunk, on_prefill)
+    logits_1X = prefill(model, seen_1T[:, known : len(prompt)], cache, chunk, on_prefill)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     prefill_s = time.perf_counter() - started
@@ -140,7 +142,7 @@ def generate(
                 break
     _pass_on(transcript.finish(), on_text)
     statistics = Statistics(
-        prompt_tokens=len(prompt),
+        prompt_tokens=len(prompt) - known,
         # the end token was drawn too
         new_tokens=len(tokens) + (finish == "end"),
         prefill_s=prefill_s,

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from sala.data import Question, Vocabulary, retrieval_document
+from sala.data import vocabulary as task_words
 from sala.data.tasks import NEEDLE_SIZE
+from sala.engine import DEFAULT_CHUNK, Sampling, generate, logits_at
 from sala.errors import InputError
-from sala.eval.reading import CHUNK_SIZE, logits_at
-from sala.model import SalaCache, new_cache
+from sala.model import new_cache
 
 SEED = 93_000
 
@@ -67,54 +68,42 @@ def needle_document(
     return tokens, replace(question, answer_start=length, needle_start=1 + cut)
 
 
-@torch.no_grad()
 def find_needle(
     model: Any,
-    vocabulary: Vocabulary,
+    tokenizer: PreTrainedTokenizerBase,
     text: NDArray[np.int64],
     *,
     length: int,
     depth: float,
     seed: int = SEED,
-    chunk_size: int = CHUNK_SIZE,
-    on_chunk: Callable[[int, int], None] = lambda done, total: None,
+    chunk_size: int = DEFAULT_CHUNK,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> NeedleResult:
     """Read a document of `length` tokens with one needle and generate the answer greedily, a token at a time.
 
     Raises:
         InputError: see `needle_document`.
     """
-    document, question = needle_document(vocabulary, text, length=length, depth=depth, seed=seed)
-    tokens_T = torch.from_numpy(document)
-    cache = new_cache(model.config, reserve=length + len(question.answer))
-    started = perf_counter()
-    logits_1X = logits_at(
-        model, tokens_T, torch.tensor([length - 1]), chunk_size=chunk_size, cache=cache, on_chunk=on_chunk
+    document, question = needle_document(task_words(tokenizer), text, length=length, depth=depth, seed=seed)
+    answer = generate(
+        model, tokenizer, document.tolist(), _greedy(question), chunk=chunk_size, warn=False, on_prefill=on_tokens
     )
-    first = int(logits_1X.argmax())
-    read_s = perf_counter() - started
-    answer = [first, *_greedy(model, cache, torch.tensor([first]), len(question.answer) - 1)]
+    cost, wanted = answer.statistics, tuple(question.answer.tolist())
     return NeedleResult(
         length=length,
         depth=depth,
-        answer=tuple(answer),
-        wanted=tuple(question.answer.tolist()),
-        correct=answer == question.answer.tolist(),
-        read_s=read_s,
-        read_tokens_per_s=length / read_s,
-        decode_s=perf_counter() - started - read_s,
-        cache_bytes=cache.size_bytes,
+        answer=answer.tokens,
+        wanted=wanted,
+        correct=answer.tokens == wanted,
+        read_s=cost.first_token_s,
+        read_tokens_per_s=length / cost.first_token_s,
+        decode_s=cost.decode_s,
+        cache_bytes=cost.cache_bytes,
     )
 
 
-def _greedy(model: Any, cache: SalaCache, given_T: Tensor, count: int) -> list[int]:
-    """Return the `count` tokens that greedy decoding says after `given_T`, which `cache` has not read yet."""
-    said: list[int] = []
-    while len(said) < count:
-        logits_1X = logits_at(model, given_T, torch.tensor([len(given_T) - 1]), cache=cache)
-        said.append(int(logits_1X.argmax()))
-        given_T = torch.tensor(said[-1:])
-    return said
+def _greedy(question: Question) -> Sampling:
+    return Sampling(max_new_tokens=len(question.answer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,17 +138,17 @@ class NeedlesResult:
         return sum(answer.correct for answer in self.answers)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def find_needles(
     model: Any,
-    vocabulary: Vocabulary,
+    tokenizer: PreTrainedTokenizerBase,
     text: NDArray[np.int64],
     *,
     length: int,
     num_needles: int,
     seed: int = SEED,
-    chunk_size: int = CHUNK_SIZE,
-    on_chunk: Callable[[int, int], None] = lambda done, total: None,
+    chunk_size: int = DEFAULT_CHUNK,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> NeedlesResult:
     """Read a document with `num_needles` held-out needles once, and ask for each from the moment the reading ended.
 
@@ -168,6 +157,7 @@ def find_needles(
 
     Args:
         text: (tokens,) the document; it is read in a circle when it is shorter than `length`.
+        on_tokens: called after every chunk with its number of tokens.
 
     Raises:
         InputError: the needles do not fit.
@@ -177,21 +167,23 @@ def find_needles(
         length - NEEDLE_SIZE + questions_size,
         haystack="text",
         seed=seed,
-        vocabulary=vocabulary,
+        vocabulary=task_words(tokenizer),
         text=text,
         num_needles=num_needles,
     )
     body_T = torch.from_numpy(document.body)
     cache = new_cache(model.config, reserve=length)
     started = perf_counter()
-    logits_at(model, body_T, torch.tensor([len(body_T) - 1]), chunk_size=chunk_size, cache=cache, on_chunk=on_chunk)
+    # the last logits too: reading ends with them
+    logits_at(model, body_T, torch.tensor([len(body_T) - 1]), chunk=chunk_size, cache=cache, on_tokens=on_tokens)
     read_s, cache_bytes = perf_counter() - started, cache.size_bytes
     end = cache.mark()
     answers = []
     for question in sorted(document.questions, key=lambda question: question.needle_start):
         cache.rewind(end)
-        said = _greedy(model, cache, torch.from_numpy(question.prompt), len(question.answer))
-        answers.append(Answer(question.needle_start / len(body_T), tuple(said), tuple(question.answer.tolist())))
+        prompt = [*document.body.tolist(), *question.prompt.tolist()]
+        said = generate(model, tokenizer, prompt, _greedy(question), cache=cache, warn=False)
+        answers.append(Answer(question.needle_start / len(body_T), said.tokens, tuple(question.answer.tolist())))
     return NeedlesResult(
         length=length,
         answers=tuple(answers),

@@ -2,19 +2,28 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from sala.data import RetrievalDocument, Vocabulary, retrieval_document
+from sala.data import (
+    RetrievalDocument,
+    Vocabulary,
+    encode_documents,
+    library_documents,
+    retrieval_document,
+)
+from sala.data import vocabulary as task_words
 from sala.data.tasks import Haystack
+from sala.engine import DEFAULT_CHUNK
 from sala.errors import InputError
 from sala.eval.blocks import count_blocks
 from sala.eval.interval import wilson_interval
-from sala.eval.reading import CHUNK_SIZE, logits_at
+from sala.eval.reader import LocalReader
+from sala.eval.task import Predictions, Setting, Style, Task, Window
 
 QUESTIONS = 256
 NEEDLES = 16
@@ -70,16 +79,16 @@ def retrieval(
     questions: int = QUESTIONS,
     needles: int = NEEDLES,
     seed: int = EVALUATION_SEED,
-    chunk_size: int | None = CHUNK_SIZE,
+    chunk_size: int = DEFAULT_CHUNK,
     on_document: Callable[[int, int], None] = lambda done, total: None,
 ) -> RetrievalPoint:
     """Ask `model` at least `questions` questions, `needles` a document, in documents of exactly `length` tokens.
 
     Keys and values are those held out from training. Documents are the same for every model: a pure function of seed,
-    haystack, length and needles. Each is read once, alone, in chunks (see `logits_at`).
+    haystack, length and needles. Each is read once, alone, in chunks (see `engine.read`).
 
     Args:
-        model: anything `logits_at` reads with.
+        model: anything `engine.read` reads with.
         text: (tokens,) a stream that was not trained on, to cut text haystacks from.
         on_document: called with (documents done, documents) after each.
 
@@ -94,17 +103,20 @@ def retrieval(
     depths: list[float] = []
     seconds: list[float] = []
     unread: list[float] = []
+    reader = LocalReader(model, chunk=chunk_size)
     for index in range(documents):
         document = retrieval_document(
             length, haystack=haystack, seed=seed + index, vocabulary=vocabulary, text=text, num_needles=needles
         )
+        window = retrieval_window(document)
         started = perf_counter()
         with count_blocks(model, since=document.questions_start) as count:
-            answers = greedy_answers(model, document, chunk_size)
+            [(_, predictions)] = reader.predict([(index, window)])
         seconds.append(perf_counter() - started)
-        wanted = np.stack([question.answer for question in document.questions])
-        right += (answers == wanted).all(axis=1).tolist()
-        first += (answers[:, 0] == wanted[:, 0]).tolist()
+        assert isinstance(predictions, Predictions)
+        answers = answered(window, predictions)
+        right += [bool(row.all()) for row in answers]
+        first += answers[:, 0].tolist()
         depths += [question.needle_start / document.questions_start for question in document.questions]
         if count.unread is not None:
             unread.append(count.unread)
@@ -127,17 +139,73 @@ def retrieval(
     )
 
 
-def greedy_answers(model: Any, document: RetrievalDocument, chunk_size: int | None = CHUNK_SIZE) -> NDArray[np.int64]:
-    """Return the model's greedy answers (questions, answer tokens), all from one reading of the document.
+def retrieval_window(document: RetrievalDocument) -> Window:
+    """Return a document whose answers are asked for, all from one reading.
 
     A later token of an answer is predicted after the right earlier ones, which for an exact match is what greedy
     decoding would do.
     """
+    starts_Q = np.array([question.answer_start for question in document.questions])
     size = len(document.questions[0].answer)
-    before_Q = np.array([question.answer_start - 1 for question in document.questions])
-    indices_QA = torch.from_numpy(before_Q[:, None] + np.arange(size))
-    logits_NX = logits_at(model, torch.from_numpy(document.tokens), indices_QA.flatten(), chunk_size=chunk_size)
-    return logits_NX.argmax(dim=-1).view(-1, size).numpy()
+    places = tuple(question.needle_start for question in document.questions)
+    depths = [round(place / document.questions_start, 4) for place in places]
+    return Window(
+        document.tokens, (starts_Q[:, None] + np.arange(size)).ravel(), len(starts_Q), places, {"depths": depths}
+    )
+
+
+def answered(window: Window, predictions: Predictions) -> NDArray[Any]:
+    """Return (answers, tokens of an answer): which tokens were right."""
+    return predictions.right.reshape(window.groups, -1)
+
+
+def share_answered(window: Window, predictions: Predictions, style: Style) -> float:
+    return float(answered(window, predictions).all(axis=1).mean())
+
+
+def _note(window: Window, predictions: Predictions) -> dict[str, Any]:
+    return {"right": answered(window, predictions).all(axis=1).tolist()}
+
+
+def make_retrieval(haystack: Haystack, needles: int, setting: Setting, length: int, index: int) -> Window:
+    """Return the document of an index for a tokenizer that has the task words.
+
+    Raises:
+        InputError: it has not, or the needles do not fit.
+    """
+    words, text = task_ground(setting)
+    return retrieval_window(
+        retrieval_document(
+            length,
+            haystack=haystack,
+            seed=EVALUATION_SEED + index,
+            vocabulary=words,
+            text=text,
+            num_needles=needles,
+        )
+    )
+
+
+def task_ground(setting: Setting) -> tuple[Vocabulary, NDArray[np.int64]]:
+    """Return the task words of a setting's tokenizer and the test split's stream of tokens."""
+
+    def read() -> tuple[Vocabulary, NDArray[np.int64]]:
+        words = task_words(setting.tokenizer)
+        return words, encode_documents(setting.tokenizer, library_documents("test"))
+
+    return setting.keep("words", read)
+
+
+GROUP = "retrieval"
+ROWS: dict[str, tuple[Haystack, int]] = {
+    "retrieval_text": ("text", NEEDLES),
+    "retrieval_noise": ("noise", NEEDLES),
+    "needle_text": ("text", 1),
+}
+TASKS = tuple(
+    Task(name, partial(make_retrieval, *row), share_answered, GROUP, predicts=True, note=_note)
+    for name, row in ROWS.items()
+)
 
 
 def _by_depth(depths: Sequence[float], right: Sequence[bool]) -> tuple[DepthBin, ...]:

@@ -1,0 +1,47 @@
+"""`sala eval` from the command line."""
+
+import json
+
+import pytest
+
+
+def test_a_model_is_asked_and_the_table_is_printed(sala, hybrid, tmp_path):
+    command = ("eval", "run", "--model", hybrid, "--out", tmp_path / "a", "--lengths", "256,512", "--samples", 1)
+    first = sala(*command, "--tasks", "retrieval,niah_single_1,ppl")
+    assert first.code == 0, first.err
+    assert first.out.startswith("| task | measure | 256 | 512 |")
+    assert first.out == (tmp_path / "a" / "summary.md").read_text()
+    records = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * 5
+    again = sala(*command, "--tasks", "retrieval,niah_single_1,ppl")
+    assert again.out == first.out
+    compared = sala("eval", "compare", tmp_path / "a", tmp_path / "a")
+    assert compared.code == 0 and "| ppl | 256 | 1 |" in compared.out
+
+
+def test_tasks_are_listed_with_what_they_need(sala):
+    listed = sala("eval", "tasks").out
+    assert "niah_multikey_2" in listed and "needs --file squad=PATH" in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--tasks", "rulr"), "did you mean 'ruler'?"),
+        (("--tasks", "qa_1"), "expected --file squad=PATH"),
+        (("--file", "prosa=x"), "expected NAME=PATH"),
+        (("--file", "prose=nowhere.txt"), "no file 'nowhere.txt'"),
+        (("--style", "mine"), "expected one of nvidia"),
+        (("--lengths", "4Q"), "expected a number of tokens"),
+        (("--endpoint", "http://localhost:1/v1"), "expected --model NAME --tokenizer FOLDER"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(sala, hybrid, tmp_path, arguments, said):
+    outcome = sala("eval", "run", "--out", tmp_path / "out", *arguments)
+    assert outcome.code == 2
+    assert said in outcome.err and len(outcome.err.strip().splitlines()) == 1
+
+
+def test_folders_that_are_no_runs_are_refused(sala, tmp_path):
+    outcome = sala("eval", "compare", tmp_path, tmp_path)
+    assert outcome.code == 2 and "expected the --out of `sala eval run`" in outcome.err
