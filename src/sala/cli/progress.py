@@ -83,6 +83,8 @@ class Step(Protocol):
     def mfu(self) -> float | None: ...
     @property
     def memory_bytes(self) -> int: ...
+    @property
+    def validation_loss(self) -> float | None: ...
 
 
 class Rows(Progress):
@@ -116,6 +118,8 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
+        # of each stage, from its last look
+        self._validation: dict[str, float] = {}
         self._shown = ""
         self._said_at = float("-inf")
 
@@ -138,20 +142,27 @@ class Display:
 
         phase: its short stages share one row; None gives the stage a row of its own that stays.
         """
+        if step.validation_loss is not None:
+            self._validation[step.stage] = step.validation_loss
+        losses = (*_loss(step), *self._validated(step))
         if self.console.is_terminal:
             row = phase or step.stage
             if row not in self._rows:
                 self._rows[row] = self._bars.add_task(row, total=step.steps, facts="")
             self._bars.below = ", ".join(_below(step))
-            facts = ", ".join((*_loss(step), *_time_left(step)))
+            facts = ", ".join((*losses, *_time_left(step)))
             self._bars.update(self._rows[row], completed=step.step, total=step.steps, facts=facts)
             return
         now, name = time.monotonic(), f"{phase}: {step.stage}" if phase else step.stage
         first, last = name != self._shown, phase is None and step.step == step.steps
         if (phase is None and first) or last or now - self._said_at >= PLAIN_LINE_EVERY_S:
             self._said_at, self._shown = now, name
-            told = (*_loss(step), *_below(step), *_time_left(step))
+            told = (*losses, *_below(step), *_time_left(step))
             self.say(", ".join((f"{name}: step {step.step} of {step.steps}", *told)))
+
+    def _validated(self, step: Step) -> Iterator[str]:
+        if step.stage in self._validation:
+            yield f"validation {self._validation[step.stage]:.4f}"
 
 
 def _loss(step: Step) -> Iterator[str]:

@@ -34,6 +34,7 @@ class Moment:
     seconds_left: float | None = None
     mfu: float | None = None
     memory_bytes: int = 0
+    validation_loss: float | None = None
 
 
 Observer = Callable[[Moment], None]

@@ -2,7 +2,7 @@
 
 from sala.recipe.conversion import Conversion, Keep, Sparse
 from sala.recipe.load import load_recipe, override, parse_recipe, recipe_names
-from sala.recipe.recipe import ConversionRecipe, Init, Recipe, SourceRow, TrainingRecipe
+from sala.recipe.recipe import ConversionRecipe, Init, Recipe, SourceRow, TrainingRecipe, Validation
 from sala.recipe.stage import LearningRate, Mesh, Optimizer, Stage, require_mesh_fits
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Sparse",
     "Stage",
     "TrainingRecipe",
+    "Validation",
     "load_recipe",
     "override",
     "parse_recipe",

@@ -19,6 +19,16 @@ class SourceRow(Section):
     length_weights: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]] = Field(default={0: 1.0})
 
 
+class Validation(Section):
+    """Held-out windows, the same at every look: their loss is measured every `every` steps and at the end of a stage."""
+
+    # sources that no stage reads, by their share of the windows; the package's own held-out text when a recipe has none
+    data: dict[str, Annotated[float, Field(gt=0)]] = Field(default={"text": 1.0}, min_length=1)
+    length: Annotated[int, Field(gt=1)] = 512
+    windows: Positive = 16
+    every: Positive = 100
+
+
 class Recipe(Section):
     """What every run has."""
 
@@ -27,6 +37,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     # what the stages' data names; without any, the package's own text and generated tasks
     sources: dict[str, SourceRow] = Field(default={})
+    validation: Validation | None = None
     optimizer: Optimizer = Optimizer()
     mesh: Mesh = Mesh()
     # of a step's products; parameters, their updates and the sums over ranks are float32
@@ -78,6 +89,19 @@ class Recipe(Section):
                         f"stages.{index} ({stage.name!r}): data names {name!r}, which is not one of the sources: "
                         f"{', '.join(self.sources)}{nearest(name, self.sources)}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _validation_is_held_out(self) -> "Recipe":
+        for name in self.validation.data if self.validation else ():
+            if not self.sources:
+                if name != "text":
+                    raise ValueError(f"validation: data names {name!r}; a recipe without sources has 'text' alone")
+            elif name not in self.sources:
+                known = f"{', '.join(self.sources)}{nearest(name, self.sources)}"
+                raise ValueError(f"validation: data names {name!r}, which is not one of the sources: {known}")
+            elif readers := [stage.name for stage in self.stages if name in stage.data]:
+                raise ValueError(f"validation: stage {readers[0]!r} trains on {name!r}; expected a source of its own")
         return self
 
     @property

@@ -17,6 +17,10 @@ LOSSES = {
     "distill": "KL divergence from the teacher, nats a token",
     "next_token": "cross-entropy of the next token, nats",
 }
+VALIDATION = (
+    "The validation loss is of held-out windows: alignment's own loss, and in every other stage the cross-entropy of the next "
+    "token. "
+)
 LINEAR, SPARSE = "lightning-attn", ("minicpm4", "latent-minicpm4")
 
 
@@ -101,21 +105,24 @@ def _origin(recipe: Mapping[str, Any], teacher: str | None) -> str:
 
 def _stages(recipe: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
     begun = {rows[0]["stage_index"]: rows for rows in in_stages(metrics)}
+    validated = recipe["validation"] is not None
     lines = [
-        "| stage | loss | trains | length | tokens | learning rate | steps | final loss |",
-        "| --- | --- | --- | ---: | ---: | --- | ---: | ---: |",
-        *(f"| {' | '.join(_row(stage, begun.get(i, ())))} |" for i, stage in enumerate(recipe["stages"])),
+        "| stage | loss | trains | length | tokens | learning rate | steps | final loss |"
+        + " validation |" * validated,
+        "| --- | --- | --- | ---: | ---: | --- | ---: | ---: |" + " ---: |" * validated,
+        *(f"| {' | '.join(_row(stage, begun.get(i, ()), validated))} |" for i, stage in enumerate(recipe["stages"])),
     ]
     kinds = dict.fromkeys(stage["loss"] for stage in recipe["stages"])
     return (
         "\n".join(lines)
         + "\n\nThe final loss is a mean over the last steps, on training data. "
+        + (VALIDATION if validated else "")
         + "; ".join(f"{kind}: {LOSSES[kind]}" for kind in kinds)
         + ".\nEvery number of the recipe is in `recipe.yaml` beside this card."
     )
 
 
-def _row(stage: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _row(stage: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], validated: bool) -> Iterator[str]:
     yield stage["name"]
     yield stage["loss"]
     yield "linear twins" if stage["loss"] == "align" else _trained(stage)
@@ -125,6 +132,9 @@ def _row(stage: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterato
     yield _learning_rate(stage["learning_rate"])
     yield f"{done:,}" if done == stage["steps"] else f"{done:,} of {stage['steps']:,}"
     yield f"{smooth([row['loss'] for row in rows])[-1]:.4g}" if rows else "not begun"
+    if validated:
+        looks = [row["validation_loss"] for row in rows if row["validation_loss"] is not None]
+        yield f"{looks[-1]:.4g}" if looks else "none"
 
 
 def _trained(stage: Mapping[str, Any]) -> str:
@@ -171,9 +181,8 @@ def _limits(recipe: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], tea
     if begun:
         longest = max(stages[index]["length"] for index in begun)
         limits.append(f"It was trained on windows of at most {longest:,} tokens; nothing is known of it beyond.")
-    limits.append(
-        "The losses above are of training data. No evaluation is part of this card: measure before you rely on it."
-    )
+    where = "" if recipe["validation"] else "The losses above are of training data. "
+    limits.append(f"{where}No evaluation is part of this card: measure before you rely on it.")
     whose = "its data" if teacher is None else f"{teacher} and its data"
     limits.append(f"What {whose} get wrong, it does too. Its licence follows from theirs; nobody has checked it here.")
     return "\n".join(f"- {limit}" for limit in limits)

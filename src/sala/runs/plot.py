@@ -73,9 +73,15 @@ def _loss(axes: Axes, rows: Sequence[Row], color: str) -> None:
     """Draw a stage's loss; the stages have losses of different kinds, so each has axes of its own."""
     losses = [row["loss"] for row in rows]
     smoothed = _curve(axes, [row["tokens"] for row in rows], losses, color)
-    _axes(axes, "tokens of the stage", smoothed)
+    looks = [(row["tokens"], row["validation_loss"]) for row in rows if row["validation_loss"] is not None]
+    title = f"loss {smoothed[-1]:.4g}"
+    if looks:
+        axes.plot(*zip(*looks, strict=True), color=INK, linewidth=1.2, marker="o", markersize=2.5, label="validation")
+        axes.legend(fontsize=7.5, frameon=False, labelcolor=INK)
+        title += f", validation {looks[-1][1]:.4g}"
+    _axes(axes, "tokens of the stage", [*smoothed, *(loss for _, loss in looks)])
     axes.set_title(rows[0]["stage"], fontsize=10, color=color, loc="left", fontweight="bold")
-    axes.set_title(f"loss {smoothed[-1]:.4g}", fontsize=9, color=INK, loc="right")
+    axes.set_title(title, fontsize=9, color=INK, loc="right")
 
 
 def _over_all(

@@ -25,7 +25,10 @@ Row = Mapping[str, Any]
 
 def scalars(row: Row) -> dict[str, float]:
     """Return what is drawn of a step, by name; what is not known of it is left out."""
-    values = {name: row[name] for name in ("loss", "learning_rate", "gradient_norm", "tokens_per_s", "mfu")}
+    values = {
+        name: row.get(name)
+        for name in ("loss", "validation_loss", "learning_rate", "gradient_norm", "tokens_per_s", "mfu")
+    }
     values["memory_gib"] = row["memory_bytes"] / GIB or None
     values |= {f"layer_errors/{layer:02d}": error for layer, error in enumerate(row["layer_errors"])}
     return {name: value for name, value in values.items() if value is not None}
@@ -175,6 +178,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path} has no step yet; expected a run that has made one")
     names = {field.name for field in dataclasses.fields(Progress)}
     for row in rows:
+        row.setdefault("validation_loss", None)
         if missing := names - row.keys():
             raise InputError(f"{path} lacks {', '.join(sorted(missing))}; expected a file that sala train wrote")
     return rows

@@ -23,7 +23,7 @@ from sala.runs.measured import NOTHING_KEPT, Measured
 from sala.runs.record import read_metrics
 from sala.runs.stages import StageRunner, ignore, sample
 from sala.runs.start import Origin, start_of
-from sala.train.batches import Corpus, Data, ShardData, read_data
+from sala.train.batches import Corpus, Data, ShardData, read_data, read_held_out
 from sala.train.initial import initialize
 from sala.train.loop import Observer
 from sala.train.parallel import CPU, ONE_PROCESS, World, shadow
@@ -92,7 +92,8 @@ def run_recipe(
         given = f"{given} {origin.name!r}"
     networks_of(recipe, None if model is None else model.config, tokenizer)
     data = read_data(recipe, tokenizer) if data is None else data
-    StageRunner(recipe, data, observer, world).check()
+    held_out = read_held_out(recipe, data, tokenizer)
+    StageRunner(recipe, data, observer, world, held_out=held_out).check()
     if model is not None:
         world.first(lambda: require_finite_weights(model, given))
     start = world.first(lambda: start_of(model, origin, tokenizer, data))
@@ -104,7 +105,7 @@ def run_recipe(
         if model is not None:
             weights.unshare(model, copy=False)
             world.first(lambda: require_finite_logits(model, sample(recipe, data).input_ids[:1, :PROBE], given))
-        runner = StageRunner(recipe, data, folder.recording(observer), world, folder, weights)
+        runner = StageRunner(recipe, data, folder.recording(observer), world, folder, weights, held_out)
 
         def note(selection: Selection) -> None:
             with writing(out / "selection.json"):

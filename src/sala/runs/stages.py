@@ -4,9 +4,10 @@ import gc
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sala.recipe import Recipe, Stage
+from sala.errors import RecipeError
+from sala.recipe import LearningRate, Recipe, Stage
 from sala.runs.checks import require_feeds
-from sala.train.batches import Data, Feed
+from sala.train.batches import Data, Feed, HeldOut
 from sala.train.cards import peak_flops
 from sala.train.flops import Networks, model_flops
 from sala.train.loop import Observer, Progress, Saver, run_stage
@@ -41,11 +42,14 @@ class StageRunner:
     world: World = ONE_PROCESS
     saved: SavedStages | None = None
     weights: Weights = PRIVATE
+    held_out: Data | None = None
 
     def check(self) -> None:
         """Raise RecipeError for what a stage cannot have, before anything is trained."""
-        meshes = [self._parallel(index).mesh for index in range(len(self.recipe.stages))]
-        require_feeds(self.recipe, self.data, [mesh.data_parallel for mesh in meshes])
+        parallels = [self._parallel(index) for index in range(len(self.recipe.stages))]
+        require_feeds(self.recipe, self.data, [parallel.mesh.data_parallel for parallel in parallels])
+        for parallel in parallels:
+            self._held_out(parallel)
 
     def __call__(self, model: Any, stage: Stage, *, teacher: Any = None) -> Progress:
         index = self.recipe.stages.index(stage)
@@ -64,6 +68,7 @@ class StageRunner:
             parallel=parallel,
             weights=self.weights,
             saver=None if self.saved is None else self.saved.saver(index),
+            held_out=self._held_out(parallel),
             stage_index=index,
             model_flops=self._model_flops(model, stage, teacher),
         )
@@ -88,6 +93,27 @@ class StageRunner:
         return self.world.parallel(
             self.recipe.mesh_of(stage), self.recipe.precision, f"stages.{index} ({stage.name!r}): ", field
         )
+
+    def _held_out(self, parallel: Parallel) -> HeldOut | None:
+        """Return this rank's held-out windows, the same in every stage."""
+        validation = self.recipe.validation
+        if validation is None or self.held_out is None:
+            return None
+        fields = validation.model_dump(include={"data", "length"})
+        windows = Stage(
+            name="validation",
+            loss="next_token",
+            batch=validation.windows,
+            steps=1,
+            learning_rate=LearningRate(peak=1.0),
+            **fields,
+        )
+        seed = self.recipe.seed * SEEDS_PER_RUN + SEEDS_PER_RUN - 2
+        try:
+            feed = self.held_out.feed(windows, seed, parallel.data_rank, parallel.mesh.data_parallel)
+        except RecipeError as error:
+            raise RecipeError(f"validation: {error}") from error
+        return HeldOut(next(feed), validation.every)
 
     def _feed(self, index: int, parallel: Parallel) -> Feed:
         seed = self.recipe.seed * SEEDS_PER_RUN + index

@@ -71,6 +71,14 @@ class Feed(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """This rank's share of the held-out windows, and how many steps lie between two looks at them."""
+
+    batch: WindowBatch
+    every: int
+
+
 @dataclass
 class StepFeed:
     """Batches that are a pure function of the step; a rank takes every `ranks`-th window from the `rank`-th."""
@@ -257,6 +265,13 @@ def read_corpus(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document
         return dataclasses.replace(empty, text=encode_documents(tokenizer, documents))
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return dataclasses.replace(empty, text=encode_stream(tokenizer, documents, end))
+
+
+def read_held_out(recipe: Recipe, data: Data, tokenizer: PreTrainedTokenizerBase) -> Data | None:
+    """Return what a recipe's validation draws from: `data`, or the package's held-out text; None without validation."""
+    if recipe.validation is None or recipe.sources:
+        return None if recipe.validation is None else data
+    return read_corpus(tokenizer, library_documents("valid"))
 
 
 def blank_corpus(tokenizer: PreTrainedTokenizerBase, tokens: int) -> Corpus:

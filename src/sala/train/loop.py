@@ -13,7 +13,7 @@ from torch import nn
 
 from sala.errors import SalaError
 from sala.recipe import Optimizer, Stage
-from sala.train.batches import Feed, WindowBatch
+from sala.train.batches import Feed, HeldOut, WindowBatch
 from sala.train.compile import Compiled
 from sala.train.memory import peak_memory_bytes
 from sala.train.optimizer import make_optimizers
@@ -29,7 +29,8 @@ class Progress:
 
     mfu: model FLOPs utilisation, None where the device's peak is not known. memory_bytes: peak of the device's memory, or
     of the process's resident memory; 0 where the system does not tell. stage_index: the stage's place in the recipe.
-    layer_errors: empty but in alignment.
+    layer_errors: empty but in alignment. validation_loss: of the held-out windows, alignment's own loss or cross-entropy of the
+    next token; None at steps without a look.
     """
 
     stage: str
@@ -45,6 +46,7 @@ class Progress:
     mfu: float | None = None
     memory_bytes: int = 0
     stage_index: int = 0
+    validation_loss: float | None = None
 
 
 Observer = Callable[[Progress], None]
@@ -127,7 +129,7 @@ class _Measured:
 def _backward(root: Any, batch: WindowBatch, stage: Stage, parallel: Parallel) -> _Measured:
     """Leave the gradients of the batch's loss, the mean over the tokens of all ranks, in the parameters."""
     root.zero_grad(set_to_none=True)
-    parts, loss = micro_batches(batch, stage, parallel), LOSSES[stage.loss]
+    parts, loss = micro_batches(batch, stage.micro_batch, parallel), LOSSES[stage.loss]
     weights = [loss.weight(part, stage) for part in parts]
     total = parallel.sum([sum(weights)])[0]
     # a mean over nothing: the loss is not a number, and the loop stops at it
@@ -144,6 +146,18 @@ def _backward(root: Any, batch: WindowBatch, stage: Stage, parallel: Parallel) -
     added, *sums = parallel.sum([own, *layers.flatten().tolist()])
     errors, sizes = sums[: len(sums) // 2], sums[len(sums) // 2 :]
     return _Measured(added, own, total, tuple(error / size for error, size in zip(errors, sizes, strict=True)))
+
+
+@torch.no_grad()
+def _validation_loss(root: Any, held_out: HeldOut, stage: Stage, parallel: Parallel) -> float:
+    """Return the mean loss of the held-out windows of all ranks: alignment's, else cross-entropy of the next token."""
+    name = "align" if stage.loss == "align" else "next_token"
+    size = stage.micro_batch or max(1, stage.batch // parallel.mesh.data_parallel)
+    parts = micro_batches(held_out.batch, size, parallel)
+    weights = [LOSSES[name].weight(part, stage) for part in parts]
+    added = sum(root(part, name)[0].item() * weight for part, weight in zip(parts, weights, strict=True))
+    total_loss, total = parallel.sum([added, sum(weights)])
+    return total_loss / total if total else math.nan
 
 
 def _gradient_norm(groups: Sequence[list[nn.Parameter]], clip: float) -> float:
@@ -200,6 +214,7 @@ def run_stage(
     parallel: Parallel = ALONE,
     weights: Weights = PRIVATE,
     saver: Saver | None = None,
+    held_out: HeldOut | None = None,
     stage_index: int = 0,
     model_flops: tuple[int, float] | None = None,
 ) -> Progress:
@@ -212,6 +227,7 @@ def run_stage(
         parallel: the ranks that share the work.
         weights: where the model's trained parameters go, when the ranks have trained shards of them.
         saver: saves, and continues what was saved.
+        held_out: windows to measure the validation loss on.
         model_flops: of a step over all ranks, and the peak FLOP/s of a rank, for the utilisation; None: not known.
 
     Raises:
@@ -241,6 +257,7 @@ def run_stage(
                 _require_finite("the gradient's norm", norm, norm, stage, step + 1, batch, parallel)
                 rate = stage.learning_rate.at(step, stage.steps)
                 optimizers.step(rate)
+                look = held_out is not None and ((step + 1) % held_out.every == 0 or step + 1 == stage.steps)
                 progress = Progress(
                     stage=stage.name,
                     step=step + 1,
@@ -251,6 +268,7 @@ def run_stage(
                     tokens=(step + 1) * stage.batch * stage.length,
                     layer_errors=measured.layer_errors,
                     stage_index=stage_index,
+                    validation_loss=_validation_loss(root, held_out, stage, parallel) if look and held_out else None,
                     **clock.read(step + 1),
                 )
                 observer(progress)

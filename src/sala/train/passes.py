@@ -100,10 +100,10 @@ LOSSES = {
 }
 
 
-def micro_batches(batch: WindowBatch, stage: Stage, parallel: Parallel) -> list[MicroBatch]:
-    """Split this rank's windows into micro-batches, and with context parallelism each of these over its ranks."""
+def micro_batches(batch: WindowBatch, size: int | None, parallel: Parallel) -> list[MicroBatch]:
+    """Split this rank's windows into micro-batches of `size`, and with context parallelism each of these over its ranks."""
     windows = len(batch.input_ids)
-    size = stage.micro_batch or windows
+    size = size or windows
     return [micro_batch_of(batch.rows(start, start + size), parallel) for start in range(0, windows, size)]
 
 
@@ -136,8 +136,9 @@ class Pass(nn.Module):
         self.teacher = getattr(model, "teacher", None) if stage.loss == "align" else teacher
         self.stage = stage
 
-    def forward(self, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        return LOSSES[self.stage.loss].of(self.model, self.teacher, part, self.stage)
+    def forward(self, part: MicroBatch, loss: str | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the stage's loss of a micro-batch, or another one of `LOSSES`, and the sizes of `losses.align`."""
+        return LOSSES[loss or self.stage.loss].of(self.model, self.teacher, part, self.stage)
 
     @property
     def blocks(self) -> list[nn.Module]:
