@@ -23,6 +23,7 @@ with loading():
     from sala.cli.inspect import inspect
     from sala.cli.plan import plan
     from sala.cli.select import select
+    from sala.cli.serve import serve
     from sala.cli.train import train
     from sala.cli.train_export import train_export
     from sala.cli.train_plot import train_plot
@@ -49,7 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (generate, inspect, plan, fetch, convert, data, train, train_plot, train_export, select, demo):
+for verb in (generate, serve, inspect, plan, fetch, convert, data, train, train_plot, train_export, select, demo):
     app.command(verb.__name__.replace("_", " "))(verb)
 app.add_typer(bench)
 app.add_typer(evaluate)

@@ -85,14 +85,18 @@ class ChatTemplate:
         answers = tuple(answer for answer in found if answer is not None)
         return RenderedChat(self.encoder.swap(whole), answers, spelled, len(numbers) - len(answers))
 
-    def ask(self, messages: Sequence[Message]) -> RenderedChat:
+    def ask(
+        self, messages: Sequence[Message], tools: list[dict[Any, Any]] | None = None, **options: Any
+    ) -> RenderedChat:
         """Return a conversation's text up to where the assistant's answer starts; it has no `answers`.
 
+        tools: descriptions of functions that the assistant may call. options: names that the template knows.
+
         Raises:
-            TemplateRefusal: the template refuses the conversation.
+            TemplateRefusal: the template refuses the conversation, or an option.
         """
-        turns, spelled = self.encoder.hide(_without_nulls(messages))
-        text, _ = self._write(turns, None, add_generation_prompt=True)
+        (turns, tools), spelled = self.encoder.hide((_without_nulls(messages), tools))
+        text, _ = self._write(turns, tools, **{"add_generation_prompt": True, **options})
         return RenderedChat(self.encoder.swap(text), spelled=spelled)
 
     def _answer(self, turns: list[dict[str, Any]], number: int, tools: Any, whole: str) -> tuple[int, int] | None:

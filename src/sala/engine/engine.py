@@ -14,10 +14,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sala.engine.answer import Answer, AnswerOptions, TokenLogprob, token_logprobs
-from sala.engine.pages import Budget, Node, PrefixTree
+from sala.engine.pages import Budget, Node, PrefixTree, digests
 from sala.engine.request import Finish, Request
-from sala.engine.runner import Extended, Extension, Keys, Runner, States
+from sala.engine.runner import Extended, Extension, Keys, Runner, States, joined
 from sala.engine.sampling import NO_TOKEN
+from sala.engine.saved import SavedDocument
 from sala.engine.scheduler import Row, Scheduler, Step
 from sala.errors import SalaError
 
@@ -72,6 +73,19 @@ OnEvent = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt and how to answer it.
+
+    on_event: called in the engine's thread; must return at once. ends: lengths at which messages end in the prompt.
+    """
+
+    prompt: tuple[int, ...]
+    options: AnswerOptions
+    on_event: OnEvent
+    ends: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """Counts since the start, and of this moment."""
 
@@ -88,6 +102,7 @@ class Status:
     evictions: int
     steps: int
     finished: dict[str, int]
+    misses: dict[str, int]
 
 
 @dataclass
@@ -129,6 +144,7 @@ class Engine:
         self._numbers = itertools.count()
         self._counts = {"prompt": 0, "cached": 0, "new": 0, "steps": 0}
         self._finished: dict[str, int] = {}
+        self._misses: dict[str, int] = {}
         self._leaving: Literal["", "drain", "now"] = ""
         self._thread = threading.Thread(target=self._run, name="sala-engine", daemon=True)
 
@@ -147,37 +163,60 @@ class Engine:
         return True
 
     def submit(
-        self, prompt: Sequence[int], options: AnswerOptions, on_event: OnEvent, *, ends: Sequence[int] = ()
+        self,
+        prompt: Sequence[int],
+        options: AnswerOptions,
+        on_event: OnEvent,
+        *,
+        ends: Sequence[int] = (),
     ) -> str:
-        """Queue a prompt and return the request's name, for `cancel`.
+        """Queue a prompt and return the request's name, for `cancel`; as `submit_all`."""
+        return self.submit_all([Asked(tuple(prompt), options, on_event, tuple(ends))])[0]
 
-        ends: lengths at which messages end in the prompt. on_event: called in the engine's thread; must return at once.
+    def submit_all(self, asked: Sequence[Asked]) -> list[str]:
+        """Queue requests in order, all of them or none, and return their names.
 
         Raises:
-            MemoryLimitError: it can never fit.
+            MemoryLimitError: one can never fit.
             QueueFullError: too many wait.
             EngineStoppedError: the engine is leaving.
         """
-        name = f"request-{next(self._numbers)}"
-        answer = Answer(options, self.tokenizer, self.end_tokens, self.runner.model.device, tuple(prompt))
-        request = Request(
-            name,
-            tuple(prompt),
+        requests = [self._request(each) for each in asked]
+        self.ask(lambda: self._take_all(requests))
+        return [request.id for request in requests]
+
+    def _request(self, asked: Asked) -> Request:
+        options = asked.options
+        answer = Answer(options, self.tokenizer, self.end_tokens, self.runner.model.device, asked.prompt)
+        return Request(
+            f"request-{next(self._numbers)}",
+            asked.prompt,
             0 if options.prompt_only else options.sampling.max_new_tokens,
             self.runner.page_size,
-            ends=ends,
+            ends=asked.ends,
             whole=options.prompt_logprobs,
-            payload=_Job(answer, on_event, []),
+            payload=_Job(answer, asked.on_event, []),
         )
-        self.ask(lambda: self._take(request))
-        return name
 
     def cancel(self, name: str) -> None:
         """Stop a request before the next step; nothing happens where it is over."""
         self._call(lambda: self._cancel(name))
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def status(self) -> Status:
         return self.ask(self._status)
+
+    def adopt(self, document: SavedDocument) -> bool:
+        """Keep a saved document as a prefix for whoever asks about it; False where memory is short."""
+        return bool(self.ask(lambda: self._adopt(document)))
+
+    def exported(self, prompt: Sequence[int], text: str) -> SavedDocument | None:
+        """Return what is kept of a prompt, under the text it is from; None where nothing is."""
+        document = self.ask(lambda: self._exported(tuple(prompt), text))
+        return cast(SavedDocument | None, document)
 
     def ask(self, question: Callable[[], Any]) -> Any:
         """Return what a function returns that runs in the engine's thread, between two steps."""
@@ -221,12 +260,20 @@ class Engine:
             for request in self._requests.values():
                 request.cancelled = True
 
-    def _take(self, request: Request) -> None:
+    def _take_all(self, requests: Sequence[Request]) -> None:
         if self._leaving:
             raise EngineStoppedError("the server is shutting down; expected another try later")
-        self.scheduler.submit(request)
-        self._requests[request.id] = request
-        self._counts["prompt"] += len(request.prompt)
+        try:
+            for request in requests:
+                self.scheduler.submit(request)
+        except SalaError:
+            for request in requests:
+                if request in self.scheduler.waiting:
+                    self.scheduler.waiting.remove(request)
+            raise
+        for request in requests:
+            self._requests[request.id] = request
+            self._counts["prompt"] += len(request.prompt)
 
     def _cancel(self, name: str) -> None:
         request = self._requests.get(name)
@@ -248,6 +295,7 @@ class Engine:
             evictions=self.tree.evictions,
             steps=self._counts["steps"],
             finished=dict(self._finished),
+            misses=dict(self._misses),
         )
 
     @torch.inference_mode()
@@ -285,6 +333,10 @@ class Engine:
             request.sequence = self.runner.restore(request.slice(0, node.length), keys, states, reserve)
         if not request.preemptions:
             self._counts["cached"] += request.cached
+            if request.miss:
+                # the reason without its place in the text
+                why = request.miss.partition(" from token")[0]
+                self._misses[why] = self._misses.get(why, 0) + 1
             log.info(
                 "%s: %d tokens, %d found%s", request.id, len(request.prompt), request.cached, _because(request.miss)
             )
@@ -366,6 +418,26 @@ class Engine:
                 return
         keys: Keys = self.runner.keys(request.sequence, start, states.length)
         self.tree.add(request.slice(start, states.length), pages, keys, states)
+
+    def _adopt(self, document: SavedDocument) -> bool:
+        pages = digests(document.ids, self.runner.page_size)
+        parent = self.tree.deepest(pages)
+        if parent is not None and parent.length == len(document.ids):
+            self.tree.renew(parent, document.states)
+            return True
+        # keys that others keep already are not cut out of the file's
+        if parent is not None or not self.budget.make_room(document.keys.size_bytes + document.states.size_bytes):
+            return False
+        self.tree.add(document.ids, pages, document.keys, document.states)
+        return True
+
+    def _exported(self, prompt: tuple[int, ...], text: str) -> SavedDocument | None:
+        node = self.tree.match(len(prompt), digests(prompt, self.runner.page_size)).node
+        if node is None:
+            return None
+        parts = [cast(Keys, part.keys) for part in node.path()]
+        self.tree.touch(node)
+        return SavedDocument(text, prompt[: node.length], joined(parts), cast(States, node.states))
 
     # ends
 

@@ -76,6 +76,13 @@ class States:
         return sum(state.numel() * state.element_size() for state in self.tensors if state is not None)
 
 
+def joined(parts: Many[Keys]) -> Keys:
+    """Return keys that follow each other as one."""
+    layers = zip(*(part.tensors for part in parts), strict=True)
+    tensors = tuple(tuple(torch.cat(pieces, dim=1) for pieces in zip(*layer, strict=True)) for layer in layers)
+    return Keys(parts[0].start, parts[-1].end, tensors)
+
+
 def page_tokens(config: MiniCPMSALAConfig) -> int:
     """Return the tokens of a page: whole blocks of a sparse layer."""
     return math.lcm(PAGE_TOKENS, config.sparse_geometry.block_size) if config.sparse_config else PAGE_TOKENS

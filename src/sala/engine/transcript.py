@@ -59,12 +59,12 @@ class Transcript:
         if ends:
             certain, self._held, self.stopped = held[: min(ends)], "", True
         else:
-            size = max((_overlap(held, stop) for stop in self.stop), default=0)
+            size = max((overlap(held, stop) for stop in self.stop), default=0)
             certain, self._held = held[: len(held) - size], held[len(held) - size :]
         self.text += certain
         return certain
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` that `stop` begins with."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
