@@ -1,5 +1,6 @@
 """Benchmarks: what operators, models and training cost. Time and memory against length, and where they were measured."""
 
+from sala.bench.batch import BatchPlan, run_batch
 from sala.bench.environment import environment
 from sala.bench.failures import MeasurementError
 from sala.bench.latency import LatencyPoint, latency
@@ -12,6 +13,7 @@ from sala.bench.results import write_results
 from sala.bench.train import TrainPlan, run_train
 
 __all__ = [
+    "BatchPlan",
     "LatencyPlan",
     "LatencyPoint",
     "MeasurementError",
@@ -24,6 +26,7 @@ __all__ = [
     "length_label",
     "parse_length",
     "peak_memory",
+    "run_batch",
     "run_latency",
     "run_ops",
     "run_train",

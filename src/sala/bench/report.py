@@ -267,7 +267,12 @@ NEEDS: Mapping[str, Callable[[Results], bool]] = {
     "memory": lambda results: any(point.get("curve", {}).get("samples") for point in results["points"]),
     "ratios": lambda results: any(row.get(f"times_faster_than_{SDPA}") for row in results["cases"]),
 }
-FIGURES: Mapping[str, Mapping[str, Callable[..., None]]] = {"ops": OPS_FIGURES, "latency": LATENCY_FIGURES, "train": {}}
+FIGURES: Mapping[str, Mapping[str, Callable[..., None]]] = {
+    "ops": OPS_FIGURES,
+    "latency": LATENCY_FIGURES,
+    "train": {},
+    "batch": {},
+}
 
 # the table
 
@@ -332,10 +337,25 @@ def _train_rows(results: Results) -> Iterator[tuple[str, ...]]:
         )
 
 
+def _batch_rows(results: Results) -> Iterator[tuple[str, ...]]:
+    if "ragged" in results:
+        ragged = results["ragged"]
+        alone = sum(row["alone_s"] for row in ragged["rows"])
+        lengths = [row["length"] for row in ragged["rows"]]
+        yield (
+            f"{results['shape']}, a step of {len(lengths)} rows",
+            f"{length_label(min(lengths))} to {length_label(max(lengths))}",
+            _seconds(ragged["step_s"]),
+            f"one by one {_seconds(alone)}",
+            f"{ragged['times_faster_than_one_by_one']:.2f}",
+        )
+
+
 ROWS: Mapping[str, Callable[[Results], Iterator[tuple[str, ...]]]] = {
     "ops": _ops_rows,
     "latency": _latency_rows,
     "train": _train_rows,
+    "batch": _batch_rows,
 }
 
 

@@ -153,6 +153,28 @@ def train(
 
 
 @bench.command()
+def batch(
+    shape: Annotated[str, typer.Option(help="A named hybrid: sala-1b, sala-100m, sala-10m.")] = "sala-1b",
+    length: Lengths = None,
+    continuations: Annotated[int, typer.Option(min=1, help="Rows that go on from one prefix.")] = 16,
+    prefix: Annotated[str, typer.Option(metavar="N", help="Tokens of that prefix.")] = "64K",
+    repeats: Annotated[int, typer.Option(min=1, help="Samples of each.")] = 9,
+    clock: Annotated[
+        str, typer.Option(help="wall, or cpu: the process's own time, for a machine that others use.")
+    ] = "wall",
+    threads: Threads = None,
+    out: Out = None,
+) -> None:
+    """One decoding step of rows of many lengths, against its matrix products and each row's attention; and shared prefixes."""
+    prepare(threads)
+    from sala.bench import BatchPlan, parse_length, run_batch
+
+    lengths = tuple(parse_length(text) for text in length) if length else BatchPlan().lengths
+    plan = BatchPlan(shape, lengths, continuations, parse_length(prefix), repeats, clock)
+    measure(run_batch, plan, show_batch, out)
+
+
+@bench.command()
 def report(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Where the files are that ops and latency wrote.")
@@ -235,6 +257,36 @@ def show_latency(results: Mapping[str, Any], console: Console) -> None:
             cells += ["" if times is None else f"{times:.2f}" for times in ratios]
         table.add_row(*cells)
     console.print(table)
+
+
+def show_batch(results: Mapping[str, Any], console: Console) -> None:
+    """Print a row for each context, the whole step, and what continuations hold."""
+    from sala.bench.length import length_label
+    from sala.engine import human_bytes
+
+    console.print(f"{results['shape']}, {results['settings']['dtype']}, {_machine(results)}", soft_wrap=True)
+    if "ragged" in results:
+        ragged = results["ragged"]
+        table = Table(box=SIMPLE_HEAD)
+        for name in ("row of", "its attention", "its step alone"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in ragged["rows"]:
+            table.add_row(length_label(row["length"]), _time(row["attention_s"]), _time(row["alone_s"]))
+        console.print(table)
+        console.print(
+            f"all together {_time(ragged['step_s'])}: {ragged['times_its_parts']:.2f} times its matrix products "
+            f"({_time(ragged['products_s'])}) and the rows' attention, "
+            f"{ragged['times_faster_than_one_by_one']:.2f} times faster than one by one",
+            soft_wrap=True,
+        )
+    if "shared" in results:
+        shared = results["shared"]
+        console.print(
+            f"{shared['continuations']} continuations of {length_label(shared['prefix'])}: pages of "
+            f"{human_bytes(shared['pages_bytes'])}, {human_bytes(shared['pages_bytes_unshared'])} were they not shared; "
+            f"a step of all {_time(shared['step_s'])}",
+            soft_wrap=True,
+        )
 
 
 def show_train(results: Mapping[str, Any], console: Console) -> None:

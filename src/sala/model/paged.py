@@ -55,7 +55,7 @@ class PagedTensor:
     def like(self, new_NGK: Tensor) -> Tensor:
         """Return the pages, of the dtype, device and widths of `new_NGK`."""
         if self.buffer is None:
-            self.buffer = new_NGK.new_zeros(self.pages, self.places, *new_NGK.shape[1:])
+            self.buffer = _zeros((self.pages, self.places, *new_NGK.shape[1:]), new_NGK.dtype, new_NGK.device)
         return self.buffer
 
     def write(self, places_N: Tensor, new_NGK: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class StatePool:
     def initial(self, rows: Rows, like: Tensor) -> Tensor:
         """Return the pool, which `lightning_attention` changes."""
         if self.buffer is None:
-            self.buffer = torch.zeros(self.shape, device=like.device)
+            self.buffer = _zeros(self.shape, torch.float32, like.device)
         return self.buffer
 
     def keep(self, state_NHKV: Tensor, rows: Rows) -> None:
@@ -221,7 +221,7 @@ class PagedCache:
             for tensor in layer.paged() if isinstance(layer, AttentionPool) else ():
                 yield index, tensor
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def copy_slot(self, source: int, target: int) -> None:
         """Save a state: slot `target` becomes slot `source` in every layer."""
         for layer in self.layers:
@@ -250,6 +250,12 @@ def check_page(page_tokens: int, geometry: SparseGeometry) -> None:
     for unit in (geometry.block_size, geometry.coarse_stride):
         if page_tokens % unit:
             raise InputError(f"pages of {page_tokens} tokens; expected a multiple of {unit}")
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # what is made in inference mode could be written there only
+    with torch.inference_mode(False):
+        return torch.zeros(*shape, dtype=dtype, device=device)
 
 
 def _places(pages: np.ndarray, index: np.ndarray, size: int) -> np.ndarray:
