@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from sala.data import Document, Vocabulary, encode_documents, retrieval_document
+from sala.errors import InputError
 from sala.eval import copy_accuracy, layer_scorers, text_loss
 from sala.eval.scores import SEED
 
@@ -120,3 +121,15 @@ def test_another_tokenizer_is_asked_in_sentences(scripted: Any) -> None:
 
     assert scorers.recall(scripted(look_up)) == (1.0,) * 8
     assert scorers.recall(scripted(ignorant)) == (0.0,) * 8
+
+    calls: list[int] = []
+
+    def count(tokens_BT: Tensor) -> Tensor:
+        calls.append(tokens_BT.shape[1])
+        return look_up(tokens_BT)
+
+    together = layer_scorers(tokenizer, length=400, questions=7, needles=3, windows=2, documents=DOCUMENTS)
+    assert together.recall(scripted(count)) == (1.0,) * 7
+    assert len(calls) == 3 and max(calls) <= 400
+    with pytest.raises(InputError, match="9 needles in a document of text; expected at most 8"):
+        layer_scorers(tokenizer, needles=9, documents=DOCUMENTS)

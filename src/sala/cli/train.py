@@ -156,6 +156,9 @@ def run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, option
     from sala.train import start_world
 
     words = load_words(tokenizer or start or BUILTIN_TEACHER)
+    scorers = None
+    if isinstance(recipe, ConversionRecipe):
+        scorers = layer_scorers(words, **recipe.conversion.scoring.model_dump())
     network: Any = None if start is None else load_model(find_checkpoint(start), dtype="stored")
     with (
         naming_tokenizer(named=bool(tokenizer or start)),
@@ -168,7 +171,7 @@ def run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, option
                 out,
                 tokenizer=words,
                 model=network,
-                scorers=layer_scorers(words) if isinstance(recipe, ConversionRecipe) else None,
+                scorers=scorers,
                 observer=display.observe,
                 say=display.say,
                 world=world,

@@ -11,6 +11,7 @@ from sala.convert.align import swapped
 from sala.convert.bootstrap import Outcomes, bootstrap
 from sala.convert.select import LayerScores, importance, select
 from sala.convert.selection import Selection
+from sala.convert.shared import LowerStates
 from sala.errors import RecipeError
 from sala.recipe import Conversion, Keep
 
@@ -39,11 +40,15 @@ def num_kept(keep: Keep, num_layers: int) -> int:
 def score_layers(
     teacher: Any, twins: Sequence[nn.Module], scorers: Scorers, each: Each, say: Callable[[str], None]
 ) -> tuple[LayerScores, Outcomes | None]:
-    """Score the models M_i, the teacher with only layer i linear; return means and, where they are known, items."""
+    """Score the models M_i, the teacher with only layer i linear; return means and, where they are known, items.
+
+    Layers below i are the teacher's in every candidate: each of them reads an item once (`LowerStates`).
+    """
+    states = LowerStates()
 
     def score(layer: int) -> list[Any]:
         say(f"scoring layer {layer + 1} of {len(twins)}")
-        with swapped(teacher, {layer: twins[layer]}):
+        with swapped(teacher, {layer: twins[layer]}), states.below(teacher, layer):
             return [_plain(scorers.recall(teacher)), _plain(scorers.language(teacher))]
 
     recall_rows, language_rows = zip(*each(len(twins), score), strict=True)

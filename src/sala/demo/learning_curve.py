@@ -80,7 +80,8 @@ def learning_curve(recipe: ConversionRecipe, teacher: str = EMBEDDED_TEACHER, wi
             look(progress.stage)
 
     runner = Watched(recipe, read_data(recipe, tokenizer), note)
-    hybrid, report = make_model(model, runner, layer_scorers(tokenizer), say=logger.info)
+    scorers = layer_scorers(tokenizer, **recipe.conversion.scoring.model_dump())
+    hybrid, report = make_model(model, runner, scorers, say=logger.info)
     assert report is not None
     models = {TEACHER: model} | variants(hybrid)
     return {

@@ -155,7 +155,8 @@ def convert(
     data = read_data(recipe, tokenizer)
     runner = StageRunner(recipe, data, watch)
     # in memory: an interrupted demo begins anew
-    hybrid, report = make_model(model, runner, layer_scorers(tokenizer), say=say)
+    scorers = layer_scorers(tokenizer, **recipe.conversion.scoring.model_dump())
+    hybrid, report = make_model(model, runner, scorers, say=say)
     with output_folder(out) as folder:
         write_final(folder, hybrid, report, tokenizer, recipe, data, steps, None)
     shown = ("stage", "step", "loss", "tokens_per_s")

@@ -28,6 +28,9 @@ SEED = 92_000
 # words for needles of tokenizers that have no symbols of ours
 NAMES = ("amber", "birch", "coral", "delta", "ember", "falcon", "granite", "harbor")
 
+# behind an answer with fewer tokens than another one of its document
+ANY = -1
+
 Ints = NDArray[np.int64]
 
 
@@ -45,6 +48,7 @@ def layer_scorers(
     *,
     length: int = 512,
     questions: int = 128,
+    needles: int | None = None,
     windows: int = 16,
     documents: list[Document] | None = None,
 ) -> Scorers:
@@ -54,18 +58,22 @@ def layer_scorers(
     tokens that were predicted right.
 
     With the embedded tokenizer recall is that of `retrieval`, in text and in noise, half of the questions each, at least
-    and in whole documents. Another tokenizer gets sentences about numbers hidden in the same text, an answer being right
-    when every digit's token is. Language is the prediction of `windows` pieces of text of `length` tokens.
+    and in whole documents of `needles` questions (16). Another tokenizer gets sentences about numbers hidden in the same
+    text, `needles` of them in a document (1), an answer being right when every digit's token is. Language is the
+    prediction of `windows` pieces of text of `length` tokens.
+
+    Raises:
+        InputError: more needles than a document of text has names for.
     """
     documents = library_documents("valid") if documents is None else documents
     try:
         words = vocabulary(tokenizer)
     except InputError:
         text = encode_stream(tokenizer, documents, [])
-        readings = _sentences(tokenizer, text, length, questions)
+        readings = _sentences(tokenizer, text, length, questions, needles or 1)
     else:
         text = encode_documents(tokenizer, documents)
-        readings = _documents(words, text, length, questions)
+        readings = _documents(words, text, length, questions, needles or NEEDLES)
     pieces = text_windows(text, tokenizer.bos_token_id, length=length, windows=windows)
 
     def recall(model: Any) -> tuple[float, ...]:
@@ -83,7 +91,8 @@ def answered(model: Any, reading: Reading) -> list[bool]:
     device = device_of(model)
     indices_N = reading.before_QA.flatten().to(device)
     logits_NX = model(input_ids=reading.tokens_T[None].to(device), use_cache=False, logits_to_keep=indices_N).logits[0]
-    right_QA = logits_NX.argmax(dim=-1).cpu().view_as(reading.answers_QA) == reading.answers_QA
+    guesses_QA = logits_NX.argmax(dim=-1).cpu().view_as(reading.answers_QA)
+    right_QA = (guesses_QA == reading.answers_QA) | (reading.answers_QA == ANY)
     return right_QA.all(dim=1).tolist()
 
 
@@ -99,13 +108,13 @@ def device_of(model: Any) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def _documents(words: Vocabulary, text: Ints, length: int, questions: int) -> list[Reading]:
+def _documents(words: Vocabulary, text: Ints, length: int, questions: int, needles: int) -> list[Reading]:
     """Needles in text and in noise, all asked for at the end of their document."""
     readings = []
     for haystack in ("text", "noise"):
-        for index in range(-(-(questions // 2) // NEEDLES)):
+        for index in range(-(-(questions // 2) // needles)):
             document = retrieval_document(
-                length, haystack=haystack, seed=SEED + index, vocabulary=words, text=text, num_needles=NEEDLES
+                length, haystack=haystack, seed=SEED + index, vocabulary=words, text=text, num_needles=needles
             )
             answers_QA = np.stack([question.answer for question in document.questions])
             before_Q = np.array([question.answer_start - 1 for question in document.questions])
@@ -113,8 +122,12 @@ def _documents(words: Vocabulary, text: Ints, length: int, questions: int) -> li
     return readings
 
 
-def _sentences(tokenizer: PreTrainedTokenizerBase, text: Ints, length: int, questions: int) -> list[Reading]:
-    """`The number of amber is 48213.` somewhere in the text and `The number of amber is` at its end."""
+def _sentences(
+    tokenizer: PreTrainedTokenizerBase, text: Ints, length: int, questions: int, needles: int
+) -> list[Reading]:
+    """`The number of amber is 48213.` somewhere in the text and `The number of amber is` at its end, for each needle."""
+    if needles > len(NAMES):
+        raise InputError(f"{needles} needles in a document of text; expected at most {len(NAMES)}")
     rng = np.random.default_rng(SEED)
     prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
@@ -122,22 +135,33 @@ def _sentences(tokenizer: PreTrainedTokenizerBase, text: Ints, length: int, ques
         return tokenizer(line, add_special_tokens=False)["input_ids"]
 
     readings = []
-    for index in range(questions):
-        name, number = NAMES[index % len(NAMES)], int(rng.integers(10_000, 100_000))
-        question = encode(f"\nThe number of {name} is")
-        whole = encode(f"\nThe number of {name} is {number}.\n")
-        # the answer as it is tokenized inside its sentence
-        answer = whole[len(question) :]
-        room = max(0, length - len(prefix) - 2 * len(whole))
+    for first in range(0, questions, needles):
+        lines, asked, answers = [], [], []
+        for index in range(first, min(first + needles, questions)):
+            name, number = NAMES[index % len(NAMES)], int(rng.integers(10_000, 100_000))
+            asked.append(encode(f"\nThe number of {name} is"))
+            lines.append(encode(f"\nThe number of {name} is {number}.\n"))
+            # the answer as it is tokenized inside its sentence
+            answers.append(lines[-1][len(asked[-1]) :])
+        room = max(0, length - len(prefix) - 2 * sum(map(len, lines)))
         start = int(rng.integers(0, max(1, len(text) - room)))
-        hay, cut = text[start : start + room], int(rng.integers(0, room + 1))
-        tokens = [*prefix, *hay[:cut], *whole, *hay[cut:], *question, *answer]
-        readings.append(_reading(tokens, [len(tokens) - len(answer) - 1], [answer]))
+        cuts = sorted(int(rng.integers(0, room + 1)) for _ in lines)
+        tokens = list(prefix)
+        for line, after, before in zip(lines, cuts, [0, *cuts], strict=False):
+            tokens += [*text[start + before : start + after], *line]
+        tokens += text[start + cuts[-1] : start + room].tolist()
+        before_Q = []
+        for question, answer in zip(asked, answers, strict=True):
+            tokens += question
+            before_Q.append(len(tokens) - 1)
+            tokens += answer
+        widest = max(map(len, answers))
+        readings.append(_reading(tokens, before_Q, [answer + [ANY] * (widest - len(answer)) for answer in answers]))
     return readings
 
 
 def _reading(tokens: Sequence[int] | Ints, before_Q: Any, answers_QA: Any) -> Reading:
     """Each token of an answer is predicted after the right earlier ones: for an exact match, greedy decoding."""
     answers = np.asarray(answers_QA, np.int64)
-    indices = np.asarray(before_Q, np.int64)[:, None] + np.arange(answers.shape[1])
+    indices = np.minimum(np.asarray(before_Q, np.int64)[:, None] + np.arange(answers.shape[1]), len(tokens) - 1)
     return Reading(*(torch.from_numpy(array) for array in (np.asarray(tokens, np.int64), indices, answers)))

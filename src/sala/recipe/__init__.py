@@ -1,6 +1,6 @@
 """Recipes: runs as data. The schema is strict, and a resolved recipe has every field."""
 
-from sala.recipe.conversion import Conversion, Keep, Sparse
+from sala.recipe.conversion import Conversion, Keep, Scoring, Sparse
 from sala.recipe.load import load_recipe, override, parse_recipe, recipe_names
 from sala.recipe.recipe import ConversionRecipe, Init, Recipe, SourceRow, TrainingRecipe, Validation
 from sala.recipe.stage import LearningRate, Mesh, Optimizer, Stage, require_mesh_fits
@@ -14,6 +14,7 @@ __all__ = [
     "Mesh",
     "Optimizer",
     "Recipe",
+    "Scoring",
     "SourceRow",
     "Sparse",
     "Stage",

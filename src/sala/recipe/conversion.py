@@ -33,6 +33,17 @@ class Keep(Section):
         return self
 
 
+class Scoring(Section):
+    """What candidates are asked when layers are chosen by score: documents of `length` tokens, held out of all training."""
+
+    length: Annotated[int, Field(ge=64)] = 512
+    questions: Annotated[int, Field(ge=2)] = 128
+    # questions of one document; without it 16 of the generated documents, and 1 of text with sentences hidden in it
+    needles: Positive | None = None
+    # pieces of text whose tokens are predicted
+    windows: Annotated[int, Field(ge=2)] = 16
+
+
 class Sparse(Section):
     """Block-sparse attention of the kept layers; InfLLM-V2's numbers are the defaults."""
 
@@ -59,6 +70,7 @@ class Conversion(Section):
     """What becomes of a teacher."""
 
     keep: Keep
+    scoring: Scoring = Scoring()
     # true keeps rotary positions on the attention layers: the ablation that collapses beyond the training length
     attention_rope: bool = False
     # false takes them from the linear layers: the ablation that hurts everywhere in HALO's Table 3
