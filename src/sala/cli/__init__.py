@@ -22,6 +22,7 @@ with loading():
     from sala.cli.generate import generate
     from sala.cli.inspect import inspect
     from sala.cli.plan import plan
+    from sala.cli.read import read
     from sala.cli.select import select
     from sala.cli.serve import serve
     from sala.cli.train import train
@@ -50,7 +51,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (generate, serve, inspect, plan, fetch, convert, data, train, train_plot, train_export, select, demo):
+for verb in (generate, read, serve, inspect, plan, fetch, convert, data, train, train_plot, train_export, select, demo):
     app.command(verb.__name__.replace("_", " "))(verb)
 app.add_typer(bench)
 app.add_typer(evaluate)

@@ -1,6 +1,7 @@
 """`sala generate`: read text of any length and answer."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,6 +9,7 @@ from rich.table import Table
 
 from sala.cli.options import Threads, prepare
 from sala.cli.progress import counting, error_console
+from sala.errors import InputError
 
 if TYPE_CHECKING:
     from sala.engine import Checkpoint, Generation
@@ -32,6 +34,10 @@ def generate(
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="What comes after the files.", rich_help_panel=READING)
     ] = "",
+    open_: Annotated[
+        Path | None,
+        typer.Option("--open", help="A document of `sala read`, in place of files.", rich_help_panel=READING),
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the text into the tokenizer's chat template.", rich_help_panel=READING)
     ] = False,
@@ -105,7 +111,9 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop=tuple(stop) if stop else None,
     )
-    document = ""
+    if file and open_ is not None:
+        raise InputError("--file beside --open; expected one of the two")
+    document = "" if open_ is None else engine.saved_text(open_)
     if file:
         documents = engine.read_documents(file, sys.stdin.buffer)
         document = documents.text
@@ -128,9 +136,21 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    with counting(console, "reading", len(ids), "tokens") as read:
+    cache = None
+    if open_ is not None:
+        cache = engine.open_cache(open_, network, checkpoint.tokenizer, ids, len(ids) + sampling.max_new_tokens)
+    unread = len(ids) - (0 if cache is None else cache.get_seq_length())
+    with counting(console, "reading", unread, "tokens") as read:
         answer = engine.generate(
-            network, checkpoint.tokenizer, ids, sampling, chunk=chunk, graph=graph, on_prefill=read, on_text=write
+            network,
+            checkpoint.tokenizer,
+            ids,
+            sampling,
+            chunk=chunk,
+            graph=graph,
+            cache=cache,
+            on_prefill=read,
+            on_text=write,
         )
     if not answer.text.endswith("\n"):
         write("\n")

@@ -8,10 +8,11 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -20,15 +21,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sala.engine.runner import Keys, Runner, States
+from sala.engine.prompt import join
+from sala.engine.runner import Extension, Keys, Runner, States
+from sala.engine.runner import Sequence as ReadSequence
 from sala.errors import InputError, writing
-from sala.model import MiniCPMSALAConfig
+from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM, SalaCache
 from sala.model.mixers import config_fields
 from sala.model.report import cache_bytes
 
 FORMAT = "sala-document-1"
 SUFFIX = ".sala"
 TEXT, IDS = "text", "ids"
+# two starts of a question that no tokenizer joins to the text in one way
+QUESTIONS = ("a", "[")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,77 @@ def reader_of(runner: Runner, tokenizer: PreTrainedTokenizerBase) -> Reader:
     )
 
 
+def read_document(
+    runner: Runner,
+    text: str,
+    encode: Callable[[str], list[int]],
+    *,
+    chunk: int,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+) -> SavedDocument:
+    """Read a text for questions that come after it.
+
+    encode: makes the ids of a text and a question together. on_tokens: called after each chunk with its size.
+
+    Raises:
+        InputError: the text has no full page.
+    """
+    one, other = (encode(join(text, question)) for question in QUESTIONS)
+    common = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    length = common // runner.page_size * runner.page_size
+    if not length:
+        raise InputError(
+            f"the text has {common} tokens; expected at least {runner.page_size}, fewer are read in no time"
+        )
+    ids = tuple(one[:length])
+    sequence = runner.open(length)
+    for start in range(0, length, chunk):
+        part = ids[start : start + chunk]
+        runner.extend([Extension(sequence, part)])
+        on_tokens(len(part))
+    return SavedDocument(text, ids, runner.keys(sequence, 0, length), runner.states(sequence))
+
+
+def opened(document: SavedDocument, runner: Runner, prompt: Sequence[int], reserve: int) -> ReadSequence:
+    """Return a sequence that has read a document, for a prompt that begins with it.
+
+    Raises:
+        InputError: the prompt begins otherwise.
+    """
+    if tuple(prompt[: len(document.ids)]) != document.ids or len(prompt) <= len(document.ids):
+        raise InputError(
+            "the prompt does not begin with the document's tokens; expected the options it was read with (--chat)"
+        )
+    return runner.restore(document.ids, [document.keys], document.states, reserve)
+
+
+def saved_text(path: Path) -> str:
+    """Return the text of a saved document; nothing else of the file is read.
+
+    Raises:
+        InputError: there is none, or it is no document.
+    """
+    with _reading(path) as file:
+        return _text(file.get_tensor(TEXT))
+
+
+def open_cache(
+    path: Path,
+    network: MiniCPMSALAForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    reserve: int,
+) -> SalaCache:
+    """Return a cache that has read a saved document, with room for `reserve` tokens; `prompt` begins with its tokens.
+
+    Raises:
+        InputError: as `load_document` and `opened`.
+    """
+    runner = Runner(network)
+    document = load_document(path, runner, reader_of(runner, tokenizer))
+    return opened(document, runner, prompt, reserve).cache
+
+
 def save_document(path: Path, document: SavedDocument, reader: Reader) -> None:
     """Write a document beside its place and rename it: there is all of it, or what was there before.
 
@@ -116,24 +192,35 @@ def load_document(path: Path, runner: Runner, reader: Reader) -> SavedDocument:
     Raises:
         InputError: there is none, it is damaged, or another reader wrote it.
     """
+    with _reading(path) as file:
+        metadata = file.metadata()
+        if (other := reader.differs(metadata)) is not None:
+            raise InputError(f"{str(path)!r}: {other}; expected a document that this model read")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if _checksums(tensors) != json.loads(metadata["checksums"]):
+            raise InputError(f"{str(path)!r} is damaged: a checksum differs; expected it as it was written")
+        return _assemble(tensors, runner)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """Open a saved document; what is wrong with it is said in one line."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if (file.metadata() or {}).get("format") != FORMAT:
                 raise InputError(f"{str(path)!r} is no saved document; expected a file of `sala read --save`")
-            if (other := reader.differs(metadata)) is not None:
-                raise InputError(f"{str(path)!r}: {other}; expected a document that this model read")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            if _checksums(tensors) != json.loads(metadata["checksums"]):
-                raise InputError(f"{str(path)!r} is damaged: a checksum differs; expected it as it was written")
-            return _assemble(tensors, runner)
+            yield file
     except FileNotFoundError as error:
         raise InputError(f"no file {str(path)!r}; expected a document of `sala read --save`") from error
-    except (SafetensorError, OSError, KeyError, ValueError, UnicodeDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"{str(path)!r} cannot be read ({reason}); expected a document of `sala read --save`"
         ) from error
+
+
+def _text(tensor: Tensor) -> str:
+    return bytes(tensor.numpy()).decode()
 
 
 def _assemble(tensors: Mapping[str, Tensor], runner: Runner) -> SavedDocument:
@@ -150,7 +237,7 @@ def _assemble(tensors: Mapping[str, Tensor], runner: Runner) -> SavedDocument:
     size = cache_bytes(runner.config, length, dtype.itemsize)
     if length % runner.page_size or keys.size_bytes + kept.size_bytes != size:
         raise ValueError(f"{keys.size_bytes + kept.size_bytes:,} bytes for {length:,} tokens, not {size:,}")
-    return SavedDocument(bytes(tensors[TEXT].numpy()).decode(), ids, keys, kept)
+    return SavedDocument(_text(tensors[TEXT]), ids, keys, kept)
 
 
 def _plain(config: MiniCPMSALAConfig) -> dict[str, object]:

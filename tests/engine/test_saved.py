@@ -1,0 +1,152 @@
+"""A saved document answers as the text read anew; another reader's, a damaged and a half-written one are refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sala.engine import Sampling, encode_prompt, generate, join, load, open_checkpoint
+from sala.engine.runner import Runner
+from sala.engine.saved import FORMAT, load_document, open_cache, read_document, reader_of, save_document, saved_text
+from sala.errors import InputError
+from sala.model import MiniCPMSALAForCausalLM
+
+TEXT = "".join(f"[set] @amber @birch @cedar @delta\n# note {n}\n" for n in range(40))
+QUESTION = "[get] @amber @birch"
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return open_checkpoint("embedded-hybrid")
+
+
+@pytest.fixture(scope="module")
+def runner(checkpoint):
+    return Runner(load(checkpoint, 1000, 512))
+
+
+@pytest.fixture(scope="module")
+def reader(runner, checkpoint):
+    return reader_of(runner, checkpoint.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def encode(checkpoint):
+    return lambda text: encode_prompt(checkpoint.tokenizer, text, checkpoint.config.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def saved(runner, reader, encode, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "book.sala"
+    save_document(path, read_document(runner, TEXT, encode, chunk=100), reader)
+    return path
+
+
+def test_a_saved_document_answers_as_the_text_read_anew(runner, checkpoint, encode, saved):
+    prompt = encode(join(saved_text(saved), QUESTION))
+    assert saved_text(saved) == TEXT
+    cache = open_cache(saved, runner.model, checkpoint.tokenizer, prompt, len(prompt) + 8)
+    assert len(prompt) - 100 < cache.get_seq_length() < len(prompt)
+    sampling = Sampling(max_new_tokens=8)
+    found = generate(runner.model, checkpoint.tokenizer, prompt, sampling, cache=cache)
+    assert found.tokens == generate(runner.model, checkpoint.tokenizer, prompt, sampling).tokens
+
+
+def test_what_is_read_back_is_what_was_written(runner, reader, encode, saved):
+    written, found = read_document(runner, TEXT, encode, chunk=100), load_document(saved, runner, reader)
+    assert (found.text, found.ids) == (written.text, written.ids)
+    for one, other in zip(written.keys.tensors, found.keys.tensors, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_another_prompt_is_refused(runner, checkpoint, encode, saved):
+    with pytest.raises(InputError, match="does not begin with the document's tokens"):
+        open_cache(saved, runner.model, checkpoint.tokenizer, encode("x" + TEXT), 2000)
+
+
+def test_another_reader_is_refused_and_named(runner, reader, saved, checkpoint):
+    other = MiniCPMSALAForCausalLM(checkpoint.config)
+    with pytest.raises(InputError, match="it was read by other weights"):
+        load_document(saved, Runner(other), reader_of(Runner(other), checkpoint.tokenizer))
+    with pytest.raises(InputError, match="it was read with another tokenizer"):
+        load_document(saved, runner, replace(reader, tokenizer="another"))
+    changed = json.dumps({**json.loads(reader.configuration), "rope_theta": 5, "page_size": 128})
+    with pytest.raises(InputError, match="other values of page_size, rope_theta"):
+        load_document(saved, runner, replace(reader, configuration=changed))
+
+
+@pytest.mark.parametrize("place", [0.02, 0.3, 0.9, 0.999])
+def test_a_changed_byte_is_seen(runner, reader, saved, tmp_path, place):
+    content = bytearray(saved.read_bytes())
+    content[int(place * len(content))] ^= 1
+    (tmp_path / "bad.sala").write_bytes(content)
+    with pytest.raises(InputError, match=r"damaged|cannot be read|no saved document|was read"):
+        load_document(tmp_path / "bad.sala", runner, reader)
+
+
+@pytest.mark.parametrize("size", [0, 7, 1000, -1])
+def test_a_cut_file_is_refused(runner, reader, saved, tmp_path, size):
+    (tmp_path / "cut.sala").write_bytes(saved.read_bytes()[:size])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_document(tmp_path / "cut.sala", runner, reader)
+
+
+def test_other_files_are_refused(runner, reader, saved, tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.sala")
+    with pytest.raises(InputError, match="no saved document"):
+        load_document(tmp_path / "other.sala", runner, reader)
+    with pytest.raises(InputError, match="no file"):
+        load_document(tmp_path / "nothing.sala", runner, reader)
+    # a tensor short, and all checksums right
+    tensors = load_file(saved)
+    short = {name: tensor for name, tensor in tensors.items() if name != "layers.1.0"}
+    from sala.engine import saved as module
+
+    metadata = {
+        "format": FORMAT,
+        "weights": reader.weights,
+        "tokenizer": reader.tokenizer,
+        "configuration": reader.configuration,
+        "checksums": json.dumps(module._checksums(short)),
+    }
+    save_file(short, tmp_path / "short.sala", metadata)
+    with pytest.raises(InputError, match="bytes for"):
+        load_document(tmp_path / "short.sala", runner, reader)
+
+
+def test_a_text_of_less_than_a_page_is_refused(runner, encode):
+    with pytest.raises(InputError, match="expected at least 64"):
+        read_document(runner, "short", encode, chunk=100)
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from sala.engine.runner import Keys, States
+from sala.engine.saved import Reader, SavedDocument, save_document
+document = SavedDocument("t", (1,), Keys(0, 1, ((torch.zeros(1, 20_000_000),),)), States(1, (None,)))
+print("go", flush=True)
+while True:
+    save_document(Path(sys.argv[1]), document, Reader("a", "b", "{}"))
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_while_it_saves_leaves_no_half_document(tmp_path):
+    path = tmp_path / "book.sala"
+    path.write_bytes(b"what was there before")
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"go\n"
+        deadline = time.monotonic() + 30
+        # until it is in the middle of writing
+        while not any(file.name.startswith(".book") for file in tmp_path.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+    assert path.read_bytes() == b"what was there before" or len(load_file(path)) == 3
