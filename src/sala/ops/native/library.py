@@ -23,6 +23,8 @@ SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+VNNI = (*AVX512, "-mavx512vnni")
+BF16 = (*VNNI, "-mavx512bf16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +39,19 @@ class Level:
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-_BF16 = _AVX512 | {"avx512_bf16"}
+_VNNI = _AVX512 | {"avx512_vnni"}
+_BF16 = _VNNI | {"avx512_bf16"}
 
 # the best first
 LEVELS = {
-    "amx": Level(_BF16 | {"amx_tile", "amx_bf16"}, (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")),
-    "avx512-bf16": Level(_BF16, (*AVX512, "-mavx512bf16")),
+    "amx": Level(_BF16 | {"amx_tile", "amx_bf16"}, (*BF16, "-mamx-tile", "-mamx-bf16")),
+    "avx512-bf16": Level(_BF16, BF16),
+    "avx512-vnni": Level(_VNNI, VNNI),
     "avx512": Level(_AVX512, AVX512),
     "avx2": Level(_AVX2, AVX2),
     "portable": Level(frozenset(), ()),
     # the tile instructions in plain C++, so that the code on top of them is tested where no processor has them
-    "amx-emulated": Level(_BF16, (*AVX512, "-mavx512bf16", "-DSALA_EMULATE_AMX"), automatic=False),
+    "amx-emulated": Level(_BF16, (*BF16, "-DSALA_EMULATE_AMX"), automatic=False),
 }
 
 
