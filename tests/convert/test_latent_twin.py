@@ -10,7 +10,7 @@ from sala.convert.align import swapped, watch_mixers
 from sala.convert.latent import plain_projections
 from sala.convert.transfer import assemble, hybrid_config, kept_attention, linear_twin, require_teacher
 from sala.model import MiniCPMSALAForCausalLM
-from sala.model.config import SPARSE_ROWS
+from sala.model.kinds import SPARSE_ROWS
 from sala.model.latent import LatentAttention
 from sala.model.mixers import reconfigured
 

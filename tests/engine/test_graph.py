@@ -103,7 +103,7 @@ def test_a_row_steps_as_in_a_batch() -> None:
         cache = new_cache(model.config, reserve=80)
         model(ids[:, :69], cache=cache)
         rows = model.model.rotated(place_steps(torch.tensor([69]), 3, 80, cache.tiers))
-        hidden = model.model.run(model.model.embedded(ids[:, 69:]), rows, cache.layers)
+        hidden = model.model.run(ids[:, 69:], rows, cache.layers)
         expected = model.model(ids, use_cache=False).last_hidden_state[:, 69:]
     torch.testing.assert_close(hidden, expected, atol=2e-4, rtol=1e-4)
 

@@ -48,7 +48,7 @@ class Requests:
         new = [len(x) for x in ids.values()]
         padded = torch.nn.utils.rnn.pad_sequence(list(ids.values()), batch_first=True)
         network = self.model.model
-        hidden = network.run(network.embedded(padded), network.rotated(self.cache.place(rows, new)), self.cache.layers)
+        hidden = network.run(padded, network.rotated(self.cache.place(rows, new)), self.cache.layers)
         for index, row, count in zip(ids, rows, new, strict=True):
             read, written = row.slots
             spare = self.free_slots.pop() if read < 0 else read

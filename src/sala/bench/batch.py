@@ -60,7 +60,7 @@ class Bench:
     def step(self, cache: PagedCache, rows: Sequence[PagedRow]) -> Tensor:
         network = self.model.model
         placed = network.rotated(cache.place(rows, [1] * len(rows)))
-        hidden = network.run(network.embedded(torch.zeros(len(rows), 1, dtype=torch.long)), placed, cache.layers)
+        hidden = network.run(torch.zeros(len(rows), 1, dtype=torch.long), placed, cache.layers)
         return self.model.logits(hidden)
 
     @torch.inference_mode()

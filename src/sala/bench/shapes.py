@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, Qwen3Config
 
 from sala.errors import InputError, nearest
 from sala.model import MiniCPMSALAConfig
+from sala.model.kinds import LIGHTNING
 from sala.ops.infllm import SparseGeometry
 
 RELEASED_LAYERS = 32
@@ -98,7 +99,7 @@ def hybrid_config(name: str) -> MiniCPMSALAConfig:
         lightning_nh=shape.heads,
         lightning_nkv=shape.heads,
         lightning_head_dim=shape.width,
-        mixer_types=["minicpm4" if layer in sparse else "lightning-attn" for layer in range(shape.layers)],
+        mixer_types=["minicpm4" if layer in sparse else LIGHTNING for layer in range(shape.layers)],
         sparse_config=RELEASED_SPARSE,
         scale_emb=12,
         scale_depth=1.4,

@@ -16,13 +16,7 @@ if TYPE_CHECKING:
 
 # one sign a layer: full attention, block-sparse attention, linear attention
 FULL, SPARSE, LINEAR = ("█", "red"), ("▓", "yellow"), ("░", "cyan")
-SIGNS = {
-    "attention": FULL,
-    "latent-attention": FULL,
-    "minicpm4": SPARSE,
-    "latent-minicpm4": SPARSE,
-    "lightning-attn": LINEAR,
-}
+SIGNS = {"dense": FULL, "infllm": SPARSE, "lightning": LINEAR}
 
 
 def inspect(
@@ -47,12 +41,15 @@ def inspect(
 
 def show(report: "Report", console: Console) -> None:
     """Print a report for a person."""
+    from sala.model.kinds import KINDS
+
     console.print(
         f"[bold]{escape(report.folder)}[/bold]  {report.total_parameters:,} parameters, {report.dtype}", soft_wrap=True
     )
     console.print()
     console.print(layer_strip(report.mixer_types))
-    for mixer, (sign, style) in SIGNS.items():
+    for mixer, kind in KINDS.items():
+        sign, style = SIGNS[kind.operator]
         layers = [index for index, name in enumerate(report.mixer_types) if name == mixer]
         if layers:
             console.print(
@@ -75,9 +72,11 @@ def show(report: "Report", console: Console) -> None:
 
 def layer_strip(mixer_types: tuple[str, ...]) -> Text:
     """Return the layers from first to last, one sign each."""
+    from sala.model.kinds import KINDS
+
     strip = Text("0 ")
     for mixer in mixer_types:
-        strip.append(*SIGNS[mixer])
+        strip.append(*SIGNS[KINDS[mixer].operator])
     return strip.append(f" {len(mixer_types) - 1}")
 
 

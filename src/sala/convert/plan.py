@@ -10,13 +10,12 @@ from sala.convert.choose import blank_scores, select_layers
 from sala.convert.select import RULES, select
 from sala.convert.transfer import hybrid_config, linear_twin, require_teacher
 from sala.model import MiniCPMSALAConfig
+from sala.model.kinds import LIGHTNING
 from sala.recipe import Conversion
-
-LINEAR = "lightning-attn"
 
 
 def config_of_hybrid(teacher: MiniCPMSALAConfig, settings: Conversion, kept: Sequence[int]) -> MiniCPMSALAConfig:
-    kinds = [kind if layer in kept else LINEAR for layer, kind in enumerate(teacher.mixer_types)]
+    kinds = [kind if layer in kept else LIGHTNING for layer, kind in enumerate(teacher.mixer_types)]
     return hybrid_config(
         teacher,
         kinds,
@@ -28,7 +27,7 @@ def config_of_hybrid(teacher: MiniCPMSALAConfig, settings: Conversion, kept: Seq
 
 
 def config_of_twins(teacher: MiniCPMSALAConfig, settings: Conversion) -> MiniCPMSALAConfig:
-    kinds = [LINEAR] * teacher.num_hidden_layers
+    kinds = [LIGHTNING] * teacher.num_hidden_layers
     return hybrid_config(teacher, kinds, rope=True, gates=False, lightning_use_rope=settings.lightning_rope)
 
 

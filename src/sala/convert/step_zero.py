@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sala.convert.align import Sample, inputs_of, real_tokens, swapped
-from sala.convert.plan import LINEAR
 from sala.convert.transfer import hybrid_config, kept_attention
+from sala.model.kinds import LIGHTNING
 from sala.recipe import Conversion
 
 
@@ -29,7 +29,7 @@ def measure_step_zero(
     teacher: Any, settings: Conversion, kinds: Sequence[str], mixers: dict[int, nn.Module], sample: Sample
 ) -> dict[str, float]:
     """Return what each kind of change alone costs the teacher, and all of them together."""
-    kept = [layer for layer, kind in enumerate(kinds) if kind != LINEAR]
+    kept = [layer for layer, kind in enumerate(kinds) if kind != LIGHTNING]
     linear = {layer: mixer for layer, mixer in mixers.items() if layer not in kept}
 
     def attention(rope: bool, gates: bool) -> dict[int, nn.Module]:

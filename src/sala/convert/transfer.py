@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sala.convert.latent import plain_projections
 from sala.errors import ConfigError
 from sala.model import MIXERS, MiniCPMSALAConfig, MiniCPMSALAForCausalLM
-from sala.model.config import SPARSE_ROWS
+from sala.model.kinds import LIGHTNING, SPARSE_ROWS
 from sala.model.latent import LatentAttention
 from sala.model.mixers import config_fields
 
@@ -126,7 +126,7 @@ def linear_twin(
     output norm is 1; the gate is new. Biases are there where the teacher has them. Source: HALO section 4.1.
     Latent attention is multiplied out first, see `plain_projections`.
     """
-    twin = _unfilled(MIXERS["lightning-attn"].module, config)
+    twin = _unfilled(MIXERS[LIGHTNING].module, config)
     empty = twin.state_dict()
     weights = plain_projections(attention) if isinstance(attention, LatentAttention) else attention.state_dict()
     state = _projections(weights, "z_proj.weight", empty["z_proj.weight"].shape, gate_init, generator)

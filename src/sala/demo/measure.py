@@ -14,6 +14,7 @@ from sala.demo.plan import Plan, work
 from sala.demo.progress import Meter, Observer
 from sala.eval import copy_accuracy, retrieval, text_loss
 from sala.model import new_cache, with_mixers
+from sala.model.kinds import LIGHTNING
 from sala.model.mixers import sparse_mixers
 
 TEACHER, HYBRID_FULL, HYBRID_SPARSE = "teacher", "hybrid, full attention", "hybrid, sparse attention"
@@ -37,7 +38,7 @@ def variants(hybrid: Any) -> dict[str, Any]:
     A hybrid without kept layers is one model, whatever it is called.
     """
     kinds = hybrid.config.mixer_types
-    if all(kind == "lightning-attn" for kind in kinds):
+    if all(kind == LIGHTNING for kind in kinds):
         return {HYBRID_FULL: hybrid}
     return {
         HYBRID_FULL: with_mixers(hybrid, sparse_mixers(kinds, sparse=False)),
@@ -84,7 +85,7 @@ def measure_retrieval(
 def layer_weight(model: Any) -> float:
     """Return the share of layers whose cost grows with the square of the length."""
     kinds: Sequence[str] = model.config.mixer_types
-    return sum(kind != "lightning-attn" for kind in kinds) / len(kinds)
+    return sum(kind != LIGHTNING for kind in kinds) / len(kinds)
 
 
 def work_of(length: int, weight: float) -> float:

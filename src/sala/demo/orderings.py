@@ -35,6 +35,7 @@ from sala.demo.trials import (
     without_alignment,
 )
 from sala.errors import require_writable
+from sala.model.kinds import LIGHTNING
 from sala.model.mixers import reconfigured
 
 logger = logging.getLogger("sala.demo.orderings")
@@ -80,7 +81,7 @@ def with_constant_scale(model: Any, factor: float) -> Any:
     """Return a copy of `model` whose attention logits are `factor` times as large at every position."""
     scaled = copy.deepcopy(reconfigured(model, attn_logits_scaling=None))
     for layer, kind in zip(scaled.model.layers, scaled.config.mixer_types, strict=True):
-        if kind != "lightning-attn":
+        if kind != LIGHTNING:
             mixer = layer.self_attn
             # logits are linear in the queries, and those in the last weights before them
             last = mixer.q_proj if mixer.q_norm is None else mixer.q_norm

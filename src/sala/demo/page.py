@@ -13,14 +13,8 @@ import yaml
 from sala.demo.folder import PAGE
 from sala.demo.measure import HYBRID_FULL, HYBRID_SPARSE, TEACHER
 from sala.demo.plots import PLOTS, length_label
+from sala.model.kinds import KINDS
 
-MIXER_NAMES = {
-    "attention": "full",
-    "minicpm4": "sparse",
-    "latent-attention": "full, latent",
-    "latent-minicpm4": "sparse, latent",
-    "lightning-attn": "linear",
-}
 STEP_ZERO_NAMES = {
     "gates": "output gates on the kept layers",
     "positions": "no rotary positions on the kept layers",
@@ -188,7 +182,7 @@ def _layers(results: Results) -> dict[str, str]:
 
 def _layer_map(mixer_types: Sequence[str]) -> str:
     return "\n".join(
-        f'<div class="layer {escape(kind)}"><b>{layer}</b>{escape(MIXER_NAMES[kind])}</div>'
+        f'<div class="layer {escape(kind)}"><b>{layer}</b>{escape(KINDS[kind].word)}</div>'
         for layer, kind in enumerate(mixer_types)
     )
 

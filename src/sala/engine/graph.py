@@ -8,7 +8,7 @@ from torch import Tensor
 from sala.engine.sampling import Sampler
 from sala.errors import BackendError
 from sala.model import MiniCPMSALAForCausalLM, SalaCache
-from sala.model.config import FULL_ROWS
+from sala.model.kinds import runs
 from sala.model.rows import place_steps
 from sala.ops.dispatch import choose, explain
 from sala.ops.gpu import exceeds_groups
@@ -30,7 +30,7 @@ def looks(model: MiniCPMSALAForCausalLM) -> str | None:
     """Return which operator of the model's steps would look at numbers on its device, None when none does."""
     config = model.config
     assert config.head_dim is not None and config.num_key_value_heads is not None
-    if FULL_ROWS.keys().isdisjoint(config.mixer_types):
+    if not runs(config.mixer_types, "infllm"):
         return None
     query_11HK, key_11GK = (
         torch.empty(1, 1, heads, config.head_dim, dtype=model.dtype, device=model.device)
@@ -101,7 +101,7 @@ class Steps:
         ids_11 = self.seen_1S.index_select(1, self.position_1)
         network = self.model.model
         rows = network.rotated(place_steps(self.position_1, 1, self.capacity, self.cache.tiers))
-        hidden_11D = network.run(network.embedded(ids_11), rows, self.cache.of_layers)
+        hidden_11D = network.run(ids_11, rows, self.cache.of_layers)
         self.logits_1X = self.model.logits(hidden_11D)[:, -1]
         self.token_1 = self.sampler.draw(self.seen_1S, self.logits_1X)
         self.position_1 += 1

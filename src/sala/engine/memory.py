@@ -11,7 +11,7 @@ import torch
 
 from sala.errors import MemoryLimitError
 from sala.model import MiniCPMSALAConfig
-from sala.model.config import FULL_ROWS
+from sala.model.kinds import KINDS, runs
 from sala.model.report import cache_bytes, num_parameters
 from sala.ops.dense.eager import MASK_ELEMENTS, TILE_QUERIES
 from sala.ops.dispatch import explain, unavailable
@@ -24,13 +24,6 @@ MIXER_WIDTHS: Mapping[str, Mapping[str, int]] = {
     "lightning": {"eager": 33, "cpu": 20},
     "infllm": {"eager": 26, "cpu": 24},
     "dense": {"eager": 14, "cpu": 14},
-}
-OPERATORS = {
-    "lightning-attn": "lightning",
-    "minicpm4": "infllm",
-    "latent-minicpm4": "infllm",
-    "attention": "dense",
-    "latent-attention": "dense",
 }
 # hidden states, the residual beside them and a norm's float32
 STREAM_WIDTHS = 4
@@ -217,12 +210,12 @@ def _cuda_working_bytes(config: MiniCPMSALAConfig, itemsize: int, length: int, c
 def _cuda_mixer_bytes(config: MiniCPMSALAConfig, kind: str, itemsize: int, length: int, chunk: int) -> int:
     assert config.lightning_head_dim is not None and config.lightning_nh is not None
     assert config.head_dim is not None and config.num_key_value_heads is not None
-    if OPERATORS[kind] == "lightning":
+    if KINDS[kind].operator == "lightning":
         # the states of segments of 1,024 tokens (MIN_SEGMENT of ops/lightning/triton.py), and the last one
         states = (chunk // 1024 + 2) * config.lightning_nh * config.lightning_head_dim**2 * 4
         return CUDA_LIGHTNING_WIDTHS * config.lightning_nh * config.lightning_head_dim * itemsize * chunk + states
     width = config.num_attention_heads * config.head_dim * itemsize * chunk
-    if OPERATORS[kind] == "dense":
+    if KINDS[kind].operator == "dense":
         # or a step's scores, their softmax and that rounded
         return max(CUDA_MIXER_WIDTHS * width, config.num_attention_heads * length * (8 + itemsize))
     if length <= config.sparse_geometry.first_sparse_position(length - 1):
@@ -242,7 +235,7 @@ def _cuda_mixer_bytes(config: MiniCPMSALAConfig, kind: str, itemsize: int, lengt
 
 def _mixer_bytes(config: MiniCPMSALAConfig, kind: str, itemsize: int, length: int, chunk: int, device: str) -> int:
     assert config.head_dim is not None and config.lightning_head_dim is not None and config.lightning_nh is not None
-    operator = OPERATORS[kind]
+    operator: str = KINDS[kind].operator
     if operator == "infllm" and length <= config.sparse_geometry.first_sparse_position(length - 1):
         operator = "dense"
     backend = explain(operator, device)[0]
@@ -259,7 +252,7 @@ def _mixer_bytes(config: MiniCPMSALAConfig, kind: str, itemsize: int, length: in
 
 def _selection_bytes(config: MiniCPMSALAConfig, length: int) -> int:
     """Return what choosing blocks takes for one tile of queries: the only work that grows with the length."""
-    if FULL_ROWS.keys().isdisjoint(config.mixer_types):
+    if not runs(config.mixer_types, "infllm"):
         return 0
     assert config.num_key_value_heads is not None
     num_blocks = length // config.sparse_geometry.block_size

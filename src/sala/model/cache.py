@@ -50,6 +50,12 @@ class LayerCache(CacheLayerMixin):
     """The part of transformers' layer interface that is the same for every mixer of ours."""
 
     is_croppable = False
+
+    @classmethod
+    def bytes_after(cls, config: MiniCPMSALAConfig, length: int, itemsize: int) -> int:
+        """Return the bytes of one sequence's cache in one layer after `length` tokens."""
+        raise NotImplementedError
+
     # whether a call is reading: outside of one nobody has a reason to write
     open = False
 
@@ -133,6 +139,11 @@ class AttentionCache(LayerCache):
         self.key_places = GrowingTensor(reserve)
         self.value_places = GrowingTensor(reserve)
 
+    @classmethod
+    def bytes_after(cls, config: MiniCPMSALAConfig, length: int, itemsize: int) -> int:
+        assert config.num_key_value_heads is not None and config.head_dim is not None
+        return 2 * length * config.num_key_value_heads * config.head_dim * itemsize
+
     def tensors(self) -> list[GrowingTensor]:
         return [self.key_places, self.value_places]
 
@@ -166,6 +177,13 @@ class SparseCache(AttentionCache):
         super().__init__(config, reserve)
         self.geometry = config.sparse_geometry
         self.tiers = [GrowingTensor(reserve // stride) for _, stride in compression_tiers(self.geometry)]
+
+    @classmethod
+    def bytes_after(cls, config: MiniCPMSALAConfig, length: int, itemsize: int) -> int:
+        assert config.num_key_value_heads is not None and config.head_dim is not None
+        windows = sum(num_windows(length, size, stride) for size, stride in compression_tiers(config.sparse_geometry))
+        compressed = windows * config.num_key_value_heads * config.head_dim * itemsize
+        return super().bytes_after(config, length, itemsize) + compressed
 
     def tensors(self) -> list[GrowingTensor]:
         return [*super().tensors(), *self.tiers]
@@ -219,6 +237,12 @@ class LightningCache(LayerCache):
     def __init__(self, config: MiniCPMSALAConfig, reserve: int = 0):
         super().__init__()
         self.state_BHKV: Tensor | None = None
+
+    @classmethod
+    def bytes_after(cls, config: MiniCPMSALAConfig, length: int, itemsize: int) -> int:
+        assert config.lightning_nh is not None and config.lightning_head_dim is not None
+        value_width = config.v_head_dim or config.lightning_head_dim
+        return config.lightning_nh * config.lightning_head_dim * value_width * torch.float32.itemsize
 
     def tensors(self) -> list[GrowingTensor]:
         return []

@@ -11,23 +11,8 @@ from transformers import PreTrainedConfig
 from sala.errors import ConfigError, nearest
 from sala.model.fields import COMMON, ONE_VALUE, QUANTISATION, check_fields, check_rope
 from sala.model.interface import CACHE
+from sala.model.kinds import KINDS, LATENT_ROWS, MIXER_ALIASES, runs
 from sala.ops.infllm import SparseGeometry
-
-# Names a mixer goes by in released and re-saved configurations.
-MIXER_ALIASES = {
-    "attention": "attention",
-    "minicpm4": "minicpm4",
-    "lightning-attn": "lightning-attn",
-    "lightning_attn": "lightning-attn",
-    "lightning": "lightning-attn",
-    "latent-attention": "latent-attention",
-    "latent-minicpm4": "latent-minicpm4",
-}
-
-# A row of full softmax attention, and the one that reads selected blocks with the same parameters.
-SPARSE_ROWS = {"attention": "minicpm4", "latent-attention": "latent-minicpm4"}
-FULL_ROWS = {sparse: full for full, sparse in SPARSE_ROWS.items()}
-LATENT_ROWS = ("latent-attention", "latent-minicpm4")
 
 # Fields of multi-head latent attention, by their names in a MiniCPM3 configuration.
 LATENT_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -178,7 +163,9 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """What transformers calls the layers, so that its tools know which of them keep keys and values."""
-        return ["linear_attention" if name == "lightning-attn" else "full_attention" for name in self.mixer_types]
+        return [
+            "linear_attention" if KINDS[name].operator == "lightning" else "full_attention" for name in self.mixer_types
+        ]
 
     @property
     def residual_scale(self) -> float:
@@ -282,12 +269,13 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         if self.attn_logits_scaling is not None and self.attn_logits_scaling <= 1:
             raise ConfigError(f"attn_logits_scaling = {self.attn_logits_scaling}; expected a base above 1, or null")
         for name in mixers:
-            if name != "lightning-attn" and (name in LATENT_ROWS) != (self.kv_lora_rank is not None):
+            kind = KINDS[name]
+            if kind.operator != "lightning" and kind.latent != (self.kv_lora_rank is not None):
                 raise ConfigError(
                     f"mixer type {name!r} with kv_lora_rank = {self.kv_lora_rank}; "
                     f"expected {', '.join(LATENT_ROWS)} with the latent fields, and no others"
                 )
-        if not FULL_ROWS.keys().isdisjoint(mixers):
+        if runs(mixers, "infllm"):
             self._validate_sparse()
 
     def _resolve_latent(self) -> None:

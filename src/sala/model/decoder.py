@@ -130,15 +130,15 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
 
     def place(
         self,
-        hidden_BTD: Tensor,
+        inputs: Tensor,
         past: int = 0,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         context: Context | None = None,
     ) -> Rows:
-        """Return where the new tokens stand, with rotation tables if any layer rotates; see `place_rows`."""
-        batch, length, _ = hidden_BTD.shape
-        return self.rotated(place_rows(batch, length, past, hidden_BTD.device, attention_mask, cu_seqlens, context))
+        """Return where new tokens (B, T) or embeddings (B, T, D) stand, with rotation tables; see `place_rows`."""
+        batch, length = inputs.shape[:2]
+        return self.rotated(place_rows(batch, length, past, inputs.device, attention_mask, cu_seqlens, context))
 
     def rotated(self, rows: Rows) -> Rows:
         """Return the same places with the rotation tables that layers need."""
@@ -148,24 +148,24 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         positions = rows.positions_BT[:1] if rows.start is not None else rows.positions_BT
         return dataclasses.replace(rows, rotation=rotation_tables(positions, *self.rope))
 
-    def embedded(self, input_ids: Tensor) -> Tensor:
-        return self.scaled(self.embed_tokens(input_ids))
-
-    def scaled(self, embeddings_BTD: Tensor) -> Tensor:
+    def embedded(self, inputs: Tensor) -> Tensor:
+        """Return what goes into the first layer: of tokens (B, T), or of their embeddings (B, T, D)."""
+        embeddings_BTD = self.embed_tokens(inputs) if inputs.ndim == 2 else inputs
         return embeddings_BTD * self.config.scale_emb if self.config.scale_emb != 1 else embeddings_BTD
 
     def run(
         self,
-        hidden_BTD: Tensor,
+        inputs: Tensor,
         rows: Rows,
         caches: Sequence[MixerCache | None],
         on_layer: Callable[[Tensor], None] = _forget,
     ) -> Tensor:
-        """Return the last hidden state (B, T, D): all layers, the one pass that every caller takes.
+        """Return the last hidden state (B, T, D) of tokens (B, T) or embeddings (B, T, D): the one pass that every caller takes.
 
         caches: a cache a layer, or none. on_layer: called with what goes into each layer.
         """
-        hidden = hidden_BTD
+        # nobody outside holds it: one is alive at once
+        hidden = self.embedded(inputs)
         for layer, cache in zip(self.layers, caches, strict=True):
             on_layer(hidden)
             hidden = layer(hidden, rows, cache)
@@ -226,22 +226,18 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give either input_ids or inputs_embeds")
         self._refuse(output_attentions, kwargs.get("is_causal"))
-        if inputs_embeds is None:
-            assert input_ids is not None
-            hidden = self.embedded(input_ids)
-        else:
-            hidden = self.scaled(inputs_embeds)
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        assert inputs is not None
         cache = given(cache, past_key_values)
-        ends = ends_of_call(hidden.shape[1], cache, attention_mask, position_ids, cu_seqlens, context, kwargs)
-        cache = self.cache_of_call(cache, use_cache, hidden.shape[0], ends is not None)
-        rows = self.place(hidden, 0 if cache is None else cache.columns, attention_mask, ends, context)
+        ends = ends_of_call(inputs.shape[1], cache, attention_mask, position_ids, cu_seqlens, context, kwargs)
+        cache = self.cache_of_call(cache, use_cache, inputs.shape[0], ends is not None)
+        rows = self.place(inputs, 0 if cache is None else cache.columns, attention_mask, ends, context)
         check_positions(position_ids, rows.positions_BT)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         seen: list[Tensor] = []
         caches = [None] * len(self.layers) if cache is None else cache.of_layers
         with nullcontext() if cache is None else cache.all_or_nothing(rows):
-            # unless they are wanted, no more than one is alive at once
-            hidden = self.run(hidden, rows, caches, seen.append if wanted else _forget)
+            hidden = self.run(inputs, rows, caches, seen.append if wanted else _forget)
             if cache is not None:
                 cache.read(input_ids, hidden.shape[1])
         output = BaseModelOutputWithPast(

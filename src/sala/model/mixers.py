@@ -9,9 +9,10 @@ from torch import nn
 
 from sala.errors import ConfigError
 from sala.model.attention import FullAttention
-from sala.model.cache import AttentionCache, LayerCache, LightningCache, MixerCache, SalaCache, SparseCache
-from sala.model.config import FULL_ROWS, SPARSE_ROWS, MiniCPMSALAConfig
+from sala.model.cache import AttentionCache, LightningCache, MixerCache, SalaCache, SparseCache
+from sala.model.config import MiniCPMSALAConfig
 from sala.model.infllm import SparseAttention
+from sala.model.kinds import FULL_ROWS, LIGHTNING, SPARSE_ROWS
 from sala.model.latent import LatentAttention, SparseLatentAttention
 from sala.model.lightning import LightningAttention
 from sala.model.paged import PAGE_TOKENS, AttentionPool, PagedCache, Sizes, SparsePool, StatePool
@@ -20,14 +21,14 @@ from sala.model.paged import PAGE_TOKENS, AttentionPool, PagedCache, Sizes, Spar
 @dataclass(frozen=True, slots=True)
 class Mixer:
     module: Callable[[MiniCPMSALAConfig], nn.Module]
-    cache: Callable[[MiniCPMSALAConfig, int], LayerCache]
+    cache: type[AttentionCache | LightningCache]
     pool: Callable[[MiniCPMSALAConfig, Sizes], MixerCache]
 
 
 MIXERS = {
     "attention": Mixer(FullAttention, AttentionCache, AttentionPool),
     "minicpm4": Mixer(SparseAttention, SparseCache, SparsePool),
-    "lightning-attn": Mixer(LightningAttention, LightningCache, StatePool),
+    LIGHTNING: Mixer(LightningAttention, LightningCache, StatePool),
     "latent-attention": Mixer(LatentAttention, AttentionCache, AttentionPool),
     "latent-minicpm4": Mixer(SparseLatentAttention, SparseCache, SparsePool),
 }

@@ -1,40 +1,23 @@
 """What a checkpoint is, without reading its weights: layers, parameters, memory of its cache, who else can load it."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sala.model.cache import AttentionCache, LayerCache, LightningCache, SparseCache, compression_tiers
+from sala.model.cache import AttentionCache, LightningCache
 from sala.model.checkpoint import find_checkpoint, has_place, read_fields, require_all, shapes_stored, table_of_contents
-from sala.model.config import FULL_ROWS, MiniCPMSALAConfig
+from sala.model.config import MiniCPMSALAConfig
 from sala.model.decoder import MiniCPMSALAForCausalLM
 from sala.model.families import load_config
+from sala.model.kinds import KINDS, runs
 from sala.model.mixers import MIXERS
 from sala.model.sglang import sglang_obstacles
 from sala.ops.dispatch import explain
-from sala.ops.infllm import num_windows
 
-STATE_BYTES = torch.float32.itemsize
 # lengths that `cache_bytes` is reported at
 LENGTHS = {"128K": 128 * 1024, "1M": 1024 * 1024}
-
-# the operator behind what a layer remembers
-OPERATORS: dict[Callable[..., LayerCache], str] = {
-    AttentionCache: "dense",
-    SparseCache: "infllm",
-    LightningCache: "lightning",
-}
-# parameters of a layer by the mixer that they belong to
-MIXER_KINDS = {
-    "attention": "full attention",
-    "latent-attention": "full latent attention",
-    "minicpm4": "sparse attention",
-    "latent-minicpm4": "sparse latent attention",
-    "lightning-attn": "lightning attention",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +58,7 @@ def inspect(name: str | Path) -> Report:
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     itemsize = dtype.itemsize
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    caches = {MIXERS[mixer].cache for mixer in config.mixer_types}
-    operators = [operator for cache, operator in OPERATORS.items() if cache in caches]
+    operators = {KINDS[mixer].operator for mixer in config.mixer_types}
     return Report(
         folder=str(folder),
         dtype=str(dtype).removeprefix("torch."),
@@ -85,7 +67,7 @@ def inspect(name: str | Path) -> Report:
         cache_bytes_per_token=cache_bytes_per_token(config, itemsize),
         state_bytes=cache_bytes(config, 0, itemsize),
         cache_bytes={label: cache_bytes(config, length, itemsize) for label, length in LENGTHS.items()},
-        backends={operator: explain(operator, device) for operator in operators},
+        backends={operator: explain(operator, device) for operator in sorted(operators)},
         sglang=sglang_obstacles(config, read_fields(folder)),
     )
 
@@ -116,7 +98,7 @@ def parameters_by_kind(config: MiniCPMSALAConfig) -> dict[str, int]:
     """Return the number of parameters of embeddings and head, MLPs, each kind of mixer, and the norms between them."""
     mixers = config.mixer_types
     kinds = (
-        {"embeddings": 0, "mlp": 0} | {MIXER_KINDS[name]: 0 for name in MIXER_KINDS if name in mixers} | {"norms": 0}
+        {"embeddings": 0, "mlp": 0} | {kind.label: 0 for name, kind in KINDS.items() if name in mixers} | {"norms": 0}
     )
     for name, shape in network_shapes(config).items():
         if "embed_tokens" in name or name.startswith("lm_head"):
@@ -124,58 +106,31 @@ def parameters_by_kind(config: MiniCPMSALAConfig) -> dict[str, int]:
         elif ".mlp." in name:
             kind = "mlp"
         elif ".self_attn." in name:
-            kind = MIXER_KINDS[mixers[int(name.split(".")[2])]]
+            kind = KINDS[mixers[int(name.split(".")[2])]].label
         else:
             kind = "norms"
         kinds[kind] += shape.numel()
     return kinds
 
 
-def _keys_and_values(config: MiniCPMSALAConfig, length: int, itemsize: int) -> int:
-    assert config.num_key_value_heads is not None and config.head_dim is not None
-    return 2 * length * config.num_key_value_heads * config.head_dim * itemsize
-
-
-def _sparse(config: MiniCPMSALAConfig, length: int, itemsize: int) -> int:
-    assert config.num_key_value_heads is not None and config.head_dim is not None
-    windows = sum(num_windows(length, size, stride) for size, stride in compression_tiers(config.sparse_geometry))
-    return (
-        _keys_and_values(config, length, itemsize) + windows * config.num_key_value_heads * config.head_dim * itemsize
-    )
-
-
-def _state(config: MiniCPMSALAConfig, length: int, itemsize: int) -> int:
-    assert config.lightning_nh is not None and config.lightning_head_dim is not None
-    value_width = config.v_head_dim or config.lightning_head_dim
-    return config.lightning_nh * config.lightning_head_dim * value_width * STATE_BYTES
-
-
-# what a layer of each kind of cache holds after `length` tokens
-CACHE_BYTES: dict[Callable[..., LayerCache], Callable[[MiniCPMSALAConfig, int, int], int]] = {
-    AttentionCache: _keys_and_values,
-    SparseCache: _sparse,
-    LightningCache: _state,
-}
-
-
 def cache_bytes(config: MiniCPMSALAConfig, length: int, itemsize: int) -> int:
     """Return the bytes that the cache of one sequence holds after `length` tokens; at 0 what does not grow: the states."""
-    return sum(CACHE_BYTES[MIXERS[name].cache](config, length, itemsize) for name in config.mixer_types)
+    return sum(MIXERS[name].cache.bytes_after(config, length, itemsize) for name in config.mixer_types)
 
 
 def cache_parts(config: MiniCPMSALAConfig, length: int, itemsize: int) -> dict[str, int]:
     """Return `cache_bytes` by what it is for: keys and values, compressed keys, states."""
-    kinds = [MIXERS[name].cache for name in config.mixer_types]
-    states = kinds.count(LightningCache) * _state(config, length, itemsize)
-    keys_and_values = (len(kinds) - kinds.count(LightningCache)) * _keys_and_values(config, length, itemsize)
-    rest = cache_bytes(config, length, itemsize) - keys_and_values - states
-    return {"keys and values": keys_and_values, "compressed keys": rest, "states": states}
+    linear = [KINDS[name].operator == "lightning" for name in config.mixer_types]
+    states = sum(linear) * LightningCache.bytes_after(config, length, itemsize) if any(linear) else 0
+    full = (len(linear) - sum(linear)) * AttentionCache.bytes_after(config, length, itemsize)
+    rest = cache_bytes(config, length, itemsize) - full - states
+    return {"keys and values": full, "compressed keys": rest, "states": states}
 
 
 def cache_bytes_per_token(config: MiniCPMSALAConfig, itemsize: int) -> float:
     """Return the growth of the cache by a token, in the long run: compressed keys come once a stride."""
     # a length that every stride divides counts whole windows
     period = 2
-    if not FULL_ROWS.keys().isdisjoint(config.mixer_types):
+    if runs(config.mixer_types, "infllm"):
         period = config.sparse_geometry.coarse_stride * config.sparse_geometry.coarse_size
     return (cache_bytes(config, 2 * period, itemsize) - cache_bytes(config, period, itemsize)) / period

@@ -7,6 +7,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sala.errors import ConfigError
 from sala.model.config import MiniCPMSALAConfig
+from sala.model.kinds import LIGHTNING
 from sala.ops.constants import constant
 
 # `dynamic` is left out: its frequencies change with the length, which no cache of rotated keys survives.
@@ -56,7 +57,7 @@ def trained_length(config: MiniCPMSALAConfig) -> int | None:
     Layers without rotation, as in a hybrid of HALO, have no last position, and linear layers forget before theirs. A scaling
     of rotations stretches the positions by its factor.
     """
-    if not config.attn_use_rope or set(config.mixer_types) == {"lightning-attn"}:
+    if not config.attn_use_rope or set(config.mixer_types) == {LIGHTNING}:
         return None
     length, scaling = config.max_position_embeddings, config.rope_scaling or {}
     if scaling.get("rope_type", scaling.get("type")) not in STRETCHED:

@@ -7,7 +7,8 @@ Read from the sources of SGLang 0.5.23 (`srt/models/minicpm.py`, `srt/configs/mi
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sala.model.config import LATENT_ROWS, MiniCPMSALAConfig
+from sala.model.config import MiniCPMSALAConfig
+from sala.model.kinds import LATENT_ROWS, LIGHTNING
 
 ARCHITECTURES = ("MiniCPMSALAForCausalLM", "MiniCPMForCausalLM")
 # what it takes for a field that config.json leaves out, of those that the network depends on
@@ -53,7 +54,7 @@ def _of_file(config: MiniCPMSALAConfig, fields: Mapping[str, Any]) -> Iterator[s
 
 def _of_layers(config: MiniCPMSALAConfig) -> Iterator[str]:
     mixers = set(config.mixer_types)
-    softmax, linear = mixers & {"attention", "minicpm4"}, "lightning-attn" in mixers
+    softmax, linear = mixers & {"attention", "minicpm4"}, LIGHTNING in mixers
     gates = (softmax and config.attn_use_output_gate) or (linear and config.use_output_gate)
     obstacles = {
         f"it has no latent attention; some mixer_types are {', '.join(sorted(mixers & set(LATENT_ROWS)))}": mixers

@@ -9,7 +9,7 @@ import transformers
 import yaml
 
 import sala
-from sala.model.report import MIXER_KINDS
+from sala.model.kinds import KINDS, runs
 from sala.runs.record import in_stages, short, smooth
 
 LOSSES = {
@@ -21,7 +21,6 @@ VALIDATION = (
     "The validation loss is of held-out windows: alignment's own loss, and in every other stage the cross-entropy of the next "
     "token. "
 )
-LINEAR, SPARSE = "lightning-attn", ("minicpm4", "latent-minicpm4")
 
 
 def versions() -> dict[str, str]:
@@ -77,7 +76,7 @@ def model_card(
 def _metadata(config: Mapping[str, Any], base_model: str | None) -> str:
     kinds = set(config["mixer_types"])
     tags = ["sala", config["model_type"]]
-    tags += ["linear-attention"] * (LINEAR in kinds) + ["sparse-attention"] * bool(kinds & set(SPARSE))
+    tags += ["linear-attention"] * runs(kinds, "lightning") + ["sparse-attention"] * runs(kinds, "infllm")
     facts = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     return yaml.safe_dump(({"base_model": base_model} if base_model else {}) | facts, sort_keys=False)
 
@@ -85,12 +84,12 @@ def _metadata(config: Mapping[str, Any], base_model: str | None) -> str:
 def _summary(recipe: Mapping[str, Any], config: Mapping[str, Any], parameters: int, teacher: str | None) -> str:
     kinds = config["mixer_types"]
     layers = []
-    for kind, words in MIXER_KINDS.items():
+    for kind, facts in KINDS.items():
         places = [index for index, mixer in enumerate(kinds) if mixer == kind]
         if places:
             # those that are most of them need no list
             where = "" if len(places) > len(kinds) / 2 else f" (number {', '.join(map(str, places))}, from 0)"
-            layers.append(f"{len(places)} of {words}{where}")
+            layers.append(f"{len(places)} of {facts.label}{where}")
     return (
         f"A causal language model of {parameters:,} parameters in {len(kinds)} layers: {', '.join(layers)}.\n"
         f"It was {_origin(recipe, teacher)} by the recipe `{recipe['name']}`, with sala."

@@ -8,12 +8,10 @@ import torch
 from torch import nn
 
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
-from sala.model.config import FULL_ROWS
+from sala.model.kinds import FULL_ROWS, LIGHTNING
 from sala.model.mixers import sparse_mixers
 from sala.recipe import Stage
 from sala.train.trainable import trainable_parameters
-
-LIGHTNING = "lightning-attn"
 
 
 @dataclass(frozen=True, slots=True)

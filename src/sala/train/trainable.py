@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from sala.errors import SalaError
+from sala.model.kinds import LIGHTNING
 
 # modules of a mixer that make queries and keys
 QUERIES_AND_KEYS = ("q_proj", "k_proj", "q_norm", "k_norm")
@@ -29,7 +30,7 @@ def trainable_parameters(model: nn.Module, what: str, *, freeze_qk: bool = False
     if what == "all":
         return named
     kinds: Sequence[str] = model.config.mixer_types  # type: ignore[union-attr, assignment]
-    chosen = [i for i, kind in enumerate(kinds) if what == "mixers" or kind == "lightning-attn"]
+    chosen = [i for i, kind in enumerate(kinds) if what == "mixers" or kind == LIGHTNING]
     if not chosen:
         raise SalaError(f"trainable: {what} chooses nothing in a model with mixers {', '.join(sorted(set(kinds)))}")
     prefixes = tuple(f"model.layers.{i}.self_attn." for i in chosen)
