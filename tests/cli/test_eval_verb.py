@@ -45,3 +45,13 @@ def test_what_cannot_be_asked_is_one_line(sala, hybrid, tmp_path, arguments, sai
 def test_folders_that_are_no_runs_are_refused(sala, tmp_path):
     outcome = sala("eval", "compare", tmp_path, tmp_path)
     assert outcome.code == 2 and "expected the --out of `sala eval run`" in outcome.err
+
+
+def test_the_blocks_that_a_query_chose_are_drawn(sala, tmp_path):
+    outcome = sala("eval", "blocks", "--length", "4K", "--out", tmp_path / "blocks.png")
+    assert outcome.code == 0, outcome.err
+    assert "of 2 groups of heads chose the answer's blocks" in outcome.out
+    assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
+    short = sala("eval", "blocks", "--length", "512", "--out", tmp_path / "none.png")
+    assert short.code == 2 and "expected block-sparse layers" in short.err
+    assert "has no one place" in sala("eval", "blocks", "--task", "fwe", "--out", tmp_path / "none.png").err

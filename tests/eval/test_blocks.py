@@ -44,7 +44,7 @@ def test_counting_changes_no_logits_and_leaves_no_trace(tiny_hybrid: Any) -> Non
     with count_blocks(tiny_hybrid):
         counted = logits_at(tiny_hybrid, tokens_T, indices_N)
     torch.testing.assert_close(before, counted, rtol=0, atol=0)
-    assert all("attend" not in vars(module) for module in tiny_hybrid.modules())
+    assert not any(module._forward_hooks for module in tiny_hybrid.modules())
 
 
 def test_full_attention_has_nothing_to_count(tiny_hybrid: Any) -> None:
@@ -55,3 +55,12 @@ def test_full_attention_has_nothing_to_count(tiny_hybrid: Any) -> None:
 def test_a_count_without_a_cache_is_refused(tiny_hybrid: Any) -> None:
     with count_blocks(tiny_hybrid), pytest.raises(InputError, match="cache"):
         tiny_hybrid(input_ids=torch.zeros(1, 40, dtype=torch.int64), use_cache=False)
+
+
+def test_the_newest_querys_blocks_are_told_by_layer(tiny_hybrid: Any) -> None:
+    [(layer, chosen_GN)] = read(tiny_hybrid, 130, 63).chosen.items()
+    assert layer == 0
+    blocks = chosen_GN[chosen_GN >= 0].tolist()
+    # the first, two before the query's own, and its own
+    assert {0, 14, 15, 16} >= set(blocks) - set(range(1, 14))
+    assert 16 in blocks and len(blocks) == 4

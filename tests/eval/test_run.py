@@ -56,8 +56,8 @@ def plan() -> Plan:
     return Plan((COUNT, AGAIN), (64, 128), 6)
 
 
-def files(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in sorted(folder.iterdir())}
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_a_sample_is_a_line_with_everything_that_one_asks_later(tokenizer: Any, plan: Plan, tmp_path: Path) -> None:

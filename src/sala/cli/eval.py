@@ -141,6 +141,7 @@ def tasks() -> None:
 def compare(
     a: Annotated[Path, typer.Argument(help="The folder of a run.")],
     b: Annotated[Path, typer.Argument(help="The folder of another run on the same samples.")],
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw both by length.")] = None,
 ) -> None:
     """Print how B differs from A, task by task, on the samples that both answered."""
     from sala.errors import InputError
@@ -157,6 +158,60 @@ def compare(
             )
         runs.append(samples)
     typer.echo(differences_markdown(compare_samples(*runs)), nl=False)
+    if plot is not None:
+        from sala.errors import writing
+        from sala.eval.plots import plot_scores
+        from sala.eval.run import read_rows
+
+        named = {folder: read_rows(folder) for folder in (a, b)}
+        same = named[a][0] == named[b][0]
+        with writing(plot):
+            plot_scores(plot, {str(folder) if same else name: rows for folder, (name, rows) in named.items()})
+
+
+@evaluate.command()
+def blocks(
+    out: Annotated[Path, typer.Option(metavar="FILE.png", help="The picture.")],
+    task: Annotated[str, typer.Option(help="A task whose samples know where their answer lies.")] = "niah_single_2",
+    length: Annotated[str, typer.Option(help="Tokens, such as 16K.")] = "16K",
+    index: Annotated[int, typer.Option(min=0, help="Which sample.")] = 0,
+    model: Annotated[str, typer.Option("--model", "-m", help="A checkpoint.")] = "embedded-hybrid",
+    chat: Annotated[bool, typer.Option("--chat", help="Write the prompt in the chat template.")] = False,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens read in one pass.", rich_help_panel=MACHINE)] = 2048,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", rich_help_panel=MACHINE)] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ... or auto.", rich_help_panel=MACHINE)] = "auto",
+    threads: Threads = None,
+) -> None:
+    """Draw which blocks the sparse layers chose at the end of one sample, and whether the answer's was among them."""
+    prepare(threads)
+    import torch
+
+    from sala import engine
+    from sala.bench import parse_length
+    from sala.errors import InputError, require_writable
+    from sala.eval import Prompt, Setting, count_blocks, tasks_named
+    from sala.eval.plots import plot_blocks
+
+    [chosen], _ = tasks_named([task], {})
+    checkpoint = engine.open_checkpoint(model, dtype, device)
+    setting = Setting(checkpoint.tokenizer, chat)
+    sample = chosen.make(setting, parse_length(length), index)
+    tokens, places = setting.written(sample) if isinstance(sample, Prompt) else (sample.tokens.tolist(), sample.places)
+    if not places:
+        raise InputError(f"task {task!r} has no one place of its answer; expected a needle's, such as niah_single_2")
+    require_writable(out)
+    network = engine.load(checkpoint, len(tokens), chunk)
+    ids_T, end = torch.tensor(tokens, device=network.device), torch.tensor([len(tokens) - 1])
+    with count_blocks(network, since=len(tokens) - 1) as count:
+        engine.logits_at(network, ids_T, end, chunk=chunk)
+    if not count.chosen:
+        raise InputError(
+            f"no layer of {model!r} chooses blocks among {len(tokens):,} tokens; expected block-sparse layers and a "
+            "greater --length"
+        )
+    found = plot_blocks(out, count, places)
+    groups = sum(len(rows) for rows in count.chosen.values())
+    typer.echo(f"{found} of {groups} groups of heads chose the answer's blocks; drawn into {out}")
 
 
 def _list(text: str) -> list[str]:

@@ -41,23 +41,33 @@ class Watch:
 
     def _look(self, layer: SparseAttention, inputs: tuple[Any, ...], output: Tensor) -> None:
         x_BTD, rows, cache = inputs
-        assert isinstance(cache, SparseCache) and rows.start is not None
+        assert rows.start is not None
         geometry, position = layer.geometry, rows.start + x_BTD.shape[1] - 1
         if position < geometry.first_sparse_position(position):
             return
-        fine, coarse = (tier.filled for tier in cache.tiers)
-        assert fine is not None and coarse is not None
-        q_BTHK, _, _ = layer.project(x_BTD[:, -1:])
-        q_BTHK, norm = normed_or_fused(layer.q_norm, q_BTHK)
-        rotation = None if rows.rotation is None or not layer.use_rope else tuple(t[:, -1:] for t in rows.rotation)
-        scale_BT = None if layer.logits_base is None else logits_scale(rows.positions_BT[:, -1:], layer.logits_base)
-        q_BTHK = norm_rotate(q_BTHK, norm=norm, rotation=rotation, scale_BT=scale_BT).to(fine.dtype)
-        positions_BT = torch.full((1, 1), position, device=q_BTHK.device)
-        chosen = select_blocks(q_BTHK, fine, coarse, positions_BT, geometry, scale=layer.width**-0.5)
+        chosen = choose_again(layer, x_BTD, rows, cache, position)
         own = position // geometry.block_size
-        counts_N = torch.zeros(own + 1, device=q_BTHK.device)
+        counts_N = torch.zeros(own + 1, device=chosen.device)
         blocks = chosen[chosen >= 0].long()
         counts_N.index_add_(0, blocks, torch.ones_like(blocks, dtype=counts_N.dtype))
         counts_N[: geometry.init_blocks] = 0
         counts_N[max(0, own - geometry.local_blocks) :] = 0
         self._counts_N = counts_N if self._counts_N is None else self._counts_N + counts_N
+
+
+def choose_again(layer: SparseAttention, x_BTD: Tensor, rows: Any, cache: Any, first: int) -> Tensor:
+    """Return the blocks (B, T, G, N) that the queries at position `first` and later choose, -1 where there are fewer.
+
+    What the layer chose in the call that just read `x_BTD`, computed once more from its own input and compressed keys.
+    """
+    assert isinstance(cache, SparseCache) and rows.start is not None
+    start = max(0, first - rows.start)
+    fine, coarse = (tier.filled for tier in cache.tiers)
+    assert fine is not None and coarse is not None
+    q_BTHK, _, _ = layer.project(x_BTD[:, start:])
+    q_BTHK, norm = normed_or_fused(layer.q_norm, q_BTHK)
+    rotation = None if rows.rotation is None or not layer.use_rope else tuple(t[:, start:] for t in rows.rotation)
+    positions_BT = rows.positions_BT[:, start:]
+    scale_BT = None if layer.logits_base is None else logits_scale(positions_BT, layer.logits_base)
+    q_BTHK = norm_rotate(q_BTHK, norm=norm, rotation=rotation, scale_BT=scale_BT).to(fine.dtype)
+    return select_blocks(q_BTHK, fine, coarse, positions_BT, layer.geometry, scale=layer.width**-0.5)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sala.errors import InputError, writing
+from sala.eval.plots import write_plots
 from sala.eval.reader import Answer, Reader, Request
 from sala.eval.summary import Row, as_mapping, as_markdown, summarize
 from sala.eval.task import (
@@ -52,7 +53,7 @@ def run(
 ) -> list[Row]:
     """Ask `reader` everything in `plan` and return a row a task and length, written to the folder `out` too.
 
-    `out` holds `settings.json`, `samples.jsonl` (one line a sample), `summary.json` and `summary.md`. Where `out` has
+    `out` holds `settings.json`, `samples.jsonl` (one line a sample), `summary.json`, `summary.md` and pictures. Where `out` has
     samples of the same settings already, only the others are asked, and those that ended with an error. The files are
     then those of a run that nothing interrupted.
 
@@ -82,6 +83,7 @@ def run(
         _replace(out / SAMPLES, _lines(ordered))
         rows = summarize(ordered, tasks)
         write_summary(out, rows, settings)
+        write_plots(rows, ordered, out, str(plan.about.get("model", reader.name)))
     return rows
 
 
@@ -109,6 +111,19 @@ def read_samples(out: Path) -> list[dict[str, Any]]:
             raise InputError(f"line {number} of {str(out / SAMPLES)!r} is no sample; expected a JSON object") from error
         records.append(record)
     return records
+
+
+def read_rows(out: Path) -> tuple[str, list[Row]]:
+    """Return the model's name and the rows of a finished run.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        summary = json.loads((out / SUMMARY).read_text("utf-8"))
+        return str(summary["settings"].get("model", out.name)), [Row(**row) for row in summary["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{str(out)!r} has no {SUMMARY} of a run; expected the --out of `sala eval run`") from error
 
 
 def write_summary(out: Path, rows: Sequence[Row], settings: Mapping[str, Any]) -> None:

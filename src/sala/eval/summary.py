@@ -32,6 +32,7 @@ class Row:
     high: float | None
     measure: str
     tokens: float
+    group: str
     label: str = ""
 
 
@@ -96,6 +97,7 @@ def _row(task: Task, length: int, records: Sequence[Mapping[str, Any]]) -> Row:
         high=high,
         measure=task.measure,
         tokens=_mean_tokens(records),
+        group=task.group,
         label=_label(records),
     )
 
@@ -115,6 +117,7 @@ def _average(group: str, length: int, cells: Sequence[Sequence[Mapping[str, Any]
         high=high,
         measure=task.measure,
         tokens=_mean_tokens(records),
+        group=group,
         label=_label(records),
     )
 
