@@ -171,8 +171,11 @@ def _scale(measure: str) -> int:
 
 def _few(lengths: Sequence[int]) -> list[int]:
     """Return at most six of the lengths, those that are furthest apart on a logarithmic axis."""
-    apart = np.geomspace(lengths[0], lengths[-1], min(6, len(lengths))) if lengths else []
-    return sorted({min(lengths, key=lambda length: abs(np.log(length / at))) for at in apart})
+    if len(lengths) <= 6:
+        return list(lengths)
+    return sorted(
+        {min(lengths, key=lambda at: abs(np.log(at / aim))) for aim in np.geomspace(lengths[0], lengths[-1], 6)}
+    )
 
 
 def length_label(length: float) -> str:
