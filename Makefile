@@ -6,7 +6,7 @@ PIP_INSTALL := pip install --quiet --disable-pip-version-check
 # what a user meets of transformers: tests that run under other versions of it
 INTERFACE_TESTS := tests/model tests/engine tests/embedded tests/cli
 
-.PHONY: demo test real lm-eval test-with kernels lock install clean
+.PHONY: demo test real lm-eval browser abuse load test-with kernels lock install clean
 
 # QUICK=1: the same in under two minutes, at lower quality
 demo: $(VENV)/.installed
@@ -25,6 +25,17 @@ lm-eval:
 	$(PYTHON) -m venv .venv-with-lm-eval
 	.venv-with-lm-eval/bin/$(PIP_INSTALL) -e . pytest pytest-xdist hypothesis 'lm_eval[hf]>=0.4.13,<0.5'
 	.venv-with-lm-eval/bin/pytest -n 0 tests/model/test_remote_code.py -k lm_eval
+
+# the page of sala serve in Debian's chromium (`apt-get install chromium`); SALA_DRAW=1 also draws the pictures of docs/
+browser: PACKAGES := 'playwright>=1.50'
+# 10,000 requests made from the server's own description of its API
+abuse: PACKAGES := 'schemathesis>=4'
+# 64 clients for five minutes, each answer compared with the one it gets alone
+load: PACKAGES :=
+browser abuse load:
+	$(PYTHON) -m venv .venv-with-serve
+	.venv-with-serve/bin/$(PIP_INSTALL) --constraint constraints.txt -e '.[serve]' pytest pytest-xdist hypothesis openai httpx $(PACKAGES)
+	.venv-with-serve/bin/pytest -n 0 -m $@ tests/serve
 
 # The interface tests under another version of transformers: TRANSFORMERS=5.24.0, or oldest for the oldest that
 # pyproject.toml allows, or newest for the newest versions that it allows of every package.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.shapes import tiny_model, tokens
+from model.shapes import TINY_SPARSE, tiny_model, tokens
 from sala.engine.runner import Extension, Runner
 from tolerances import assert_close
 
@@ -70,19 +70,27 @@ def test_kept_bytes_are_those_of_the_plan(runner):
     assert abs(keys.size_bytes - 128 * runner.token_bytes) <= 0.1 * keys.size_bytes
 
 
-def test_watched_blocks_are_those_that_the_layers_read_by_choice(runner):
-    ids = tokens(1, 400)[0].tolist()
+def test_watched_blocks_have_the_attention_that_the_layer_gives_them():
+    # everything is read: the weights are those of the whole softmax
+    sparse = {**TINY_SPARSE, "topk": 7, "dense_len": 0}
+    runner = Runner(
+        tiny_model(mixer_types=["minicpm4", "lightning-attn", "lightning-attn", "lightning-attn"], sparse_config=sparse)
+    )
+    ids = tokens(1, 150)[0].tolist()
     sequence = runner.open()
     result = runner.extend([Extension(sequence, ids, watched=True)])[0]
-    geometry = runner.config.sparse_geometry
+    layer, geometry = runner.model.model.layers[0], runner.config.sparse_geometry
+    with torch.inference_mode():
+        hidden = runner.model.model.embed_tokens(torch.tensor([ids])) * runner.config.scale_emb
+        q, k, _ = layer.self_attn.project(layer.input_layernorm(hidden))
+    scores = torch.einsum("grk,sgk->grs", q[0, -1].unflatten(0, (2, 2)), k[0]) * layer.self_attn.width**-0.5
+    blocks = torch.zeros(10).index_add_(0, torch.arange(150) // 16, scores.softmax(-1).sum((0, 1)))
+    blocks[: geometry.init_blocks] = 0
+    blocks[9 - geometry.local_blocks :] = 0
+    # a block is left out by each group
     assert result.blocks_N is not None
-    own = 399 // geometry.block_size
-    layers = runner.config.mixer_types.count("minicpm4")
-    free = geometry.num_selected - geometry.init_blocks - geometry.local_blocks - 1
-    assert result.blocks_N.sum() == layers * runner.config.num_key_value_heads * free
-    assert (
-        not result.blocks_N[: geometry.init_blocks].any() and not result.blocks_N[own - geometry.local_blocks :].any()
-    )
+    close = (result.blocks_N - blocks).abs() < 0.25 * blocks + 1e-6
+    assert close.sum() >= 7 and (result.blocks_N >= 0).all()
 
 
 def test_nothing_is_left_unread_where_the_text_is_short(runner):

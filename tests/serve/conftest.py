@@ -28,6 +28,17 @@ BOOK = "".join(
 QUESTION = "[get] @amber @birch"
 
 
+# what needs more than the development environment, or minutes: asked for by name, `pytest -m browser`
+OUTSIDE = ("browser", "abuse", "load")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        mark = next((name for name in OUTSIDE if item.get_closest_marker(name)), None)
+        if mark is not None and mark not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason=f"needs `pytest -m {mark}`"))
+
+
 @dataclass
 class Live:
     """A server that listens."""

@@ -56,7 +56,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The answer is over. new_tokens counts the end token; blocks: how often the sparse layers chose each block."""
+    """The answer is over. new_tokens counts the end token; blocks: attention to each block that was chosen."""
 
     finish: Finish
     new_tokens: int

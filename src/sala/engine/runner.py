@@ -45,7 +45,7 @@ class Extension:
 
 @dataclass(frozen=True, slots=True)
 class Extended:
-    """Logits (N, X) float32 of the last token or of every one; blocks: how often each was chosen, (blocks,) float32."""
+    """Logits (N, X) float32 of the last token or of every one; blocks: attention to each, (blocks,) float32."""
 
     logits_NX: Tensor
     blocks_N: Tensor | None = None

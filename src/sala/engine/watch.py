@@ -16,16 +16,16 @@ from sala.ops.pointwise import norm_rotate
 
 
 class Watch:
-    """Inside `with`, counts what the last query of each call chooses in each block-sparse layer.
+    """Inside `with`, sums the attention that the last query of each call gives to blocks that it chose.
 
-    Blocks that every query reads (the first ones and the window) do not count: they were not chosen. The selection is
-    computed once more, from the layer's own input and compressed keys. Rows are single and read through a cache.
+    Blocks that every query reads (the first ones and the window) do not count: they were not chosen. Selection and weights
+    are computed once more, from the layer's own input and cache. Rows are single and read through a cache.
     """
 
     def __init__(self, model: MiniCPMSALAForCausalLM):
         self._layers = [module for module in model.modules() if isinstance(module, SparseAttention)]
         self._hooks: list[Any] = []
-        self._counts_N: Tensor | None = None
+        self._weights_N: Tensor | None = None
 
     def __enter__(self) -> Self:
         self._hooks = [layer.register_forward_hook(self._look) for layer in self._layers]
@@ -36,8 +36,8 @@ class Watch:
             hook.remove()
 
     def blocks_N(self) -> Tensor | None:
-        """Return how many heads' groups chose each block, a sum over layers; None where nothing was left out."""
-        return self._counts_N
+        """Return the attention that went to each block, a sum over heads and layers; None where all blocks are read."""
+        return self._weights_N
 
     def _look(self, layer: SparseAttention, inputs: tuple[Any, ...], output: Tensor) -> None:
         x_BTD, rows, cache = inputs
@@ -45,14 +45,16 @@ class Watch:
         geometry, position = layer.geometry, rows.start + x_BTD.shape[1] - 1
         if position < geometry.first_sparse_position(position):
             return
-        chosen = choose_again(layer, x_BTD, rows, cache, position)
+        assert isinstance(cache, SparseCache)
+        q_BTHK, positions_BT = _queries_again(layer, x_BTD, rows, position)
+        chosen = _choose(layer, q_BTHK, positions_BT, cache)
+        keys_SGK = cache.key_places.filled
+        assert keys_SGK is not None
+        weights_N = _weights(q_BTHK[0, 0], keys_SGK[0], chosen[0, 0], geometry.block_size, layer.width**-0.5)
         own = position // geometry.block_size
-        counts_N = torch.zeros(own + 1, device=chosen.device)
-        blocks = chosen[chosen >= 0].long()
-        counts_N.index_add_(0, blocks, torch.ones_like(blocks, dtype=counts_N.dtype))
-        counts_N[: geometry.init_blocks] = 0
-        counts_N[max(0, own - geometry.local_blocks) :] = 0
-        self._counts_N = counts_N if self._counts_N is None else self._counts_N + counts_N
+        weights_N[: geometry.init_blocks] = 0
+        weights_N[max(0, own - geometry.local_blocks) :] = 0
+        self._weights_N = weights_N if self._weights_N is None else self._weights_N + weights_N
 
 
 def choose_again(layer: SparseAttention, x_BTD: Tensor, rows: Any, cache: Any, first: int) -> Tensor:
@@ -60,14 +62,36 @@ def choose_again(layer: SparseAttention, x_BTD: Tensor, rows: Any, cache: Any, f
 
     What the layer chose in the call that just read `x_BTD`, computed once more from its own input and compressed keys.
     """
-    assert isinstance(cache, SparseCache) and rows.start is not None
+    assert isinstance(cache, SparseCache)
+    return _choose(layer, *_queries_again(layer, x_BTD, rows, first), cache)
+
+
+def _queries_again(layer: SparseAttention, x_BTD: Tensor, rows: Any, first: int) -> tuple[Tensor, Tensor]:
+    """Return the queries (B, T, H, K) at position `first` and later, and their positions (B, T)."""
+    assert rows.start is not None
     start = max(0, first - rows.start)
-    fine, coarse = (tier.filled for tier in cache.tiers)
-    assert fine is not None and coarse is not None
-    q_BTHK, _, _ = layer.project(x_BTD[:, start:])
+    q_BTHK, _, v_BTGV = layer.project(x_BTD[:, start:])
     q_BTHK, norm = normed_or_fused(layer.q_norm, q_BTHK)
     rotation = None if rows.rotation is None or not layer.use_rope else tuple(t[:, start:] for t in rows.rotation)
     positions_BT = rows.positions_BT[:, start:]
     scale_BT = None if layer.logits_base is None else logits_scale(positions_BT, layer.logits_base)
-    q_BTHK = norm_rotate(q_BTHK, norm=norm, rotation=rotation, scale_BT=scale_BT).to(fine.dtype)
+    return norm_rotate(q_BTHK, norm=norm, rotation=rotation, scale_BT=scale_BT).to(v_BTGV.dtype), positions_BT
+
+
+def _choose(layer: SparseAttention, q_BTHK: Tensor, positions_BT: Tensor, cache: SparseCache) -> Tensor:
+    fine, coarse = (tier.filled for tier in cache.tiers)
+    assert fine is not None and coarse is not None
     return select_blocks(q_BTHK, fine, coarse, positions_BT, layer.geometry, scale=layer.width**-0.5)
+
+
+def _weights(q_HK: Tensor, k_SGK: Tensor, chosen_GN: Tensor, block_size: int, scale: float) -> Tensor:
+    """Return the attention weights (blocks,) float32 of one query, the last, summed over heads and the keys of a block."""
+    length, groups, _ = k_SGK.shape
+    weights_N = torch.zeros(-(-length // block_size), device=q_HK.device)
+    for group, q_RK in enumerate(q_HK.chunk(groups)):
+        blocks = chosen_GN[group][chosen_GN[group] >= 0].long()
+        places = (blocks[:, None] * block_size + torch.arange(block_size, device=blocks.device)).flatten()
+        places = places[places < length]
+        scores_RP = q_RK.float() @ k_SGK[places, group].float().T * scale
+        weights_N.index_add_(0, places // block_size, scores_RP.softmax(dim=-1).sum(dim=0))
+    return weights_N

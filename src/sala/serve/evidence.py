@@ -1,4 +1,4 @@
-"""Which passages of a prompt the sparse layers chose to read for an answer, in order of how often."""
+"""Which passages of a prompt the sparse layers chose to read for an answer, by the attention they got."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,12 +7,13 @@ from sala.serve.prompts import Prompts
 from sala.serve.replies import Choice
 
 MOST_PASSAGES = 8
-# of the most frequent block: what is read less often is chance
+# of the block that got most: what got less is chance
 SHARE = 0.2
 
 
 def passages(prompts: Prompts, choice: Choice, documents: Mapping[str, str], block_size: int) -> list[dict[str, Any]]:
-    """Return passages with the document they are in, their characters [start, end) there, text and share of choices.
+    """Return passages with the document they are in, their characters [start, end) there, text and share of
+    the attention to what was chosen.
 
     Without documents positions count in the whole prompt. Empty where the layers read everything.
     """
@@ -26,24 +27,24 @@ def passages(prompts: Prompts, choice: Choice, documents: Mapping[str, str], blo
         return []
     spans = _spans(done.blocks, block_size, len(offsets))
     found = []
-    for first, last, count in spans[:MOST_PASSAGES]:
+    for first, last, weight in spans[:MOST_PASSAGES]:
         start, end = offsets[first][0], offsets[last - 1][1]
-        found.append({**_place(start, end, prompt.text, documents), "share": round(count / total, 4)})
+        found.append({**_place(start, end, prompt.text, documents), "share": round(weight / total, 4)})
     return found
 
 
 def _spans(blocks: tuple[float, ...], block_size: int, length: int) -> list[tuple[int, int, float]]:
-    """Return neighbouring frequent blocks as spans of tokens with their counts, the most frequent first."""
+    """Return neighbouring blocks that got much as spans of tokens with their weights, the heaviest first."""
     least = SHARE * max(blocks)
     spans: list[tuple[int, int, float]] = []
-    for index, count in enumerate(blocks):
+    for index, weight in enumerate(blocks):
         start, end = index * block_size, min((index + 1) * block_size, length)
-        if not count or count < least or start >= length:
+        if not weight or weight < least or start >= length:
             continue
         if spans and spans[-1][1] == start:
-            spans[-1] = (spans[-1][0], end, spans[-1][2] + count)
+            spans[-1] = (spans[-1][0], end, spans[-1][2] + weight)
         else:
-            spans.append((start, end, count))
+            spans.append((start, end, weight))
     return sorted(spans, key=lambda span: -span[2])
 
 
