@@ -172,7 +172,7 @@ def test_layers_are_drawn_and_counted():
 
 def step(number, **changes):
     fields = {"stage": "align", "step": number, "steps": 3, "loss": 0.5, "tokens_per_s": 1234.0, "seconds_left": 65.0}
-    more = {"learning_rate": 3e-4, "gradient_norm": 0.4321, "mfu": None, "memory_bytes": 0}
+    more = {"learning_rate": 3e-4, "gradient_norm": 0.4321, "mfu": None, "memory_bytes": 0, "validation_loss": None}
     return SimpleNamespace(**{**fields, **more, **changes})
 
 
@@ -231,6 +231,7 @@ def test_the_longest_step_fits_a_hundred_columns():
                 tokens_per_s=1_234_567.0,
                 mfu=0.4321,
                 memory_bytes=71 * 2**30,
+                validation_loss=None,
                 seconds_left=80_000.0,
             )
         )
@@ -320,3 +321,12 @@ def test_convert_makes_a_hybrid_that_generates(sala, teacher, tmp_path):
     assert (out / "recipe.yaml").is_file()
     assert sala("generate", "--model", out, "--prompt", "x", "-n", "3").code == 0
     assert json.loads(sala("inspect", out, "--json").out)["mixer_types"].count("minicpm4") == 1
+
+
+def test_the_last_validation_loss_stays_in_sight():
+    stream = io.StringIO()
+    with Display(Console(file=stream, width=200)) as display:
+        display.observe(step(1, validation_loss=0.75))
+        display.observe(step(3))
+    first, last = stream.getvalue().splitlines()
+    assert "loss 0.5000, validation 0.7500" in first and "loss 0.5000, validation 0.7500" in last

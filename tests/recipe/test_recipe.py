@@ -154,6 +154,19 @@ def test_every_recipe_in_the_package_runs_on_one_number_of_ranks(name: str) -> N
     assert len({recipe.mesh_of(stage).ranks for stage in recipe.stages}) == 1
 
 
+def test_a_mesh_is_made_for_the_processes_that_run() -> None:
+    recipe = load_recipe("halo-small")
+    assert [recipe.mesh_of(stage).ranks for stage in recipe.stages] == [1, 1, 1]
+    on_sixteen = recipe.on_ranks(16)
+    assert [on_sixteen.mesh_of(stage).ranks for stage in on_sixteen.stages] == [16, 16, 16]
+    # of 8 long windows each is shared by two
+    assert [on_sixteen.mesh_of(stage).cp for stage in on_sixteen.stages] == [2, 1, 2]
+    with pytest.raises(
+        RecipeError, match=r"stage 'align': 32 windows of 512 tokens divide over no mesh of 7 processes"
+    ):
+        recipe.on_ranks(7)
+
+
 def test_an_override_takes_the_place_of_a_row_in_tokens() -> None:
     settings = ("stages.align.steps=100", "stages.0.batch=64", "stages.long.tokens=209_715_200")
     align, _, long = load_recipe("halo-qwen3-1.7b", settings).stages

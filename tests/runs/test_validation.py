@@ -101,5 +101,3 @@ def test_windows_that_a_stage_trains_on_are_refused() -> None:
         recipe(sources=sources, stages=stages, validation={"data": {"web": 1}})
     with pytest.raises(RecipeError, match="'vaild', which is not one of the sources: web, valid; did you mean 'valid'"):
         recipe(sources=sources, stages=stages, validation={"data": {"vaild": 1}})
-    with pytest.raises(RecipeError, match="a recipe without sources has 'text' alone"):
-        recipe(validation={"data": {"web": 1}})

@@ -36,6 +36,13 @@ def convert(
             "final."
         ),
     ],
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="2h|5M",
+            help="Time, or tokens of training. The recipe's steps are cut or stretched to it, and it says what each stage takes.",
+        ),
+    ] = None,
     tokenizer: Tokenizer = None,
     settings: Settings = None,
     save_every: SaveEvery = None,
@@ -58,4 +65,4 @@ def convert(
         raise RecipeError(
             f"recipe {recipe!r} trains a model from scratch; expected a recipe with 'conversion', or `sala train`"
         )
-    run(loaded, out, teacher, tokenizer, run_options(context))
+    run(loaded, out, teacher, tokenizer, run_options(context), budget)

@@ -42,6 +42,7 @@ def dry_run(
     from sala.train.budget import stage_budgets
     from sala.train.cards import cluster
 
+    recipe = recipe.on_ranks(gpus or 1)
     machine = cluster(gpu, precision=recipe.precision, gpus=gpus, memory_gib=memory, mfu=mfu)
     config, source, origin = _shape(recipe, start, tokenizer)
     words = None if source is None else load_words(source)

@@ -143,18 +143,22 @@ def _refuse(context: typer.Context, panel: str, reason: str) -> None:
             raise InputError(f"{option.opts[0]} {reason}; leave it out")
 
 
-def run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, options: Any) -> None:
+def run(
+    recipe: Any, out: Path, start: str | None, tokenizer: str | None, options: Any, budget: str | None = None
+) -> None:
     """Run a recipe in the folder `out`, from its beginning or from where it was left, and print where the model is.
 
-    start: the checkpoint to convert, or to train; None for a new model.
+    start: the checkpoint to convert, or to train; None for a new model. budget: see `sala.runs.forecast.parse_budget`.
     """
     from sala.eval import layer_scorers
     from sala.model.checkpoint import find_checkpoint
     from sala.model.families import load_model
     from sala.recipe import ConversionRecipe
     from sala.runs import Finished, Origin, run_recipe
-    from sala.train import start_world
+    from sala.runs.forecast import parse_budget, within_budget
+    from sala.train import read_data, start_world
 
+    allowed = None if budget is None else parse_budget(budget)
     words = load_words(tokenizer or start or BUILTIN_TEACHER)
     scorers = None
     if isinstance(recipe, ConversionRecipe):
@@ -165,6 +169,17 @@ def run(recipe: Any, out: Path, start: str | None, tokenizer: str | None, option
         start_world(recipe.precision) as world,
         Display(error_console(), quiet=not world.main) as display,
     ):
+        if allowed is not None and scorers is not None:
+            recipe = within_budget(
+                recipe,
+                allowed,
+                out,
+                model=network,
+                scorers=scorers,
+                data=read_data(recipe, words),
+                world=world,
+                say=display.say,
+            )
         try:
             run_recipe(
                 recipe,

@@ -23,10 +23,11 @@ Each = Callable[[int, Callable[[int], Any]], list[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Scorers:
-    """What layers are chosen by; in both, higher is better. Asked for every swapped layer."""
+    """What layers are chosen by; in both, higher is better. Asked for every swapped layer, who then reads `tokens`."""
 
     recall: Score
     language: Score
+    tokens: int = 0
 
 
 def num_kept(keep: Keep, num_layers: int) -> int:

@@ -82,7 +82,7 @@ def layer_scorers(
     def language(model: Any) -> tuple[float, ...]:
         return tuple(predicted(model, tokens_T) for tokens_T in pieces)
 
-    return Scorers(recall, language)
+    return Scorers(recall, language, sum(len(one.tokens_T) for one in readings) + sum(map(len, pieces)))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """A recipe: a whole run as data, either a new model's training or a teacher's conversion."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from sala.errors import nearest
 from sala.recipe.conversion import Conversion
 from sala.recipe.section import Positive, Section
-from sala.recipe.stage import Mesh, Optimizer, Stage, require_mesh_fits
+from sala.recipe.stage import Mesh, Optimizer, Stage, auto_mesh, require_mesh_fits
 
 
 class SourceRow(Section):
@@ -39,7 +39,8 @@ class Recipe(Section):
     sources: dict[str, SourceRow] = Field(default={})
     validation: Validation | None = None
     optimizer: Optimizer = Optimizer()
-    mesh: Mesh = Mesh()
+    # auto: for the processes that run; the windows of a batch are split over as many of them as divide it, and parameters over all
+    mesh: Mesh | Literal["auto"] = Mesh()
     # of a step's products; parameters, their updates and the sums over ranks are float32
     precision: Literal["float32", "bfloat16"] = "float32"
     # auto: compile when a C compiler is there, else run eagerly and say so in one log line
@@ -64,7 +65,21 @@ class Recipe(Section):
         return stage.optimizer or self.optimizer
 
     def mesh_of(self, stage: Stage) -> Mesh:
-        return stage.mesh or self.mesh
+        """Return the mesh of a stage; for "auto" that of one process (see `on_ranks`)."""
+        return stage.mesh or (Mesh() if self.mesh == "auto" else self.mesh)
+
+    def on_ranks(self, ranks: int) -> Self:
+        """Return the recipe with a mesh of `ranks` processes in every stage that leaves it open ("auto").
+
+        Raises:
+            RecipeError: a stage divides over no such mesh.
+        """
+        if self.mesh != "auto":
+            return self
+        stages = [
+            stage if stage.mesh else stage.model_copy(update={"mesh": auto_mesh(stage, ranks)}) for stage in self.stages
+        ]
+        return self.model_copy(update={"stages": tuple(stages)})
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Recipe":
@@ -94,13 +109,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _validation_is_held_out(self) -> "Recipe":
         for name in self.validation.data if self.validation else ():
-            if not self.sources:
-                if name != "text":
-                    raise ValueError(f"validation: data names {name!r}; a recipe without sources has 'text' alone")
-            elif name not in self.sources:
+            if self.sources and name not in self.sources:
                 known = f"{', '.join(self.sources)}{nearest(name, self.sources)}"
                 raise ValueError(f"validation: data names {name!r}, which is not one of the sources: {known}")
-            elif readers := [stage.name for stage in self.stages if name in stage.data]:
+            if self.sources and (readers := [stage.name for stage in self.stages if name in stage.data]):
                 raise ValueError(f"validation: stage {readers[0]!r} trains on {name!r}; expected a source of its own")
         return self
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from sala.errors import RecipeError
 from sala.recipe.schedule import learning_rate
 from sala.recipe.section import Positive, Section
 
@@ -218,3 +219,23 @@ def require_mesh_fits(stage: Stage, mesh: Mesh, place: str) -> None:
             f"{place}{stage.length} tokens do not divide over {mesh.cp} context-parallel ranks; expected "
             f"{stage.length // mesh.cp * mesh.cp:,} or {(stage.length // mesh.cp + 1) * mesh.cp:,}"
         )
+
+
+def auto_mesh(stage: Stage, ranks: int) -> Mesh:
+    """Return the mesh of `ranks` processes that splits a stage's windows over as many of them as it can.
+
+    Raises:
+        RecipeError: no mesh of so many fits.
+    """
+    for copies in range(ranks, 0, -1):
+        if ranks % copies == 0:
+            mesh = Mesh(dp_shard=copies, cp=ranks // copies)
+            try:
+                require_mesh_fits(stage, mesh, "")
+            except ValueError:
+                continue
+            return mesh
+    raise RecipeError(
+        f"stage {stage.name!r}: {stage.batch} windows of {stage.length:,} tokens divide over no mesh of {ranks} processes; "
+        f"expected a divisor of {stage.batch * stage.length:,}"
+    )

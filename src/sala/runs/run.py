@@ -87,6 +87,7 @@ def run_recipe(
         RecipeError: a stage cannot run, or the recipe is not that of the interrupted run.
         Interrupted: SIGTERM or Ctrl-C came; everything is saved.
     """
+    recipe = recipe.on_ranks(world.ranks)
     given = "the teacher" if isinstance(recipe, ConversionRecipe) else "the model"
     if origin is not None:
         given = f"{given} {origin.name!r}"
@@ -144,7 +145,7 @@ def make_model(
     recipe = runner.recipe
     if isinstance(recipe, ConversionRecipe):
         assert scorers is not None
-        there = Scorers(*(_on(runner.world.device, score) for score in (scorers.recall, scorers.language)))
+        there = Scorers(_on(runner.world.device, scorers.recall), _on(runner.world.device, scorers.language))
         return convert(model, runner, there, measured=measured, say=say, on_selection=on_selection)
     for view, stage in zip(views(recipe, model), recipe.stages, strict=True):
         runner(view, stage)

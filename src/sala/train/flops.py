@@ -208,14 +208,16 @@ def stage_flops(stage: Stage, networks: Networks) -> Flops:
     flops = _pass_flops(network, kinds, stage.length, checkpointing=stage.activation_checkpointing, apart=apart)
     if stage.loss != "next_token":
         assert networks.teacher is not None
-        teacher = network_of(networks.teacher)
-        work = _pass_flops(
-            teacher, networks.teacher.mixer_types, stage.length, checkpointing=False, apart=False
-        ).forward
+        work = forward_flops(networks.teacher, stage.length)
         if apart:
-            work -= 2 * teacher.matrices[HEAD] * stage.length
+            work -= 2 * network_of(networks.teacher).matrices[HEAD] * stage.length
         flops = dataclasses.replace(flops, teacher=work)
     return flops.times(stage.steps * stage.batch)
+
+
+def forward_flops(config: MiniCPMSALAConfig, T: int) -> int:
+    """Return the operations of a forward pass over one window of T tokens, with the logits of all of them."""
+    return _pass_flops(network_of(config), config.mixer_types, T, checkpointing=False, apart=False).forward
 
 
 def model_flops(stage: Stage, networks: Networks) -> int:
