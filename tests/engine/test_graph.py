@@ -10,7 +10,7 @@ from devices import GPU
 from model.shapes import TINY_SPARSE, tiny_model, tokens
 from sala.engine import Sampling, generate, graph
 from sala.engine.generate import prefill
-from sala.engine.graph import Steps, looks, obstacle
+from sala.engine.graph import GraphDecoder, why_not_capturable, why_not_static
 from sala.engine.sampling import Sampler
 from sala.errors import BackendError, InputError
 from sala.model import MiniCPMSALAForCausalLM, SalaCache, new_cache
@@ -36,14 +36,14 @@ def small_capacities(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def steps_after(
     model: MiniCPMSALAForCausalLM, prompt: int, longest: int, sampling: Sampling | None = None, reserve: int = 0
-) -> tuple[Steps, torch.Tensor]:
+) -> tuple[GraphDecoder, torch.Tensor]:
     """Return steps behind a prompt, one token of which they have yet to read, and the tokens that they will go on with."""
     device = model.device
     seen = torch.zeros(1, longest, dtype=torch.long, device=device)
     seen[:, :prompt] = tokens(1, prompt)
     cache = new_cache(model.config, reserve)
     prefill(model, seen[:, : prompt - 1], cache, 2048)
-    return Steps(model, cache, seen, prompt, Sampler(sampling or Sampling(), device)), seen
+    return GraphDecoder(model, cache, seen, prompt, Sampler(sampling or Sampling(), device)), seen
 
 
 def check_against_the_model(
@@ -159,7 +159,7 @@ def addresses(cache: SalaCache) -> list[int]:
     return [tensor.data_ptr() for tensor in held]
 
 
-def launches_of(steps: Steps) -> list[str]:
+def launches_of(steps: GraphDecoder) -> list[str]:
     with Launches() as launches:
         steps.next()
     return launches.seen
@@ -190,7 +190,7 @@ def test_a_step_on_a_device_neither_looks_nor_copies_nor_depends_on_the_position
     seen = torch.zeros(1, 128, dtype=torch.long, device="meta")
     cache = new_cache(model.config, 128)
     prefill(model, seen[:, :69], cache, 2048)
-    steps = Steps(model, cache, seen, 70, Sampler(Sampling(), torch.device("cpu")))
+    steps = GraphDecoder(model, cache, seen, 70, Sampler(Sampling(), torch.device("cpu")))
     steps.next()
     recorded = []
     for length in (71, 95, 127):
@@ -207,7 +207,7 @@ def test_a_step_is_recorded_once_for_each_number_of_places(monkeypatch: pytest.M
     recorded = []
 
     class Recording:
-        def __init__(self, steps: Steps, stream: object) -> None:
+        def __init__(self, steps: GraphDecoder, stream: object) -> None:
             self.capacity = steps.capacity
             recorded.append(self.capacity)
 
@@ -215,8 +215,8 @@ def test_a_step_is_recorded_once_for_each_number_of_places(monkeypatch: pytest.M
             assert steps.capacity == self.capacity
             steps._run()
 
-    monkeypatch.setattr(Steps, "_record", lambda *arguments: Recording(*arguments))
-    monkeypatch.setattr(Steps, "_run_aside", Steps._run)
+    monkeypatch.setattr(GraphDecoder, "_record", lambda *arguments: Recording(*arguments))
+    monkeypatch.setattr(GraphDecoder, "_run_aside", GraphDecoder._run)
     monkeypatch.setattr(steps, "recorder", object())
     while steps.length < 70:
         steps.next()
@@ -234,7 +234,7 @@ def as_users_run() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_recorded_step_is_the_model_s_own(kind: str) -> None:
     model = tiny_model(**KINDS[kind]).cuda()
-    assert obstacle(model) is None
+    assert why_not_capturable(model) is None
     check_against_the_model(model, 60, 75)
     steps, _ = steps_after(model, 60, 64)
     steps.next()
@@ -257,16 +257,16 @@ def test_recorded_draws_differ_from_step_to_step_and_not_by_seed() -> None:
 
 
 def test_an_operator_that_looks_at_positions_is_named() -> None:
-    assert looks(tiny_model(mixer_types=["lightning-attn", "attention"] * 2)) is None
-    assert "block-sparse attention runs through" in str(looks(tiny_model()))
+    assert why_not_static(tiny_model(mixer_types=["lightning-attn", "attention"] * 2)) is None
+    assert "block-sparse attention runs through" in str(why_not_static(tiny_model()))
 
 
 def test_the_kernels_for_gpus_look_at_nothing(on_meta: list[str]) -> None:
-    assert looks(tiny_model().to("meta")) is None
+    assert why_not_static(tiny_model().to("meta")) is None
 
 
 def test_a_model_elsewhere_is_not_recorded_and_says_why() -> None:
-    assert obstacle(tiny_model()) == "the model is on cpu; graphs are CUDA's"
+    assert why_not_capturable(tiny_model()) == "the model is on cpu; graphs are CUDA's"
     with pytest.raises(InputError, match="no CUDA graph can be recorded: the model is on cpu"):
         generate(tiny_model(), None, [1, 2], Sampling(), graph=True)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sala.bench.device import synchronize
 from sala.bench.memory import PeakMemory, peak_memory
-from sala.engine.generate import DEFAULT_CHUNK, draws, prefill
+from sala.engine.generate import DEFAULT_CHUNK, decode, prefill
 from sala.engine.sampling import Sampler, Sampling
 from sala.errors import InputError
 from sala.model import new_cache
@@ -113,7 +113,7 @@ def timed_answer(
     synchronize(device)
     started = perf_counter()
     logits_1X = prefill(model, seen_1S[:, :T], cache, chunk, on_tokens)
-    with closing(draws(model, cache, seen_1S, T, logits_1X, sampler, recorded)) as tokens:
+    with closing(decode(model, cache, seen_1S, T, logits_1X, sampler, recorded)) as tokens:
         next(tokens)
         first_token_s, size = perf_counter() - started, cache_bytes(cache)
         decode_each_s = []

@@ -23,7 +23,7 @@ from sala.bench.memory import MemoryCurve
 from sala.bench.shapes import HYBRIDS, hybrid_config, twin_config, twin_name
 from sala.bench.twin import ATTENTION, Kernels, fastest_kernels
 from sala.engine.generate import DEFAULT_CHUNK
-from sala.engine.graph import obstacle
+from sala.engine.graph import why_not_capturable
 from sala.engine.load import find_device
 from sala.engine.memory import Need, available_bytes, estimate, human_bytes
 from sala.errors import InputError, nearest
@@ -217,7 +217,7 @@ def _hybrid(plan: LatencyPlan, device: torch.device) -> Contestant:
         plan.chunk,
         lambda reserve: new_cache(config, reserve),
         lambda cache: cache.size_bytes,
-        obstacle(model),
+        why_not_capturable(model),
     )
 
 

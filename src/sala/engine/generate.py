@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sala.engine.graph import Steps, obstacle
+from sala.engine.graph import GraphDecoder, why_not_capturable
 from sala.engine.memory import peak_bytes
 from sala.engine.reading import DEFAULT_CHUNK, read
 from sala.engine.sampling import NO_TOKEN, Sampler, Sampling
@@ -127,7 +127,7 @@ def generate(
     prefill_s = time.perf_counter() - started
     first_token_s = 0.0
     tokens: list[int] = []
-    with closing(draws(model, cache, seen_1T, len(prompt), logits_1X, sampler, recorded)) as tokens_drawn:
+    with closing(decode(model, cache, seen_1T, len(prompt), logits_1X, sampler, recorded)) as tokens_drawn:
         for token in islice(tokens_drawn, sampling.max_new_tokens):
             first_token_s = first_token_s or time.perf_counter() - started
             if token == NO_TOKEN:
@@ -165,7 +165,7 @@ def _warn_beyond_training(model: MiniCPMSALAForCausalLM, tokens: int) -> None:
 
 
 def _records(model: MiniCPMSALAForCausalLM, graph: bool | None) -> bool:
-    why_not = obstacle(model)
+    why_not = why_not_capturable(model)
     if graph and why_not is not None:
         raise InputError(f"no CUDA graph can be recorded: {why_not}; ask for none (--no-graph)")
     if graph is None and why_not is not None and model.device.type == "cuda":
@@ -173,7 +173,7 @@ def _records(model: MiniCPMSALAForCausalLM, graph: bool | None) -> bool:
     return why_not is None and graph is not False
 
 
-def draws(
+def decode(
     model: MiniCPMSALAForCausalLM,
     cache: SalaCache,
     seen_1S: Tensor,
@@ -187,12 +187,12 @@ def draws(
     seen_1S[:, length] = token_1
     yield int(token_1)
     if recorded:
-        steps = Steps(model, cache, seen_1S, length + 1, sampler)
+        decoder = GraphDecoder(model, cache, seen_1S, length + 1, sampler)
         try:
             while True:
-                yield int(steps.next())
+                yield int(decoder.next())
         finally:
-            steps.finish()
+            decoder.finish()
     while True:
         length += 1
         logits_1X = model(seen_1S[:, length - 1 : length], **named(cache), use_cache=True).logits[:, -1]

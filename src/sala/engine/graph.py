@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 MIN_CAPACITY = 4096
 
 
-def obstacle(model: MiniCPMSALAForCausalLM) -> str | None:
+def why_not_capturable(model: MiniCPMSALAForCausalLM) -> str | None:
     """Return why the model's steps cannot be recorded on its device, None when they can."""
     if model.device.type != "cuda":
         return f"the model is on {model.device}; graphs are CUDA's"
-    return looks(model)
+    return why_not_static(model)
 
 
-def looks(model: MiniCPMSALAForCausalLM) -> str | None:
+def why_not_static(model: MiniCPMSALAForCausalLM) -> str | None:
     """Return which operator of the model's steps would look at numbers on its device, None when none does."""
     config = model.config
     assert config.head_dim is not None and config.num_key_value_heads is not None
@@ -43,7 +43,7 @@ def looks(model: MiniCPMSALAForCausalLM) -> str | None:
     return f"block-sparse attention runs through {backend}, which looks at positions ({reason})"
 
 
-class Steps:
+class GraphDecoder:
     """One token after another, each a step that depends on shapes alone: position and token stay on the device.
 
     A step reads the newest token of `seen_1S` and writes the next behind it. Work is launched for a number of places that

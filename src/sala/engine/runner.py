@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sala.engine.watch import Watch
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM, SalaCache, new_cache
-from sala.model.cache import AttentionCache, LightningCache, SparseCache, compression_tiers
+from sala.model.cache import AttentionCache, LightningCache, SparseCache
 from sala.model.growing import GrowingTensor
 from sala.model.interface import named
 from sala.model.report import cache_bytes, cache_bytes_per_token
@@ -160,7 +160,7 @@ def _spans(layer: AttentionCache, start: int, end: int) -> list[tuple[GrowingTen
     """Return a layer's tensors, and of each the places that belong to tokens [start, end)."""
     spans = [(layer.key_places, (start, end)), (layer.value_places, (start, end))]
     if isinstance(layer, SparseCache):
-        for tier, (size, stride) in zip(layer.tiers, compression_tiers(layer.geometry), strict=True):
+        for tier, (size, stride) in zip(layer.tiers, layer.windows.tiers, strict=True):
             # a window belongs to the tokens in which it ends
             spans.append((tier, (num_windows(start, size, stride), num_windows(end, size, stride))))
     return spans

@@ -13,7 +13,7 @@ from sala.model.config import MiniCPMSALAConfig
 from sala.model.growing import GrowingTensor
 from sala.model.rows import Rows
 from sala.model.seen import SeenTokens
-from sala.ops.infllm import SparseGeometry, compress, num_windows
+from sala.ops.infllm import compress, num_windows
 
 
 class MixerCache(Protocol):
@@ -175,13 +175,13 @@ class SparseCache(AttentionCache):
 
     def __init__(self, config: MiniCPMSALAConfig, reserve: int = 0):
         super().__init__(config, reserve)
-        self.geometry = config.sparse_geometry
-        self.tiers = [GrowingTensor(reserve // stride) for _, stride in compression_tiers(self.geometry)]
+        self.windows = config.sparse_geometry.windows
+        self.tiers = [GrowingTensor(reserve // stride) for _, stride in self.windows.tiers]
 
     @classmethod
     def bytes_after(cls, config: MiniCPMSALAConfig, length: int, itemsize: int) -> int:
         assert config.num_key_value_heads is not None and config.head_dim is not None
-        windows = sum(num_windows(length, size, stride) for size, stride in compression_tiers(config.sparse_geometry))
+        windows = sum(num_windows(length, size, stride) for size, stride in config.sparse_geometry.windows.tiers)
         compressed = windows * config.num_key_value_heads * config.head_dim * itemsize
         return super().bytes_after(config, length, itemsize) + compressed
 
@@ -193,7 +193,7 @@ class SparseCache(AttentionCache):
         if rows.capacity is not None:
             return self._compressed_by_step(rows)
         total = k_BSGK.shape[1]
-        for tier, (size, stride) in zip(self.tiers, compression_tiers(self.geometry), strict=True):
+        for tier, (size, stride) in zip(self.tiers, self.windows.tiers, strict=True):
             filled = tier.extend_to(num_windows(total, size, stride), k_BSGK)
             for row, begin, end in _stretches(rows, total):
                 done, complete = num_windows(begin, size, stride), num_windows(end, size, stride)
@@ -211,7 +211,7 @@ class SparseCache(AttentionCache):
         """
         assert rows.capacity is not None and self.key_places.buffer is not None
         tiers = []
-        sizes = compression_tiers(self.geometry)
+        sizes = self.windows.tiers
         for tier, (size, stride), (newest_B, places_BC) in zip(self.tiers, sizes, rows.windows, strict=True):
             tier.put(newest_B, compress(self.key_places.take(places_BC), size, stride))
             tiers.append(tier.first(num_windows(rows.capacity, size, stride)))
@@ -220,14 +220,14 @@ class SparseCache(AttentionCache):
 
     def hold(self, tokens: int) -> None:
         # a first window is always there to be written
-        tokens = max(tokens, self.geometry.coarse_size)
+        tokens = max(tokens, *(size for size, _ in self.windows.tiers))
         super().hold(tokens)
-        for tier, (size, stride) in zip(self.tiers, compression_tiers(self.geometry), strict=True):
+        for tier, (size, stride) in zip(self.tiers, self.windows.tiers, strict=True):
             tier.hold(num_windows(tokens, size, stride))
 
     def count(self, tokens: int) -> None:
         super().count(tokens)
-        for tier, (size, stride) in zip(self.tiers, compression_tiers(self.geometry), strict=True):
+        for tier, (size, stride) in zip(self.tiers, self.windows.tiers, strict=True):
             tier.length = num_windows(tokens, size, stride)
 
 
@@ -362,8 +362,7 @@ class SalaCache(Cache):
     @property
     def tiers(self) -> tuple[tuple[int, int], ...]:
         """(size, stride) of the tiers of compressed keys, none without block-sparse layers."""
-        geometry = next((layer.geometry for layer in self.layers if isinstance(layer, SparseCache)), None)
-        return () if geometry is None else compression_tiers(geometry)
+        return next((layer.windows.tiers for layer in self.layers if isinstance(layer, SparseCache)), ())
 
     def hold(self, tokens: int) -> None:
         """Have memory for a sequence of that many tokens, which stays where it is as long as no more are read."""
@@ -426,8 +425,3 @@ def _stretches(rows: Rows, total: int) -> Iterable[tuple[slice, int, int]]:
         return [(slice(None), rows.start, total)]
     each = enumerate(zip(rows.begins, rows.ends, strict=True))
     return [(slice(row, row + 1), begin, end) for row, (begin, end) in each]
-
-
-def compression_tiers(geometry: SparseGeometry) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return (window size, stride) of the fine and of the coarse tier."""
-    return (geometry.kernel_size, geometry.kernel_stride), (geometry.coarse_size, geometry.coarse_stride)

@@ -46,7 +46,7 @@ def new_paged_cache(config: MiniCPMSALAConfig, pages: int, slots: int, page_toke
         InputError: pages that do not hold whole blocks.
     """
     sizes = Sizes(pages, slots, page_tokens)
-    return PagedCache(config, [MIXERS[name].pool(config, sizes) for name in config.mixer_types], sizes)
+    return PagedCache([MIXERS[name].pool(config, sizes) for name in config.mixer_types], sizes)
 
 
 def reconfigured(model: Any, **changes: Any) -> Any:

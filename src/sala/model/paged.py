@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sala.errors import InputError
-from sala.model.cache import MixerCache, compression_tiers
+from sala.model.cache import MixerCache
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.rows import Pages, Rows
 from sala.ops.infllm import SparseGeometry, compress, num_windows
@@ -92,10 +92,9 @@ class SparsePool(AttentionPool):
 
     def __init__(self, config: MiniCPMSALAConfig, sizes: Sizes):
         super().__init__(config, sizes)
-        self.geometry = config.sparse_geometry
-        self.tiers = [
-            PagedTensor(sizes.pages, sizes.page_tokens // stride) for _, stride in compression_tiers(self.geometry)
-        ]
+        self.windows = config.sparse_geometry.windows
+        check_page(sizes.page_tokens, config.sparse_geometry)
+        self.tiers = [PagedTensor(sizes.pages, sizes.page_tokens // stride) for _, stride in self.windows.tiers]
 
     def paged(self) -> list[PagedTensor]:
         return [*super().paged(), *self.tiers]
@@ -140,12 +139,9 @@ class PagedCache:
     `sala.model.new_paged_cache` makes one.
     """
 
-    def __init__(self, config: MiniCPMSALAConfig, layers: Sequence[MixerCache], sizes: Sizes):
+    def __init__(self, layers: Sequence[MixerCache], sizes: Sizes):
         self.layers, self.sizes = list(layers), sizes
-        geometry = next((layer.geometry for layer in self.layers if isinstance(layer, SparsePool)), None)
-        self.tiers = () if geometry is None else compression_tiers(geometry)
-        if geometry is not None:
-            check_page(sizes.page_tokens, geometry)
+        self.tiers = next((layer.windows.tiers for layer in self.layers if isinstance(layer, SparsePool)), ())
 
     def place(self, rows: Sequence[PagedRow], new_tokens: Sequence[int], device: torch.device | str = "cpu") -> Rows:
         """Return where `new_tokens` tokens of each row stand; shorter rows are padded on the right.

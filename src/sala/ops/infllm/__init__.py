@@ -17,7 +17,7 @@ from sala.errors import InputError
 from sala.ops.checks import check_devices, check_dtype
 from sala.ops.dense import check_attention, dense_attention
 from sala.ops.dispatch import choose, takes
-from sala.ops.infllm.geometry import SparseGeometry, num_windows
+from sala.ops.infllm.geometry import SparseGeometry, Windows, num_windows
 from sala.ops.pages import (
     check_pages,
     check_window_pages,
@@ -27,7 +27,7 @@ from sala.ops.pages import (
     windows_in_order,
 )
 
-__all__ = ["SparseGeometry", "compress", "infllm_attention", "num_windows", "select_blocks"]
+__all__ = ["SparseGeometry", "Windows", "compress", "infllm_attention", "num_windows", "select_blocks"]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The shape of block-sparse attention: windows that score, blocks that are read, and who must be read anyway."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,30 @@ COARSE_FACTOR = 4
 
 NORMALIZERS = ("coarse", "exact")
 DENSE_RULES = ("position", "sequence")
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """What a cache holds of a sequence's compressed keys, whatever a call then reads by them.
+
+    tiers: (size, stride) in tokens of the fine windows and of the coarse ones.
+    """
+
+    tiers: tuple[tuple[int, int], tuple[int, int]]
+
+
+class Numbers(NamedTuple):
+    """A geometry as torch operators take it, a list of integers: `Numbers(*list)` names them again."""
+
+    kernel_size: int
+    kernel_stride: int
+    coarse_size: int
+    coarse_stride: int
+    block_size: int
+    init_blocks: int
+    local_blocks: int
+    num_selected: int
+    exact: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +109,15 @@ class SparseGeometry:
             raise ConfigError(f"sparse attention: normalizer must be one of {NORMALIZERS}, not {self.normalizer!r}")
         if self.dense_rule not in DENSE_RULES:
             raise ConfigError(f"sparse attention: dense_rule must be one of {DENSE_RULES}, not {self.dense_rule!r}")
+
+    @property
+    def windows(self) -> Windows:
+        return Windows(((self.kernel_size, self.kernel_stride), (self.coarse_size, self.coarse_stride)))
+
+    @property
+    def numbers(self) -> list[int]:
+        facts = {name: getattr(self, name) for name in Numbers._fields if name != "exact"}
+        return list(Numbers(**facts, exact=int(self.normalizer == "exact")))
 
     @property
     def local_blocks(self) -> int:

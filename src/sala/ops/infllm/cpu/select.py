@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sala.ops import native
-from sala.ops.infllm.geometry import SparseGeometry
+from sala.ops.infllm.geometry import Numbers, SparseGeometry
 
 _TYPES = "ppppppp f i"
 _select = {
@@ -37,17 +37,7 @@ def select(
         positions_BT,
         page_table_BP,
         page_size,
-        [
-            geometry.kernel_size,
-            geometry.kernel_stride,
-            geometry.coarse_size,
-            geometry.coarse_stride,
-            geometry.block_size,
-            geometry.init_blocks,
-            geometry.local_blocks,
-            geometry.num_selected,
-            int(exact),
-        ],
+        geometry.numbers,
         scale,
     )
 
@@ -63,7 +53,7 @@ def _table(
     scale: float,
 ) -> Tensor:
     B, T = q_BTHK.shape[:2]
-    return q_BTHK.new_empty((B, T, k1_BNGK.shape[2], geometry[7]), dtype=torch.int32)
+    return q_BTHK.new_empty((B, T, k1_BNGK.shape[2], Numbers(*geometry).num_selected), dtype=torch.int32)
 
 
 @native.operator(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sala.ops import gpu
 from sala.ops.dense import dense_attention
-from sala.ops.infllm.geometry import SparseGeometry
+from sala.ops.infllm.geometry import Numbers, SparseGeometry
 from sala.ops.infllm.triton.backward import gradients
 from sala.ops.infllm.triton.blocks import load_block, score_entry
 from sala.ops.infllm.triton.score import PRECISION, rows_of_tile
@@ -26,7 +26,6 @@ from sala.ops.infllm.triton.select import (
     choose,
     chunk_tokens,
     list_tile,
-    numbers,
     padded,
     stages,
     tile_keys,
@@ -87,7 +86,7 @@ def attend(
         positions_BT.to(torch.int32).contiguous(),
         first_sparse_B,
         page_table_BP,
-        numbers(geometry),
+        geometry.numbers,
         whole_blocks,
         scale,
         torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, k_BSGK, v_BSGV)),
@@ -125,13 +124,13 @@ def _shapes(
         return out_BTHV, *(q_BTHK.new_empty(0, dtype=dtype) for dtype in _KEPT)
     tokens, _ = list_tile(T, H // G, v_BSGV.dtype, K, V)
     tiles = triton.cdiv(T, tokens)
-    num_blocks = triton.cdiv(_capacity(k_BSGK, page_table_BP), geometry[4])
+    num_blocks = triton.cdiv(_capacity(k_BSGK, page_table_BP), Numbers(*geometry).block_size)
     width = _list_width(tokens, num_blocks, geometry, whole_blocks)
     sizes = (
         (B, T, H),
         (B, G, tiles, width),
         (B, G, tiles, 2),
-        (B, T, G, max(geometry[7], min(num_blocks, whole_blocks))),
+        (B, T, G, max(Numbers(*geometry).num_selected, min(num_blocks, whole_blocks))),
     )
     return out_BTHV, *(q_BTHK.new_empty(size, dtype=dtype) for size, dtype in zip(sizes, _KEPT, strict=True))
 
@@ -146,14 +145,14 @@ def _capacity(k_BSGK: Tensor, page_table_BP: Tensor | None) -> int:
 
 
 def _list_width(tokens: int, num_blocks: int, geometry: list[int], whole_blocks: int) -> int:
-    return min(num_blocks, tokens * geometry[7] + whole_blocks)
+    return min(num_blocks, tokens * Numbers(*geometry).num_selected + whole_blocks)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, _, _, positions, _, page_table, geometry, _, scale, _ = inputs
     assert page_table is None, "keys in pages have no gradient here"
     ctx.save_for_backward(q, k, v, positions, *output)
-    ctx.block_size, ctx.scale = geometry[4], scale
+    ctx.block_size, ctx.scale = Numbers(*geometry).block_size, scale
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -195,7 +194,7 @@ def _operator(
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     tokens, heads = list_tile(T, H // G, v_BSGV.dtype, K, v_BSGV.shape[3])
-    num_blocks = triton.cdiv(_capacity(k_BSGK, page_table_BP), geometry[4])
+    num_blocks = triton.cdiv(_capacity(k_BSGK, page_table_BP), Numbers(*geometry).block_size)
     size = chunk_tokens(B, T, G, num_blocks, geometry)
     if not recorded:
         # used again for every chunk
@@ -211,7 +210,7 @@ def _operator(
         )  # fmt: skip
         attend_lists(
             q_BTHK, k_BSGK, v_BSGV, positions_BT, page_table_BP, lists, counts, out_BTHV, log_BTH if recorded else None,
-            geometry[4], scale, first, chunk, tokens, heads, first_tile,
+            Numbers(*geometry).block_size, scale, first, chunk, tokens, heads, first_tile,
         )  # fmt: skip
     return kept
 

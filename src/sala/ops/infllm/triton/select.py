@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sala.errors import BackendError
 from sala.ops import gpu
-from sala.ops.infllm.geometry import SparseGeometry
+from sala.ops.infllm.geometry import Numbers, SparseGeometry
 from sala.ops.infllm.triton.score import normalizers, score_blocks
 
 # the most rows of a tile of scores, tokens by the heads of a group, and the most tokens of it
@@ -70,29 +70,14 @@ def select(
     q_BTHK: Tensor, k1_BNGK: Tensor, k2_BNGK: Tensor, positions_BT: Tensor, geometry: SparseGeometry, scale: float
 ) -> Tensor:
     """Return (B, T, G, num_selected) int32 block indices, ascending, -1 at the end; see `select_blocks`."""
-    return _operator(q_BTHK, k1_BNGK, k2_BNGK, positions_BT, numbers(geometry), scale)
-
-
-def numbers(geometry: SparseGeometry) -> list[int]:
-    """Return the geometry as a torch operator takes it; see `_named`."""
-    return [
-        geometry.kernel_size,
-        geometry.kernel_stride,
-        geometry.coarse_size,
-        geometry.coarse_stride,
-        geometry.block_size,
-        geometry.init_blocks,
-        geometry.local_blocks,
-        geometry.num_selected,
-        int(geometry.normalizer == "exact"),
-    ]
+    return _operator(q_BTHK, k1_BNGK, k2_BNGK, positions_BT, geometry.numbers, scale)
 
 
 def _table(
     q_BTHK: Tensor, k1_BNGK: Tensor, k2_BNGK: Tensor, positions_BT: Tensor, geometry: list[int], scale: float
 ) -> Tensor:
     B, T = q_BTHK.shape[:2]
-    return q_BTHK.new_empty((B, T, k1_BNGK.shape[2], geometry[7]), dtype=torch.int32)
+    return q_BTHK.new_empty((B, T, k1_BNGK.shape[2], Numbers(*geometry).num_selected), dtype=torch.int32)
 
 
 @gpu.operator(
@@ -108,9 +93,9 @@ def _operator(
         return table_BTGN
     # without a call's keys the blocks are counted by the windows: no query sees a later window, nor needs its block
     # unless it must be read anyway
-    num_blocks = max(0, int(positions_BT.max())) // geometry[4] + 1
+    num_blocks = max(0, int(positions_BT.max())) // Numbers(*geometry).block_size + 1
     positions_BT = positions_BT.to(torch.int32).contiguous()
-    first_sparse_B = positions_BT.new_full((B,), N * geometry[4])
+    first_sparse_B = positions_BT.new_full((B,), N * Numbers(*geometry).block_size)
     size = chunk_tokens(B, T, G, num_blocks, geometry)
     for first in range(0, T, size):
         choose(
@@ -122,7 +107,7 @@ def _operator(
 
 def chunk_tokens(B: int, T: int, G: int, num_blocks: int, geometry: list[int]) -> int:
     """Return for how many tokens of each row blocks are chosen at a time: whole tiles, whose scores fit PANEL_BYTES."""
-    size, stride = geometry[:2]
+    size, stride, *_ = geometry
     token_bytes = 4 * B * G * num_blocks * (1 + (size - 1) // stride)
     return max(SCORE_ROWS, min(T, PANEL_BYTES // token_bytes) // SCORE_ROWS * SCORE_ROWS)
 
