@@ -14,6 +14,7 @@ with loading():
     from typer.core import TyperGroup
 
     from sala.cli.bench import bench
+    from sala.cli.compare import compare
     from sala.cli.convert import convert
     from sala.cli.data import data
     from sala.cli.demo import demo
@@ -51,7 +52,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (generate, read, serve, inspect, plan, fetch, convert, data, train, train_plot, train_export, select, demo):
+for verb in (
+    generate,
+    compare,
+    read,
+    serve,
+    inspect,
+    plan,
+    fetch,
+    convert,
+    data,
+    train,
+    train_plot,
+    train_export,
+    select,
+    demo,
+):
     app.command(verb.__name__.replace("_", " "))(verb)
 app.add_typer(bench)
 app.add_typer(evaluate)
