@@ -1,11 +1,6 @@
 """A saved document answers as the text read anew; another reader's, a damaged and a half-written one are refused."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -124,29 +119,3 @@ def test_other_files_are_refused(runner, reader, saved, tmp_path):
 def test_a_text_of_less_than_a_page_is_refused(runner, encode):
     with pytest.raises(InputError, match="expected at least 64"):
         read_document(runner, "short", encode, chunk=100)
-
-
-KILLED = """
-import sys, torch
-from pathlib import Path
-from sala.engine.runner import Keys, States
-from sala.engine.saved import Reader, SavedDocument, save_document
-document = SavedDocument("t", (1,), Keys(0, 1, ((torch.zeros(1, 20_000_000),),)), States(1, (None,)))
-print("go", flush=True)
-while True:
-    save_document(Path(sys.argv[1]), document, Reader("a", "b", "{}"))
-"""
-
-
-@pytest.mark.slow
-def test_a_kill_while_it_saves_leaves_no_half_document(tmp_path):
-    path = tmp_path / "book.sala"
-    path.write_bytes(b"what was there before")
-    with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"go\n"
-        deadline = time.monotonic() + 30
-        # until it is in the middle of writing
-        while not any(file.name.startswith(".book") for file in tmp_path.iterdir()) and time.monotonic() < deadline:
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-    assert path.read_bytes() == b"what was there before" or len(load_file(path)) == 3

@@ -14,6 +14,7 @@ with loading():
     from typer.core import TyperGroup
 
     from sala.cli.bench import bench
+    from sala.cli.chat import chat
     from sala.cli.compare import compare
     from sala.cli.convert import convert
     from sala.cli.data import data
@@ -54,6 +55,7 @@ app = typer.Typer(
 )
 for verb in (
     generate,
+    chat,
     compare,
     read,
     serve,

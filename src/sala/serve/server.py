@@ -10,15 +10,14 @@ from pathlib import Path
 import uvicorn
 
 from sala.engine import Checkpoint
+from sala.engine.budget import plan_cache
 from sala.engine.engine import Engine
 from sala.engine.generate import end_tokens
-from sala.engine.memory import available_bytes, estimate, human_bytes
-from sala.engine.runner import Runner, page_tokens
+from sala.engine.runner import Runner
 from sala.engine.saved import reader_of
-from sala.errors import InputError, MemoryLimitError
+from sala.errors import InputError
 from sala.model import MiniCPMSALAForCausalLM
 from sala.model.families import load_model
-from sala.model.report import cache_bytes, num_parameters
 from sala.serve.app import create_app
 from sala.serve.documents import Documents
 from sala.serve.gate import App
@@ -28,8 +27,6 @@ from sala.serve.service import Service
 from sala.serve.settings import Settings
 
 log = logging.getLogger(__name__)
-# of what is free after weights and work, so much is left for prompts' texts, tokens and everything else
-SPARE = 0.1
 DRAIN_S = 30
 
 
@@ -41,29 +38,6 @@ class EngineLimits:
     max_running: int = 64
     max_waiting: int = 1024
     cache_bytes: int | None = None
-
-
-def plan_cache(checkpoint: Checkpoint, limits: EngineLimits) -> int:
-    """Return the bytes for caches: those asked for, or what is left beside weights and work.
-
-    Raises:
-        MemoryLimitError: the weights do not fit, or nothing is left.
-    """
-    config, itemsize = checkpoint.config, checkpoint.dtype.itemsize
-    need = estimate(
-        config, checkpoint.dtype, limits.chunk, limits.chunk, num_parameters(config), checkpoint.device.type
-    )
-    available = available_bytes(checkpoint.device)
-    left = int((available - need.weights - need.working) * (1 - SPARE))
-    least = cache_bytes(config, page_tokens(config), itemsize)
-    wanted = left if limits.cache_bytes is None else limits.cache_bytes
-    if wanted > left or wanted < least:
-        raise MemoryLimitError(
-            f"{human_bytes(max(0, wanted))} of cache; {human_bytes(available)} are available, of which weights take "
-            f"{human_bytes(need.weights)} and work {human_bytes(need.working)}; expected {human_bytes(least)} to "
-            f"{human_bytes(max(0, left))}"
-        )
-    return wanted
 
 
 def build(
@@ -108,7 +82,7 @@ def start(
     on_tensor: Callable[[str], None] = lambda name: None,
 ) -> Service:
     """Load a checkpoint and return a service whose engine runs."""
-    size = plan_cache(checkpoint, limits)
+    size = plan_cache(checkpoint, limits.chunk, limits.cache_bytes)
     network = load_model(checkpoint.folder, dtype=checkpoint.dtype, device=checkpoint.device, on_tensor=on_tensor)
     return build(checkpoint, network, settings, limits, size, chat_template)
 
