@@ -109,7 +109,7 @@ def test_contradictory_files_are_read_alike(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization_config": {"quant_method": "awq", "bits": 4}},
         {"layer_types": ["full_attention"] * 4},
         {"shift_labels": False},
         {"is_causal": False},

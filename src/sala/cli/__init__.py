@@ -24,6 +24,7 @@ with loading():
     from sala.cli.generate import generate
     from sala.cli.inspect import inspect
     from sala.cli.plan import plan
+    from sala.cli.quantize import quantize
     from sala.cli.read import read
     from sala.cli.select import select
     from sala.cli.serve import serve
@@ -63,6 +64,7 @@ for verb in (
     plan,
     fetch,
     convert,
+    quantize,
     data,
     train,
     train_plot,

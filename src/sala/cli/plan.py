@@ -91,4 +91,4 @@ def show(model: str, plans: "list[MemoryPlan]", console: Console) -> None:
         whose = "the kernels for GPUs ask" if why_not is None else f"plain torch asks, at most ({why_not})"
         console.print(f"work is counted from what {whose} for, and 1 GiB allowed beside; not measured", soft_wrap=True)
     if any(PRECISIONS[row.precision].linear_bytes for row in plans):
-        console.print("int4 counts stored weights; this version has no operator that runs on them", soft_wrap=True)
+        console.print("int4 is what `sala quantize --asym` writes", soft_wrap=True)

@@ -12,6 +12,7 @@ from sala.errors import ConfigError, nearest
 from sala.model.fields import COMMON, ONE_VALUE, QUANTISATION, check_fields, check_rope
 from sala.model.interface import CACHE
 from sala.model.kinds import KINDS, LATENT_ROWS, MIXER_ALIASES, runs
+from sala.model.packing import Packing
 from sala.ops.infllm import SparseGeometry
 
 # Fields of multi-head latent attention, by their names in a MiniCPM3 configuration.
@@ -117,6 +118,9 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     use_output_gate: bool = True
     use_output_norm: bool = True
     mixer_types: list[str] | tuple[str, ...] = ()
+    # how weights are packed (`model/packing.py`): `quantization_config` in files, a name under which transformers would take
+    # the loading over
+    packing: dict[str, Any] | None = None
     sparse_config: dict[str, Any] | None = None
     rms_norm_eps: float = 1e-6
     rope_theta: float | int = 10000.0
@@ -133,6 +137,9 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **fields: Any) -> None:
+        self.packing = fields.pop(QUANTISATION, None) or self.packing
+        if self.packing is not None:
+            Packing.read(self.packing)
         self._refuse_unknown(fields)
         self._accept_rope_parameters(fields)
         self._accept_dtype(fields)
@@ -190,6 +197,8 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         """As the base class has it, with `auto_map` and the names of what a user has set, and without latents that are None."""
         fields = {k: v for k, v in super().to_dict().items() if k not in LATENT_FIELDS or v is not None}
         fields["auto_map"] = dict(AUTO_MAP)
+        if packing := fields.pop("packing"):
+            fields[QUANTISATION] = packing
         ours = {*self.__dataclass_fields__, *INHERITED_FIELDS, *COMMON}
         of_user = _of_user(name for name in self.__dict__ if name in fields and name not in ours)
         return {**fields, USER_FIELDS: sorted(of_user)} if of_user else fields

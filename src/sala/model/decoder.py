@@ -22,6 +22,7 @@ from sala.model.interface import CACHE, named
 from sala.model.linear import Linear
 from sala.model.mixers import MIXERS, new_cache
 from sala.model.norm import RMSNorm, added_and_normed
+from sala.model.packing import install, pack_all
 from sala.model.rope import inverse_frequencies, rotation_tables
 from sala.model.rows import Context, Rows, check_positions, place_rows
 from sala.ops.pointwise import add_scaled, silu_mul
@@ -95,6 +96,7 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
         name, judges = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         model, info = loaded
+        pack_all(model, name)
         if judges:
             return model, info
         new = {"lm_head.weight"} if MiniCPMSALAModel.__name__ in (model.config.architectures or ()) else set()
@@ -119,6 +121,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, mixer_type) for mixer_type in config.mixer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        install(self, config.packing, "model.")
         # tables are made for one width: layers that rotate have the same one (checked here, once)
         mixers: list[Any] = [layer.self_attn for layer in self.layers]
         widths = {mixer.rotary_width for mixer in mixers if mixer.needs_rope}
@@ -256,6 +259,7 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, SalaGeneration, Generat
         super().__init__(config)
         self.model = MiniCPMSALAModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        install(self, config.packing)
         assert config.dim_model_base is not None
         self.logits_divisor = config.hidden_size / config.dim_model_base
         self.post_init()

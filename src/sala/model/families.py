@@ -23,8 +23,9 @@ from sala.model.checkpoint import (
 )
 from sala.model.config import LATENT_FIELDS, MiniCPMSALAConfig
 from sala.model.decoder import MiniCPMSALAForCausalLM
-from sala.model.fields import check_fields, say_once
+from sala.model.fields import QUANTISATION, check_fields, say_once
 from sala.model.mixers import config_fields
+from sala.model.packing import pack_all, packed_modules
 
 # Fields that mean the same under the same name in every family.
 SHARED_FIELDS = (
@@ -175,7 +176,7 @@ def config_from(fields: Mapping[str, Any]) -> MiniCPMSALAConfig:
     if kind not in FAMILIES:
         raise CheckpointError(f"model_type {kind!r} is not supported; supported: {', '.join((*FAMILIES, NATIVE))}")
     family, what = FAMILIES[kind], f"a {kind} configuration"
-    check_fields(fields, {*SHARED_FIELDS, *family.own, *family.derived, *WINDOW_FIELDS, ROPE_BASE}, what)
+    check_fields(fields, {*SHARED_FIELDS, *family.own, *family.derived, *WINDOW_FIELDS, ROPE_BASE, QUANTISATION}, what)
     there = {**family.defaults, **fields}
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
         if not isinstance(there[name], int):
@@ -194,6 +195,7 @@ def config_from(fields: Mapping[str, Any]) -> MiniCPMSALAConfig:
     return MiniCPMSALAConfig(
         **{**neutral, **ours, **family.fixed, "mixer_types": [family.mixer] * layers},
         dtype=fields.get("dtype") or fields.get("torch_dtype"),
+        packing=fields.get(QUANTISATION),
     )
 
 
@@ -260,13 +262,15 @@ def load_model(
     with torch.device("meta"):
         model = MiniCPMSALAForCausalLM(config)
     shapes, state = shapes_stored(model), {}
+    packed = {f"{name}.{part}" for name, module in packed_modules(model) for part in module._buffers}
     for key, tensor in read_tensors(folder):
         if has_place(key, tensor.shape, shapes, folder):
-            state[key] = tensor.to(device, None if dtype == "stored" else dtype)
+            state[key] = tensor.to(device, None if dtype == "stored" or key in packed else dtype)
             on_tensor(key)
     require_all(state, shapes, folder)
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
+    pack_all(model, folder)
     if dtype != "stored":
         model.config.dtype = dtype
     model.generation_config = read_generation(folder, config)

@@ -15,7 +15,7 @@ from sala.errors import CheckpointError, SalaError, nearest
 
 logger = logging.getLogger("sala")
 
-# says that weights are packed, which nothing here reads
+# says how weights are packed
 QUANTISATION = "quantization_config"
 
 # in nearly every file, and without a part in the forward pass: not worth a line
@@ -111,7 +111,7 @@ def check_fields(
     """
     left_out = []
     for name, value in fields.items():
-        if name == QUANTISATION and value is not None:
+        if name == QUANTISATION and value is not None and name not in known:
             method = value.get("quant_method") if isinstance(value, Mapping) else value
             raise error(
                 f"{QUANTISATION} of method {method!r} in {what}; expected null, for weights that are not packed"

@@ -12,7 +12,8 @@ from sala.model.config import MiniCPMSALAConfig
 from sala.model.decoder import MiniCPMSALAForCausalLM
 from sala.model.families import load_config
 from sala.model.kinds import KINDS, runs
-from sala.model.mixers import MIXERS
+from sala.model.mixers import MIXERS, config_fields
+from sala.model.packing import packed_modules
 from sala.model.sglang import sglang_obstacles
 from sala.ops.dispatch import explain
 
@@ -90,8 +91,13 @@ def check_tensors(folder: Path, config: MiniCPMSALAConfig) -> None:
 
 
 def num_parameters(config: MiniCPMSALAConfig) -> int:
-    """Return the number of parameters, tied ones once."""
-    return sum(shape.numel() for shape in network_shapes(config).values())
+    """Return the number of parameters, tied ones once; of packed weights the bfloat16 numbers that take as much memory."""
+    with torch.device("meta"):
+        model = MiniCPMSALAForCausalLM(config)
+    packed = sum(
+        buffer.numel() * buffer.element_size() for _, part in packed_modules(model) for buffer in part.buffers()
+    )
+    return sum(parameter.numel() for parameter in model.parameters()) + packed // torch.bfloat16.itemsize
 
 
 def parameters_by_kind(config: MiniCPMSALAConfig) -> dict[str, int]:
@@ -100,7 +106,8 @@ def parameters_by_kind(config: MiniCPMSALAConfig) -> dict[str, int]:
     kinds = (
         {"embeddings": 0, "mlp": 0} | {kind.label: 0 for name, kind in KINDS.items() if name in mixers} | {"norms": 0}
     )
-    for name, shape in network_shapes(config).items():
+    unpacked = MiniCPMSALAConfig(**(config_fields(config) | {"packing": None}))
+    for name, shape in network_shapes(unpacked).items():
         if "embed_tokens" in name or name.startswith("lm_head"):
             kind = "embeddings"
         elif ".mlp." in name:
