@@ -35,11 +35,11 @@ def test_chunks_of_any_size_are_one_call(kind, chunks):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("unread", [False, True])
-def test_padding_changes_nothing(kind, side, use_cache, unread, monkeypatch):
-    if unread:
+@pytest.mark.parametrize("static", [False, True])
+def test_padding_changes_nothing(kind, side, use_cache, static, monkeypatch):
+    if static:
         # as where positions are on a GPU
-        monkeypatch.setattr(Rows, "unread", True)
+        monkeypatch.setattr(Rows, "static", True)
     model, ids = tiny_model(**KINDS[kind]), tokens(3, 120)
     lengths = (120, 33, 71)
     padded, mask = torch.zeros_like(ids), torch.zeros(3, 120, dtype=torch.long)

@@ -104,7 +104,7 @@ def test_the_places_of_tokens_go_to_the_device_of_a_layer() -> None:
     ):
         there = accelerate.utils.send_to_device(rows, "meta")
         assert there.positions_BT.is_meta
-        assert (there.real is None) == (rows.real is None)
-        assert there.real is None or all(tensor.is_meta for tensor in there.real)
+        assert (there.ragged is None) == (rows.ragged is None)
+        assert there.ragged is None or all(tensor.is_meta for tensor in there.ragged.tokens)
         assert there.packing is None or (there.packing.cu_seqlens.is_meta and rows.packing.cu_seqlens.is_cpu)
         assert accelerate.utils.send_to_device(rows, "cpu") is rows

@@ -90,7 +90,7 @@ class FullAttention(nn.Module):
             rows.positions_BT,
             scale=self.width**-0.5,
             start=rows.start,
-            static=rows.unread,
+            static=rows.static,
             page_table_BP=rows.page_table_BP,
         )
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from sala.errors import InputError
 from sala.model.config import MiniCPMSALAConfig
 from sala.model.growing import GrowingTensor
-from sala.model.rows import Rows
+from sala.model.rows import Recorded, Rows
 from sala.model.seen import SeenTokens
 from sala.ops.infllm import compress, num_windows
 
@@ -149,11 +149,15 @@ class AttentionCache(LayerCache):
 
     def append(self, k_BTGK: Tensor, v_BTGV: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Write the new keys and values and return all of them, (B, S, G, K) and (B, S, G, V)."""
-        if rows.capacity is not None:
+        if rows.recorded is not None:
             self.key_places.put(rows.positions_BT[:, 0], k_BTGK)
             self.value_places.put(rows.positions_BT[:, 0], v_BTGV)
-            return self.key_places.first(rows.capacity), self.value_places.first(rows.capacity)
-        end = rows.start + k_BTGK.shape[1] if rows.start is not None else max(rows.ends)
+            return self.key_places.first(rows.recorded.capacity), self.value_places.first(rows.recorded.capacity)
+        if rows.ragged is not None:
+            end = max(rows.ragged.ends)
+        else:
+            assert rows.start is not None
+            end = rows.start + k_BTGK.shape[1]
         end = max(end, self.key_places.length)
         return self.key_places.write(k_BTGK, rows, end), self.value_places.write(v_BTGV, rows, end)
 
@@ -190,8 +194,8 @@ class SparseCache(AttentionCache):
 
     def compressed(self, k_BSGK: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Return both tiers (B, N, G, K) for all keys so far; each row's windows are computed when they complete."""
-        if rows.capacity is not None:
-            return self._compressed_by_step(rows)
+        if rows.recorded is not None:
+            return self._compressed_by_step(rows.recorded)
         total = k_BSGK.shape[1]
         for tier, (size, stride) in zip(self.tiers, self.windows.tiers, strict=True):
             filled = tier.extend_to(num_windows(total, size, stride), k_BSGK)
@@ -204,17 +208,17 @@ class SparseCache(AttentionCache):
         assert fine is not None and coarse is not None
         return fine, coarse
 
-    def _compressed_by_step(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _compressed_by_step(self, step: Recorded) -> tuple[Tensor, Tensor]:
         """Return both tiers up to the capacity, having written the newest window of each, again if it is not new.
 
         Before the first window is complete its place takes the mean of what there is, which no query reads.
         """
-        assert rows.capacity is not None and self.key_places.buffer is not None
+        assert self.key_places.buffer is not None
         tiers = []
         sizes = self.windows.tiers
-        for tier, (size, stride), (newest_B, places_BC) in zip(self.tiers, sizes, rows.windows, strict=True):
+        for tier, (size, stride), (newest_B, places_BC) in zip(self.tiers, sizes, step.windows, strict=True):
             tier.put(newest_B, compress(self.key_places.take(places_BC), size, stride))
-            tiers.append(tier.first(num_windows(rows.capacity, size, stride)))
+            tiers.append(tier.first(num_windows(step.capacity, size, stride)))
         fine, coarse = tiers
         return fine, coarse
 
@@ -264,7 +268,7 @@ class LightningCache(LayerCache):
 
     def keep(self, state_BHKV: Tensor, rows: Rows) -> None:
         """Remember the state after `rows`."""
-        if rows.capacity is not None and self.state_BHKV is not None:
+        if rows.recorded is not None and self.state_BHKV is not None:
             # where the next step, launched as this one, will look for it
             self.state_BHKV.copy_(state_BHKV)
         else:
@@ -421,7 +425,8 @@ def given(cache: Any, past_key_values: Any) -> SalaCache | None:
 
 def _stretches(rows: Rows, total: int) -> Iterable[tuple[slice, int, int]]:
     """Yield rows that go on alike, and from where to where: how many tokens they had, and have."""
-    if rows.start is not None:
+    if rows.ragged is None:
+        assert rows.start is not None
         return [(slice(None), rows.start, total)]
-    each = enumerate(zip(rows.begins, rows.ends, strict=True))
+    each = enumerate(zip(rows.ragged.begins, rows.ragged.ends, strict=True))
     return [(slice(row, row + 1), begin, end) for row, (begin, end) in each]

@@ -60,7 +60,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.residual_scale = config.residual_scale
 
     def forward(self, hidden_BTD: Tensor, rows: Rows, cache: MixerCache | None = None) -> Tensor:
-        if cache is not None and rows.capacity is None and not cache.open:
+        if cache is not None and rows.recorded is None and not cache.open:
             raise InputError(
                 "a layer with a cache is computed again, as under activation checkpointing; expected use_cache=False"
             )

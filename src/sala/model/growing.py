@@ -71,15 +71,15 @@ class GrowingTensor:
         if rows.start is not None:
             everything[:, rows.start : rows.start + new_BT.shape[1]] = new_BT
         else:
-            assert rows.real is not None
-            row_N, column_N, position_N = rows.real
+            assert rows.ragged is not None
+            row_N, column_N, position_N = rows.ragged.tokens
             everything[row_N, position_N] = new_BT[row_N, column_N]
         return everything
 
     def erase(self, rows: Rows) -> None:
         """Make places of padded rows that `write` has filled read zero again; those behind the longest row `cut` clears."""
-        if self.buffer is not None and rows.real is not None:
-            row_N, _, position_N = rows.real
+        if self.buffer is not None and rows.ragged is not None:
+            row_N, _, position_N = rows.ragged.tokens
             there_N = position_N < self.capacity
             self.buffer[row_N[there_N], position_N[there_N]] = 0
 

@@ -32,7 +32,7 @@ class SparseAttention(FullAttention):
             self.geometry,
             scale=self.width**-0.5,
             start=rows.start,
-            static=rows.unread,
+            static=rows.static,
             page_table_BP=rows.page_table_BP,
         )
 

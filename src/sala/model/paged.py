@@ -166,14 +166,14 @@ class PagedCache:
         send = _sender(device)
         return Rows(
             send(np.where(real_BT, length_B1 + column_T, -1)),
-            mask_BT=send(real_BT) if padded else None,
-            start=rows[0].length if len(rows) == 1 else None,
-            pages=Pages(
+            Pages(
                 send(table_BP),
                 send(np.concatenate(places)),
                 send(slots_2B),
                 tuple((send(places_N), send(tokens_NC)) for places_N, tokens_NC in windows),
+                start=rows[0].length if len(rows) == 1 else None,
             ),
+            mask_BT=send(real_BT) if padded else None,
         )
 
     def _windows(

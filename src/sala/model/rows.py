@@ -41,19 +41,57 @@ class Packing:
 
 
 @dataclass(frozen=True, slots=True)
+class Uniform:
+    """Every row's new tokens are at start .. start + T - 1."""
+
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Rows of a padded batch, which begin and end where they like.
+
+    begins, ends: how many tokens each row has before this call and after it.
+    tokens: row, column and position of every token that is no padding, int64 (N,) on the device.
+    """
+
+    begins: tuple[int, ...]
+    ends: tuple[int, ...]
+    tokens: tuple[Tensor, Tensor, Tensor]
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Ragged":
+        row_N, column_N, position_N = (x.to(device, non_blocking=non_blocking) for x in self.tokens)
+        return replace(self, tokens=(row_N, column_N, position_N))
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """One new token a row, at positions that only the device knows: what is launched is the same whatever they are.
+
+    capacity: the places of the cache that are in use.
+    windows: of each tier of compressed keys every row's newest complete window (B,) and its keys' places (B, C), int64.
+    """
+
+    capacity: int
+    windows: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Pages:
-    """Where rows of requests have their memory.
+    """Rows of requests, whose memory is in a `PagedCache`.
 
     table_BP: int32, the numbers of each row's pages; what lies behind its last is any page.
     places_N: int64, where keys and values of the new tokens go, counted through all pages; padding has none.
     slots_2B: int64, the slots that states are read from (-1: none yet) and written to.
     windows: of each tier of compressed keys the places of new windows (N,) and those of their keys (N, C), int64.
+    start: where the only row's new tokens begin; None for several rows.
     """
 
     table_BP: Tensor
     places_N: Tensor
     slots_2B: Tensor
     windows: tuple[tuple[Tensor, Tensor], ...]
+    start: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,58 +99,66 @@ class Rows:
     """The places of new tokens, the same for every layer of one call.
 
     positions_BT: int64, counted from the start of each sequence, cache included; -1 marks padding.
+    layout: how rows stand to one another and to their memory.
     mask_BT: bool, False on padding; None when no token is padding.
-    begins, ends: where rows differ, how many tokens each row has before this call and after it.
-    real: with padding, row, column and position of every token that is none, int64 (N,) on the device.
-    start: position of the first new token when every row holds `start .. start + T - 1`, else None.
-    packing: of documents in the one row; None when rows are not packed.
     rotation: cosine and sine of the rotary embedding, (B or 1, T, R) float32 for R pairs; None when no layer rotates.
-    capacity: set where only the device knows the positions, the same in every row: the places of the cache that are in
-        use. What is launched is then the same whatever the positions, and nothing is read back.
-    pages: of requests, whose cache is a `PagedCache`.
-    windows: beside `capacity`, of each tier of compressed keys every row's newest complete window (B,) and its keys'
-        places (B, C).
     """
 
     positions_BT: Tensor
+    layout: Uniform | Ragged | Packing | Recorded | Pages
     mask_BT: Tensor | None = None
-    begins: tuple[int, ...] = ()
-    ends: tuple[int, ...] = ()
-    real: tuple[Tensor, Tensor, Tensor] | None = None
-    start: int | None = None
-    packing: Packing | None = None
     rotation: tuple[Tensor, Tensor] | None = None
-    capacity: int | None = None
-    windows: tuple[tuple[Tensor, Tensor], ...] = ()
-    pages: Pages | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Rows":
         """Return the same places on another device: accelerate asks for them where a layer's weights are."""
         if self.positions_BT.device == torch.device(device):
             return self
-        assert self.pages is None, "a paged cache is on one device"
-        names = ("positions_BT", "mask_BT", "real", "packing", "rotation", "windows")
-        return replace(self, **{name: _sent(getattr(self, name), device, non_blocking) for name in names})
+        if isinstance(self.layout, Recorded | Pages):
+            raise InputError(f"a recorded step or a paged cache on {self.positions_BT.device}; expected one device")
+        layout = self.layout if isinstance(self.layout, Uniform) else self.layout.to(device, non_blocking)
+        mask, rotation = (_sent(x, device, non_blocking) for x in (self.mask_BT, self.rotation))
+        return Rows(_sent(self.positions_BT, device, non_blocking), layout, mask, rotation)
 
     @property
-    def unread(self) -> bool:
-        """Whether the positions are on a device that a layer must not wait for."""
-        if self.capacity is not None:
-            return True
-        if self.pages is not None:
-            return self.start is None and not self.positions_BT.is_cpu
-        return self.real is not None and (torch.compiler.is_exporting() or not self.positions_BT.is_cpu)
+    def start(self) -> int | None:
+        """Position of the first new token of every row, None where rows differ or it is not known."""
+        return self.layout.start if isinstance(self.layout, Uniform | Pages) else None
+
+    @property
+    def ragged(self) -> Ragged | None:
+        return self.layout if isinstance(self.layout, Ragged) else None
+
+    @property
+    def packing(self) -> Packing | None:
+        return self.layout if isinstance(self.layout, Packing) else None
+
+    @property
+    def recorded(self) -> Recorded | None:
+        return self.layout if isinstance(self.layout, Recorded) else None
+
+    @property
+    def pages(self) -> Pages | None:
+        return self.layout if isinstance(self.layout, Pages) else None
 
     @property
     def page_table_BP(self) -> Tensor | None:
-        return None if self.pages is None else self.pages.table_BP
+        return self.layout.table_BP if isinstance(self.layout, Pages) else None
+
+    @property
+    def static(self) -> bool:
+        """Whether the positions are on a device that a layer must not wait for."""
+        if isinstance(self.layout, Recorded):
+            return True
+        if isinstance(self.layout, Ragged):
+            return torch.compiler.is_exporting() or not self.positions_BT.is_cpu
+        return isinstance(self.layout, Pages) and self.start is None and not self.positions_BT.is_cpu
 
     def in_order(self, new_BT: Tensor) -> Tensor:
         """Return keys or values (B, S, ...) of a call without a cache, the one of position p at index p, behind a row's end zeros."""
-        if self.real is None:
+        if self.ragged is None:
             return new_BT
-        row_N, column_N, position_N = self.real
-        ordered_BS = new_BT.new_zeros(new_BT.shape[0], max(self.ends), *new_BT.shape[2:])
+        row_N, column_N, position_N = self.ragged.tokens
+        ordered_BS = new_BT.new_zeros(new_BT.shape[0], max(self.ragged.ends), *new_BT.shape[2:])
         return ordered_BS.index_put((row_N, position_N), new_BT[row_N, column_N])
 
 
@@ -154,7 +200,7 @@ def place_rows(
             f"cu_seqlens from 0 to {context.ranks * length}, the tokens of all of them"
         )
     if attention_mask is None:
-        return Rows(torch.arange(past, past + length, device=device).expand(batch, length), start=past)
+        return Rows(torch.arange(past, past + length, device=device).expand(batch, length), Uniform(past))
     if attention_mask.ndim != 2 or attention_mask.shape != (batch, past + length):
         raise InputError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected ({batch}, {past + length}): "
@@ -181,10 +227,12 @@ def place_rows(
     row_N, column_N = order_N // length, order_N % length
     return Rows(
         positions.masked_fill(~mask, -1),
+        Ragged(
+            tuple(end - new for end, new in zip(ends, new_tokens, strict=True)),
+            tuple(ends),
+            (row_N, column_N, positions[row_N, column_N]),
+        ),
         mask_BT=mask,
-        begins=tuple(end - new for end, new in zip(ends, new_tokens, strict=True)),
-        ends=tuple(ends),
-        real=(row_N, column_N, positions[row_N, column_N]),
     )
 
 
@@ -204,17 +252,15 @@ def _place_traced(real_BS: Tensor, past: int) -> Rows:
     column_N = torch.arange(T, device=real_BS.device).repeat(B)
     return Rows(
         place_BT.masked_fill(~real_BS, -1),
+        Ragged((0,) * B, (T,) * B, (row_N, column_N, place_BT.flatten())),
         mask_BT=real_BS,
-        begins=(0,) * B,
-        ends=(T,) * B,
-        real=(row_N, column_N, place_BT.flatten()),
     )
 
 
 def place_steps(position_B: Tensor, batch: int, capacity: int, tiers: Sequence[tuple[int, int]]) -> Rows:
     """Return the places of one new token a row, at positions int64 (B,) or (1,) for all, that only the device knows.
 
-    capacity: as in `Rows`; what the cache was asked to `hold`, or less.
+    capacity: as in `Recorded`; what the cache was asked to `hold`, or less.
     tiers: the (size, stride) of each tier of compressed keys.
     """
     position_B = position_B.expand(batch)
@@ -222,7 +268,7 @@ def place_steps(position_B: Tensor, batch: int, capacity: int, tiers: Sequence[t
     for size, stride in tiers:
         newest_B = ((position_B + 1 - size) // stride).clamp(min=0)
         windows.append((newest_B, newest_B[:, None] * stride + torch.arange(size, device=position_B.device)))
-    return Rows(position_B[:, None], capacity=capacity, windows=tuple(windows))
+    return Rows(position_B[:, None], Recorded(capacity, tuple(windows)))
 
 
 def check_positions(position_ids: Tensor | None, positions_BT: Tensor) -> None:
@@ -261,4 +307,4 @@ def _place_packed(length: int, cu_seqlens: Tensor, device: torch.device, context
     place_T = torch.arange(first, first + length, device=device)
     ends_N = packing.cu_seqlens.long()
     start_T = ends_N[torch.searchsorted(ends_N, place_T, right=True) - 1]
-    return Rows((place_T - start_T)[None], packing=packing)
+    return Rows((place_T - start_T)[None], packing)
