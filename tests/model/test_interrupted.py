@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.shapes import TINY_SPARSE, tiny_model, tokens
-from sala.engine.graph import Steps
+from sala.engine.graph import GraphDecoder
 from sala.engine.sampling import Sampler, Sampling
 from sala.errors import InputError
 from sala.model import MiniCPMSALAForCausalLM, SalaCache, new_cache
@@ -93,14 +93,14 @@ def test_an_interrupted_first_call_does_not_keep_its_batch() -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_cache_is_refused_after_an_interrupted_decoding_step(layer: int) -> None:
-    """Steps change states in place, which cannot be taken back."""
+    """GraphDecoder change states in place, which cannot be taken back."""
     model, cache = tiny_model(**CHANGES), new_cache(tiny_model(**CHANGES).config, reserve=100)
     seen = torch.zeros(1, 100, dtype=torch.long)
     seen[:, :71] = tokens(1, 71)
     with torch.inference_mode():
         model(seen[:, :70], cache=cache)
         mark = cache.mark()
-        steps = Steps(model, cache, seen, 71, Sampler(Sampling(), model.device))
+        steps = GraphDecoder(model, cache, seen, 71, Sampler(Sampling(), model.device))
         steps.next()
         with interrupted(model.model.layers[layer]):
             steps.next()
