@@ -6,7 +6,9 @@ MODELS = ("embedded-teacher", "embedded-hybrid")
 PROMPT = "def read(path):"
 
 
-def test_each_model_answers_as_it_does_alone(sala, book):
+def test_each_model_answers_as_it_does_alone(sala, tmp_path):
+    book = tmp_path / "book.py"
+    book.write_text("x = 1\n" * 20)
     asked = ("--prompt", PROMPT, "--file", book, "-n", "6")
     said = json.loads(sala("compare", *MODELS, *asked, "--json").out)
     assert [one["model"] for one in said] == list(MODELS)

@@ -17,6 +17,7 @@ with loading():
     from sala.cli.chat import chat
     from sala.cli.compare import compare
     from sala.cli.convert import convert
+    from sala.cli.convert_report import convert_report
     from sala.cli.data import data
     from sala.cli.demo import demo
     from sala.cli.eval import evaluate
@@ -65,6 +66,7 @@ for verb in (
     fetch,
     convert,
     quantize,
+    convert_report,
     data,
     train,
     train_plot,

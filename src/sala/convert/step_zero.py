@@ -13,7 +13,7 @@ from sala.recipe import Conversion
 
 
 @torch.no_grad()
-def _log_probs(model: Any, sample: Sample) -> Tensor:
+def log_probs(model: Any, sample: Sample) -> Tensor:
     """Return (N, X), what a model says after every token of a sample that is no padding."""
     logits_BTX = model(**inputs_of(sample, model), use_cache=False).logits
     return real_tokens(logits_BTX, sample).float().log_softmax(dim=-1)
@@ -21,7 +21,7 @@ def _log_probs(model: Any, sample: Sample) -> Tensor:
 
 def divergence(teacher_NX: Tensor, model: Any, sample: Sample) -> float:
     """Return the mean KL(teacher || model) in nats a token; `teacher_NX` holds the teacher's log-probabilities."""
-    own_NX = _log_probs(model, sample)
+    own_NX = log_probs(model, sample)
     return (teacher_NX.exp() * (teacher_NX - own_NX)).sum(dim=-1).mean().item()
 
 
@@ -42,7 +42,7 @@ def measure_step_zero(
             changed[layer] = mixer
         return changed
 
-    teacher_NX = _log_probs(teacher, sample)
+    teacher_NX = log_probs(teacher, sample)
     changes = {
         "gates": attention(rope=True, gates=True),
         "positions": attention(rope=settings.attention_rope, gates=False),

@@ -30,7 +30,7 @@ def write_page(results: Results, folder: Path) -> None:
     """Write the page into `folder`, with the plots that lie there inside it."""
     template = Template(resources.files("sala.demo").joinpath("page.html").read_text(encoding="utf-8"))
     images = {
-        f"image_{name.removeprefix('retrieval-').removesuffix('.png').replace('-', '_')}": _embedded(folder / name)
+        f"image_{name.removeprefix('retrieval-').removesuffix('.png').replace('-', '_')}": embedded(folder / name)
         for name in PLOTS
     }
     sections = (_opening, _layers, _retrieval, _costs, _needle, _conversion, _environment)
@@ -71,7 +71,7 @@ def versions(packages: Mapping[str, str | None]) -> str:
     return f"{there}; not installed: {missing}" if missing else there
 
 
-def _embedded(path: Path) -> str:
+def embedded(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
