@@ -12,7 +12,7 @@ import yaml
 
 from sala.demo.folder import PAGE
 from sala.demo.measure import HYBRID_FULL, HYBRID_SPARSE, TEACHER
-from sala.demo.plots import PLOTS, length_label
+from sala.demo.plots import FIRST_STEPS, PLOTS, length_label
 from sala.model.kinds import KINDS
 
 STEP_ZERO_NAMES = {
@@ -319,9 +319,9 @@ def _conversion(results: Results) -> dict[str, str]:
     ]
     return {
         "caption_training": escape(
-            "The loss of every stage, relative to its first step: they have losses of different kinds. Alignment fits "
-            "linear layers to the teacher's, distillation the hybrid to the teacher's predictions, the last stage trains "
-            "on longer windows."
+            f"The loss of every stage, relative to the mean of its first {FIRST_STEPS} steps: they have losses of different "
+            "kinds. Alignment fits linear layers to the teacher's, distillation the hybrid to the teacher's predictions, the "
+            "last stage trains on longer windows."
         ),
         "step_zero_meaning": escape(
             "What each change costs before any training of the hybrid: the divergence of the changed teacher's predictions "

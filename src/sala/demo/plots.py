@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -22,6 +23,8 @@ STAGE_COLORS = ("#56B4E9", "#0072B2", "#CC79A7", "#E69F00", "#999999")
 SIZE_INCHES, DOTS_PER_INCH = (5.6, 3.7), 180
 INK, GRID = "#333a45", "#e3e6ea"
 MIB = 2**20
+# of a stage, whose mean loss is the unit of its curve
+FIRST_STEPS = 10
 
 Results = dict[str, Any]
 
@@ -119,18 +122,20 @@ def _draw_cost(axes: Axes, results: Results, value: Callable[[dict[str, Any]], f
 
 
 def _draw_training(axes: Axes, results: Results) -> None:
-    """The loss of every stage relative to its first step: the stages have losses of different kinds."""
+    """The loss of every stage relative to its first steps' mean: the stages have losses of different kinds."""
     steps = results["conversion"]["steps"]
     offset = 0
     for stage, color in zip(dict.fromkeys(row["stage"] for row in steps), STAGE_COLORS, strict=False):
         losses = [row["loss"] for row in steps if row["stage"] == stage]
         columns = range(offset + 1, offset + len(losses) + 1)
-        axes.plot(columns, [loss / losses[0] for loss in losses], color=color, linewidth=0.8, alpha=0.35)
-        axes.plot(columns, [loss / losses[0] for loss in smooth(losses)], color=color, linewidth=2, label=stage)
+        # one step alone is noise
+        unit = fmean(losses[:FIRST_STEPS])
+        axes.plot(columns, [loss / unit for loss in losses], color=color, linewidth=0.8, alpha=0.35)
+        axes.plot(columns, [loss / unit for loss in smooth(losses)], color=color, linewidth=2, label=stage)
         offset += len(losses)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step", color=INK)
-    axes.set_ylabel("loss / loss at the stage's first step", color=INK)
+    axes.set_ylabel(f"loss / mean of the stage's first {FIRST_STEPS} steps", color=INK)
     axes.set_title("Training of the conversion", fontsize=11, color=INK, loc="left")
 
 
