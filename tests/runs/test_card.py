@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from sala.recipe import load_recipe
 from sala.runs.card import model_card, versions
+from sala.runs.start import Origin
 from sala.train.loop import Progress
 
 RECIPE = load_recipe("smoke").resolved
@@ -132,3 +133,17 @@ def test_the_code_of_a_card_runs() -> None:
     from sala.model.checkpoint import BUILTIN
 
     exec(code[1].replace('"embedded"', repr(str(BUILTIN["embedded-hybrid"]))), {})
+
+
+def test_what_the_recipe_says_for_the_hub_goes_first() -> None:
+    said = {"license": "mit", "datasets": ["me/text"], "base_model": None, "language": ["en"]}
+    text = card(recipe=RECIPE | {"card": said}, license="apache-2.0")
+    header = ModelCard(text).data.to_dict()
+    assert (header["license"], header["datasets"], header["language"]) == ("mit", ["me/text"], ["en"])
+    assert header["base_model"] == "Qwen/Qwen3-1.7B" and "The licence is stated as mit" in text
+    assert ModelCard(card(license="apache-2.0")).data.license == "apache-2.0"
+
+
+def test_a_fetched_teacher_is_known_on_the_hub() -> None:
+    origin = Origin.of("smollm2-135m-instruct")
+    assert (origin.base_model, origin.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")

@@ -8,6 +8,7 @@ import typer
 from sala.cli.options import Threads, prepare
 from sala.cli.train import (
     Keep,
+    Push,
     Resume,
     ResumeFrom,
     SaveEvery,
@@ -50,6 +51,7 @@ def convert(
     keep: Keep = 2,
     resume: ResumeFrom = Resume.newest,
     wandb: Wandb = None,
+    push: Push = None,
     threads: Threads = None,
 ) -> None:
     """Convert a pretrained Transformer into a sparse-linear hybrid (HALO).
@@ -65,4 +67,4 @@ def convert(
         raise RecipeError(
             f"recipe {recipe!r} trains a model from scratch; expected a recipe with 'conversion', or `sala train`"
         )
-    run(loaded, out, teacher, tokenizer, run_options(context), budget)
+    run(loaded, out, teacher, tokenizer, run_options(context), budget=budget, push=push)

@@ -39,6 +39,10 @@ Keep = Annotated[int, typer.Option(min=1, help="Checkpoints that stay.", rich_he
 ResumeFrom = Annotated[
     Resume, typer.Option(help="The checkpoint to go on from, of those that are there.", rich_help_panel=KEEPING)
 ]
+Push = Annotated[
+    str | None,
+    typer.Option(metavar="REPO", help="Upload the finished model to this private repository of the Hugging Face hub."),
+]
 Wandb = Annotated[str | None, typer.Option(help="A project of Weights & Biases to log to.", rich_help_panel=KEEPING)]
 
 
@@ -59,6 +63,7 @@ def train(
     keep: Keep = 2,
     resume: ResumeFrom = Resume.newest,
     wandb: Wandb = None,
+    push: Push = None,
     threads: Threads = None,
     dry_run: Annotated[
         bool,
@@ -95,6 +100,8 @@ def train(
         if out is not None:
             raise InputError("--out has no effect with --dry-run, which writes nothing; leave one of them out")
         _refuse(context, KEEPING, "has no effect with --dry-run")
+        if push is not None:
+            raise InputError("--push has no effect with --dry-run, which writes nothing; leave one of them out")
         require_start(loaded, teacher, model, dry_run=True)
         plan(
             loaded,
@@ -111,7 +118,7 @@ def train(
     if out is None:
         raise InputError("--out is missing: the folder for the run (or --dry-run, which needs none)")
     require_start(loaded, teacher, model)
-    run(loaded, out, teacher or model, tokenizer, run_options(context))
+    run(loaded, out, teacher or model, tokenizer, run_options(context), push=push)
 
 
 def run_options(context: typer.Context) -> Any:
@@ -144,15 +151,25 @@ def _refuse(context: typer.Context, panel: str, reason: str) -> None:
 
 
 def run(
-    recipe: Any, out: Path, start: str | None, tokenizer: str | None, options: Any, budget: str | None = None
+    recipe: Any,
+    out: Path,
+    start: str | None,
+    tokenizer: str | None,
+    options: Any,
+    *,
+    budget: str | None = None,
+    push: str | None = None,
 ) -> None:
     """Run a recipe in the folder `out`, from its beginning or from where it was left, and print where the model is.
 
     start: the checkpoint to convert, or to train; None for a new model. budget: see `sala.runs.forecast.parse_budget`.
+    push: the repository that the finished model is sent to; refused before the work where the hub would refuse it.
     """
     from sala.eval import layer_scorers
     from sala.model.checkpoint import find_checkpoint
     from sala.model.families import load_model
+    from sala.model.hub import push as push_folder
+    from sala.model.hub import require_pushable
     from sala.recipe import ConversionRecipe
     from sala.runs import Finished, Origin, run_recipe
     from sala.runs.forecast import parse_budget, within_budget
@@ -169,6 +186,8 @@ def run(
         start_world(recipe.precision) as world,
         Display(error_console(), quiet=not world.main) as display,
     ):
+        if push is not None:
+            world.first(lambda: require_pushable(push))
         if allowed is not None and scorers is not None:
             recipe = within_budget(
                 recipe,
@@ -198,3 +217,5 @@ def run(
     # once the rows of the display stand still
     if world.main:
         typer.echo(out / "final")
+        if push is not None:
+            typer.echo(push_folder(out / "final", push))

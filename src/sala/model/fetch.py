@@ -27,6 +27,9 @@ class Fetchable:
     sha256: str
     size_bytes: int
     about: str
+    # for the cards of what is made from it: its name on the hub, and its licence as the hub writes it
+    base_model: str
+    license: str
 
     @property
     def place(self) -> Path:
@@ -42,6 +45,8 @@ FETCHABLE: Mapping[str, Fetchable] = MappingProxyType(
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             size_bytes=98_362_432,
             about="Llama, 135M parameters in 4 bits, English chat, Apache-2.0",
+            base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+            license="apache-2.0",
         ),
     }
 )

@@ -29,6 +29,15 @@ class Validation(Section):
     every: Positive = 100
 
 
+class Card(Section):
+    """What the finished model's card says to the hub beside what is known: licence, data sets and base model by their names there."""
+
+    license: str | None = None
+    datasets: tuple[str, ...] = ()
+    base_model: str | None = None
+    language: tuple[str, ...] = ()
+
+
 class Recipe(Section):
     """What every run has."""
 
@@ -38,6 +47,7 @@ class Recipe(Section):
     # what the stages' data names; without any, the package's own text and generated tasks
     sources: dict[str, SourceRow] = Field(default={})
     validation: Validation | None = None
+    card: Card = Card()
     optimizer: Optimizer = Optimizer()
     # auto: for the processes that run; the windows of a batch are split over as many of them as divide it, and parameters over all
     mesh: Mesh | Literal["auto"] = Mesh()

@@ -45,6 +45,7 @@ def model_card(
     versions: Mapping[str, str],
     teacher: str | None = None,
     base_model: str | None = None,
+    license: str | None = None,
 ) -> str:
     """Return the card of a model that a recipe made, or is making, as Markdown under a YAML header.
 
@@ -58,27 +59,32 @@ def model_card(
         tokenizer_sha256: `sala.data.shards.tokenizer_hash`.
         versions: `versions()`.
         teacher: the model whose weights were converted or trained further; None when it started from random weights.
-        base_model: the same model's name on the hub, where it is there.
+        base_model, license: the same model's name on the hub and its licence, where they are known; the recipe's `card` goes
+            before them.
     """
     sections = {
         "How it was made": _stages(recipe, metrics),
         "Data": _data(data, tokenizer_sha256),
         "Versions": _versions(versions, recipe["seed"]),
         "Use": _use(name),
-        "Limits": _limits(recipe, metrics, teacher),
+        "Limits": _limits(recipe, metrics, teacher, recipe["card"]["license"] or license),
     }
     body = "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
-    return (
-        f"---\n{_metadata(config, base_model)}---\n# {name}\n\n{_summary(recipe, config, parameters, teacher)}\n{body}"
-    )
+    return f"---\n{_metadata(config, recipe['card'], base_model, license)}---\n# {name}\n\n{_summary(recipe, config, parameters, teacher)}\n{body}"
 
 
-def _metadata(config: Mapping[str, Any], base_model: str | None) -> str:
+def _metadata(config: Mapping[str, Any], given: Mapping[str, Any], base_model: str | None, license: str | None) -> str:
     kinds = set(config["mixer_types"])
     tags = ["sala", config["model_type"]]
     tags += ["linear-attention"] * runs(kinds, "lightning") + ["sparse-attention"] * runs(kinds, "infllm")
     facts = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
-    return yaml.safe_dump(({"base_model": base_model} if base_model else {}) | facts, sort_keys=False)
+    known = {
+        "base_model": given["base_model"] or base_model,
+        "license": given["license"] or license,
+        "datasets": list(given["datasets"]),
+        "language": list(given["language"]),
+    }
+    return yaml.safe_dump({name: value for name, value in known.items() if value} | facts, sort_keys=False)
 
 
 def _summary(recipe: Mapping[str, Any], config: Mapping[str, Any], parameters: int, teacher: str | None) -> str:
@@ -171,7 +177,9 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))
 On the command line: `sala generate --model {name} --prompt "Once upon a time"`."""
 
 
-def _limits(recipe: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], teacher: str | None) -> str:
+def _limits(
+    recipe: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], teacher: str | None, license: str | None
+) -> str:
     stages = recipe["stages"]
     begun = {row["stage_index"] for row in metrics}
     limits = []
@@ -183,5 +191,6 @@ def _limits(recipe: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], tea
     where = "" if recipe["validation"] else "The losses above are of training data. "
     limits.append(f"{where}No evaluation is part of this card: measure before you rely on it.")
     whose = "its data" if teacher is None else f"{teacher} and its data"
-    limits.append(f"What {whose} get wrong, it does too. Its licence follows from theirs; nobody has checked it here.")
+    terms = f"The licence is stated as {license}" if license else "Its licence follows from theirs"
+    limits.append(f"What {whose} get wrong, it does too. {terms}; nobody has checked it here.")
     return "\n".join(f"- {limit}" for limit in limits)

@@ -140,7 +140,7 @@ def _checkpoint(there: Mapping[str, Any] | None) -> tuple[Any, Origin | None]:
         return None, None
     if there["name"] is None:
         raise InputError("the run was given a model without a name, which cannot be found again")
-    return load_model(find_checkpoint(there["place"]), dtype="stored"), Origin(there["name"], there["on_hub"])
+    return load_model(find_checkpoint(there["place"]), dtype="stored"), Origin.of(there["name"])
 
 
 def _until(recipe: Recipe, index: int, steps: int) -> Recipe:

@@ -53,7 +53,8 @@ def write_final(
         tokenizer_sha256=tokenizer_hash(tokenizer),
         versions=versions(),
         teacher=None if origin is None else origin.name,
-        base_model=origin.name if origin is not None and origin.on_hub else None,
+        base_model=None if origin is None else origin.base_model,
+        license=None if origin is None else origin.license,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     if report is not None:

@@ -15,7 +15,7 @@ FINAL = "final"
 RECIPE, MEASURED, CHECKPOINTS = "recipe.yaml", "measured", "checkpoints"
 
 # how a recipe is run, not what comes out: these may change from one start of a run to the next
-HOW = ("mesh", "compile", "validation")
+HOW = ("mesh", "compile", "validation", "card")
 HOW_OF_STAGE = ("mesh", "micro_batch", "activation_checkpointing")
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from sala.data import tokenizer_hash
 from sala.errors import InputError
 from sala.model.checkpoint import is_on_hub
+from sala.model.fetch import FETCHABLE
 from sala.train.batches import Data
 
 START = "start"
@@ -22,15 +23,23 @@ NUMBERS = 256
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model comes from, for its card: a checkpoint's name, and whether that is one of the hub."""
+    """Where a model comes from, for its card: a checkpoint's name, and whether that is one of the hub.
+
+    base_model, license: its name on the hub and its licence, where they are known.
+    """
 
     name: str
     on_hub: bool = False
+    base_model: str | None = None
+    license: str | None = None
 
     @classmethod
     def of(cls, name: str) -> "Origin":
         """Return the origin of a checkpoint that a user calls so: a folder or file, one of the package, or one of the hub."""
-        return cls(name, on_hub=is_on_hub(name))
+        if name in FETCHABLE:
+            return cls(name, base_model=FETCHABLE[name].base_model, license=FETCHABLE[name].license)
+        on_hub = is_on_hub(name)
+        return cls(name, on_hub, base_model=name if on_hub else None)
 
 
 def fingerprint(model: Any) -> str:
