@@ -67,10 +67,9 @@ def make(checkpoint, network):
     engines = []
 
     def start(total_tokens=20_000, **options):
-        runner = Runner(network)
-        ends = end_tokens(network, checkpoint.tokenizer)
-        bytes_ = total_tokens * runner.token_bytes + 8 * runner.state_bytes
-        engine = Engine(runner, checkpoint.tokenizer, ends, budget_bytes=bytes_, **options)
+        # a token takes 1,344 bytes, the states of a sequence 196,608, twice while it runs
+        runner = Runner(network, total_tokens * 1344 + 16 * 196_608)
+        engine = Engine(runner, checkpoint.tokenizer, end_tokens(network, checkpoint.tokenizer), **options)
         engine.start()
         engines.append(engine)
         return engine
@@ -170,7 +169,7 @@ def test_a_seed_draws_the_same_whatever_else_runs(make, ids, alone):
 
 
 def test_preemption_changes_no_token(make, ids, alone):
-    engine = make(total_tokens=1)
+    engine = make(total_tokens=-1300)
     prompts = [ids[100 * n : 100 * n + 150] for n in range(4)]
     heard = [submit(engine, prompt, new=50, ignore_end=True) for prompt in prompts]
     tokens = [each.tokens() for each in heard]
@@ -243,7 +242,7 @@ def test_what_was_read_is_told_by_evidence(make, ids):
 
 
 def test_what_can_never_fit_is_refused_to_the_caller(make, ids):
-    engine = make(total_tokens=500)
+    engine = make(total_tokens=-1000)
     with pytest.raises(MemoryLimitError, match="expected at most"):
         submit(engine, ids * 3)
 

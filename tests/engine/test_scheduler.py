@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from sala.engine.pages import Budget, PrefixTree, digests
+from sala.engine.pages import Budget, PagePool, PrefixTree, digests
 from sala.engine.request import LONG_PROMPT, Request, snapshot_points
 from sala.engine.scheduler import QueueFullError, Scheduler
 from sala.errors import MemoryLimitError
@@ -18,13 +18,25 @@ class Blob:
 
 
 def scheduler(total_tokens=1000, **options):
-    tree = PrefixTree(PAGE)
-    budget = Budget(total_tokens * TOKEN_BYTES, PAGE, TOKEN_BYTES, STATE_BYTES, tree)
+    tree = PrefixTree(PAGE, PagePool(total_tokens // PAGE))
+    budget = Budget(total_tokens * TOKEN_BYTES + 1000, PAGE * TOKEN_BYTES, STATE_BYTES, tree)
     return Scheduler(budget, tree, **{"chunk": 64, **options})
 
 
 def request(name, length, new=8, first=0):
     return Request(name, tuple(range(first, first + length)), new, PAGE)
+
+
+def keep(planner, tokens):
+    """Keep a text of whole pages."""
+    places = planner.tree.pool.take(len(tokens) // PAGE)
+    planner.tree.add(tuple(tokens), digests(tokens, PAGE), places, Blob(100))
+    planner.tree.pool.stop(places)
+
+
+def end(planner, request):
+    planner.end(request, "length")
+    planner.release(request)
 
 
 def run(step):
@@ -42,7 +54,7 @@ def finish(planner):
     while not planner.is_idle:
         run(planner.plan())
         for done in [r for r in planner.running if len(r.output) == r.max_new_tokens]:
-            planner.end(done, "length")
+            end(planner, done)
         steps += 1
         assert steps < 10_000
     return steps
@@ -76,7 +88,7 @@ def test_the_oldest_prompt_goes_on_whatever_shorter_ones_come():
         planner.submit(request(f"chat {number}", 60, new=1, first=10_000 + 100 * number))
         run(planner.plan())
         for done in [r for r in planner.running if r.output]:
-            planner.end(done, "length")
+            end(planner, done)
     assert book.finish == "length"
 
 
@@ -92,14 +104,14 @@ def test_every_token_is_read_once_and_in_order():
             read[row.request.id] += row.tokens
         run(step)
         for done in [r for r in planner.running if len(r.output) == r.max_new_tokens]:
-            planner.end(done, "length")
+            end(planner, done)
     for each in requests:
         assert read[each.id] == [*each.prompt, *each.output[:-1]]
 
 
 def test_what_can_never_fit_is_refused_with_numbers():
     planner = scheduler(100)
-    with pytest.raises(MemoryLimitError, match="200 tokens of prompt and 8 of answer.*expected at most 80 tokens"):
+    with pytest.raises(MemoryLimitError, match="200 tokens of prompt and 8 of answer.*expected at most 96 tokens"):
         planner.submit(request("book", 200))
     assert planner.is_idle
 
@@ -114,7 +126,7 @@ def test_what_does_not_fit_now_waits_and_a_full_queue_says_so():
     with pytest.raises(QueueFullError, match="1 requests are waiting"):
         planner.submit(request("third", 10))
     finish(planner)
-    assert planner.budget.live_bytes == 0
+    assert planner.budget.used_bytes == 0
 
 
 def test_preemption_loses_no_token():
@@ -125,7 +137,7 @@ def test_preemption_loses_no_token():
     finish(planner)
     assert planner.preemptions > 0
     assert [len(each.output) for each in requests] == [40, 40]
-    assert planner.budget.live_bytes == 0
+    assert planner.budget.used_bytes == 0
 
 
 def test_the_youngest_makes_way():
@@ -146,8 +158,9 @@ def test_a_cancelled_request_frees_everything_in_the_next_step():
     running.cancelled = waiting.cancelled = True
     step = planner.plan()
     assert step.stopped == (running,) and not step.rows
+    planner.release(running)
     assert (running.finish, waiting.finish) == ("cancelled", "cancelled")
-    assert planner.is_idle and planner.budget.live_bytes == 0
+    assert planner.is_idle and planner.budget.used_bytes == 0
 
 
 def test_a_text_that_another_request_is_reading_is_not_read_twice():
@@ -162,16 +175,14 @@ def test_a_text_that_another_request_is_reading_is_not_read_twice():
         assert second in planner.waiting
         run(planner.plan())
         if first.read == first.stops[-1]:
-            pages = first.pages[: first.read // PAGE]
-            planner.tree.add(first.prompt[: first.read], pages, Blob(0), Blob(0))
+            keep(planner, first.prompt[: first.read])
     run(planner.plan())
     assert second.cached == first.stops[-1]
 
 
 def test_a_request_that_wants_every_token_of_its_prompt_reuses_none():
     planner = scheduler()
-    pages = digests(range(96), PAGE)
-    planner.tree.add(tuple(range(96)), pages, Blob(960), Blob(100))
+    keep(planner, range(96))
     hit, whole = request("hit", 100), request("whole", 100)
     whole.whole = True
     planner.submit(hit)
@@ -182,7 +193,7 @@ def test_a_request_that_wants_every_token_of_its_prompt_reuses_none():
 
 def test_where_texts_part_the_next_one_can_start():
     planner = scheduler(10_000)
-    planner.tree.add(tuple(range(960)), digests(range(960), PAGE), Blob(0), Blob(0))
+    keep(planner, range(960))
     parting = Request("parting", (*range(500), *range(5000, 5100)), 8, PAGE)
     planner.submit(parting)
     planner.plan()

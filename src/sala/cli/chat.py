@@ -69,12 +69,10 @@ def chat(
     cache_size = plan_cache(checkpoint, chunk)
     with counting(console, "weights", checkpoint.num_tensors, "tensors") as one_more:
         network = engine.load(checkpoint, length, chunk, lambda name: one_more(1))
-    runner = Runner(network)
     running = Engine(
-        runner,
+        Runner(network, cache_size, max_running=1),
         checkpoint.tokenizer,
         end_tokens(network, checkpoint.tokenizer),
-        budget_bytes=cache_size,
         chunk=chunk,
     )
     running.start()

@@ -32,7 +32,6 @@ def read(
     """Read a text once and save what the model remembers; `sala generate --open` answers questions about it."""
     prepare(threads)
     from sala import engine
-    from sala.engine.runner import Runner
     from sala.engine.saved import read_document, reader_of, save_document
     from sala.errors import require_writable
 
@@ -47,9 +46,8 @@ def read(
     tokens = len(encode(text))
     with counting(console, "weights", checkpoint.num_tensors, "tensors") as one_more:
         network = engine.load(checkpoint, tokens, chunk, lambda name: one_more(1))
-    runner = Runner(network)
     with counting(console, "reading", tokens, "tokens") as more:
-        document = read_document(runner, text, encode, chunk=chunk, on_tokens=more)
-    save_document(save, document, reader_of(runner, checkpoint.tokenizer))
+        document = read_document(network, text, encode, chunk=chunk, on_tokens=more)
+    save_document(save, document, reader_of(network, checkpoint.tokenizer))
     size = engine.human_bytes(save.stat().st_size)
     console.print(f"{save}: {len(document.ids):,} tokens, {size}", soft_wrap=True)

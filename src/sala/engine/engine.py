@@ -14,11 +14,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sala.engine.answer import Answer, AnswerOptions, TokenLogprob, token_logprobs
-from sala.engine.pages import Budget, Node, PrefixTree, digests
+from sala.engine.pages import Budget, PagePool, PrefixTree, digests
 from sala.engine.request import Finish, Request
-from sala.engine.runner import Extended, Extension, Keys, Runner, States, joined
+from sala.engine.runner import SLOTS, Extended, Extension, Runner, States
 from sala.engine.sampling import NO_TOKEN
-from sala.engine.saved import SavedDocument
+from sala.engine.saved import SavedDocument, gather, scatter
 from sala.engine.scheduler import Row, Scheduler, Step
 from sala.errors import SalaError
 
@@ -115,8 +115,7 @@ class _Job:
 class Engine:
     """Runs requests on a runner. `submit` and `cancel` may be called by any thread; events come from the engine's own.
 
-    budget_bytes: for the caches of running requests and for kept prefixes together. chunk, max_running, max_waiting: as in
-    `Scheduler`. keep: whether prefixes are kept at all.
+    chunk, max_waiting: as in `Scheduler`. keep: whether prefixes are kept at all.
     """
 
     def __init__(
@@ -125,19 +124,17 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         end_tokens: Collection[int],
         *,
-        budget_bytes: int,
         chunk: int = 512,
-        max_running: int = 64,
         max_waiting: int = 1024,
         keep: bool = True,
     ):
         self.runner, self.end_tokens, self.keep = runner, end_tokens, keep
         # tokenizers keep settings while they work: other threads have their own
         self.tokenizer = copy.deepcopy(tokenizer)
-        self.tree = PrefixTree(runner.page_size)
-        self.budget = Budget(budget_bytes, runner.page_size, runner.token_bytes, runner.state_bytes, self.tree)
+        self.tree = PrefixTree(runner.page_size, PagePool(runner.num_pages))
+        self.budget = Budget(runner.budget_bytes, runner.page_bytes, SLOTS * runner.state_bytes, self.tree)
         self.scheduler = Scheduler(
-            self.budget, self.tree, chunk=chunk, max_running=max_running, max_waiting=max_waiting
+            self.budget, self.tree, chunk=chunk, max_running=runner.max_running, max_waiting=max_waiting
         )
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._requests: dict[str, Request] = {}
@@ -285,8 +282,8 @@ class Engine:
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
             kept_prefixes=len(self.tree),
-            kept_bytes=self.tree.size_bytes,
-            running_bytes=self.budget.live_bytes,
+            kept_bytes=self.budget.used_bytes - self.budget.running_bytes,
+            running_bytes=self.budget.running_bytes,
             total_bytes=self.budget.total_bytes,
             prompt_tokens=self._counts["prompt"],
             cached_tokens=self._counts["cached"],
@@ -304,8 +301,8 @@ class Engine:
             self._stop(request)
         for request in [request for request in self._requests.values() if request.finish == "cancelled"]:
             self._end(request)
-        for request, node in step.started:
-            self._start(request, node)
+        for request in step.started:
+            self._start(request)
         if not step.rows:
             return
         self._counts["steps"] += 1
@@ -323,14 +320,12 @@ class Engine:
                 log.exception("%s failed", row.request.id)
                 self._fail(row.request, f"{type(error).__name__}: {error}")
 
-    def _start(self, request: Request, node: Node | None) -> None:
-        reserve = request.length + min(request.max_new_tokens, 256)
-        if node is None:
-            request.sequence = self.runner.open(reserve)
+    def _start(self, request: Request) -> None:
+        if request.states is None:
+            request.sequence = self.runner.open(request.places)
         else:
-            keys = [cast(Keys, part.keys) for part in node.path()]
-            states = cast(States, node.states)
-            request.sequence = self.runner.restore(request.slice(0, node.length), keys, states, reserve)
+            request.sequence = self.runner.restore(request.places, request.states)
+            request.states = None
         if not request.preemptions:
             self._counts["cached"] += request.cached
             if request.miss:
@@ -398,46 +393,41 @@ class Engine:
     def _keep(self, request: Request, states: States) -> None:
         """Make a prefix of a running request available to others, where memory allows."""
         pages = request.page_digests()[: states.length // self.runner.page_size]
+        if not self.budget.make_room(0, states.size_bytes):
+            return
         node = self.tree.find(pages[-1])
         if node is not None:
-            if node.states is not None or self.budget.make_room(states.size_bytes):
-                # making room may have taken the node
-                node = self.tree.find(pages[-1])
-                if node is not None:
-                    self.tree.renew(node, states)
+            self.tree.renew(node, states)
             return
-        while True:
-            parent = self.tree.deepest(pages)
-            start = 0 if parent is None else parent.length
-            size = (states.length - start) * self.runner.token_bytes + states.size_bytes
-            if self.budget.free_bytes >= size:
-                break
-            if parent is not None:
-                self.tree.touch(parent)
-            if not self.budget.make_room(size):
-                return
-        keys: Keys = self.runner.keys(request.sequence, start, states.length)
-        self.tree.add(request.slice(start, states.length), pages, keys, states)
+        parent = self.tree.deepest(pages)
+        start = 0 if parent is None else parent.length
+        places = request.places[start // self.runner.page_size : len(pages)]
+        self.tree.add(request.slice(start, states.length), pages, places, states)
 
     def _adopt(self, document: SavedDocument) -> bool:
         pages = digests(document.ids, self.runner.page_size)
-        parent = self.tree.deepest(pages)
-        if parent is not None and parent.length == len(document.ids):
-            self.tree.renew(parent, document.states)
+        node = self.tree.find(pages[-1])
+        if node is not None:
+            self.tree.renew(node, document.states)
             return True
-        # keys that others keep already are not cut out of the file's
-        if parent is not None or not self.budget.make_room(document.keys.size_bytes + document.states.size_bytes):
+        if not self.budget.make_room(len(pages), document.states.size_bytes):
             return False
-        self.tree.add(document.ids, pages, document.keys, document.states)
+        places = self.tree.pool.take(len(pages))
+        scatter(self.runner.cache, places, document.keys)
+        parent = self.tree.deepest(pages)
+        start = 0 if parent is None else parent.length
+        self.tree.add(document.ids[start:], pages, places[start // self.runner.page_size :], document.states)
+        # those that the parent has already are free again
+        self.tree.pool.stop(places)
         return True
 
     def _exported(self, prompt: tuple[int, ...], text: str) -> SavedDocument | None:
         node = self.tree.match(len(prompt), digests(prompt, self.runner.page_size)).node
         if node is None:
             return None
-        parts = [cast(Keys, part.keys) for part in node.path()]
         self.tree.touch(node)
-        return SavedDocument(text, prompt[: node.length], joined(parts), cast(States, node.states))
+        keys = gather(self.runner.cache, node.all_places())
+        return SavedDocument(text, prompt[: node.length], keys, cast(States, node.states))
 
     # ends
 
@@ -470,6 +460,8 @@ class Engine:
         if request.mark is not None:
             self._keep(request, request.mark)
         self.runner.free(request.sequence)
+        if request.finish is not None:
+            self.scheduler.release(request)
         request.sequence = request.mark = None
 
     def _end(self, request: Request, error: str = "") -> None:

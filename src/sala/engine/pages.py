@@ -3,7 +3,7 @@
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,58 @@ class Sized(Protocol):
 
     @property
     def size_bytes(self) -> int: ...
+
+
+class PagePool:
+    """Numbers of pages, and who has them: running requests, kept prefixes, both, or nobody."""
+
+    def __init__(self, num_pages: int):
+        self.num_pages = num_pages
+        # a page given back is the next one taken: memory that was never written stays untouched
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._running, self._kept = [0] * num_pages, [0] * num_pages
+        self.num_running = 0
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_pages - len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """Return free pages for a running request; there are as many."""
+        taken = [self._free.pop() for _ in range(count)]
+        self._add(self._running, taken)
+        return taken
+
+    def run(self, pages: Iterable[int]) -> None:
+        """Count another running request that has these pages."""
+        self._add(self._running, pages)
+
+    def stop(self, pages: Iterable[int]) -> None:
+        self._remove(self._running, pages)
+
+    def keep(self, pages: Iterable[int]) -> None:
+        """Count another kept prefix that has these pages."""
+        self._add(self._kept, pages)
+
+    def drop(self, pages: Iterable[int]) -> None:
+        self._remove(self._kept, pages)
+
+    def _add(self, counts: list[int], pages: Iterable[int]) -> None:
+        for page in pages:
+            counts[page] += 1
+            self.num_running += counts is self._running and counts[page] == 1
+
+    def _remove(self, counts: list[int], pages: Iterable[int]) -> None:
+        for page in pages:
+            assert counts[page] > 0
+            counts[page] -= 1
+            self.num_running -= counts is self._running and counts[page] == 0
+            if not self._running[page] and not self._kept[page]:
+                self._free.append(page)
 
 
 def digests(tokens: Sequence[int], page_size: int, before: Sequence[bytes] = ()) -> list[bytes]:
@@ -32,8 +84,8 @@ def digests(tokens: Sequence[int], page_size: int, before: Sequence[bytes] = ())
 class Node:
     """A prefix of `length` tokens, whose last page has the digest.
 
-    tokens, pages, keys: those after the parent. states: of the layers that have one, at the end of the prefix; None once
-    they are evicted, while `children` still need the keys.
+    tokens, pages, places: those after the parent, the digests of its pages and their numbers. states: of the layers that
+    have one, at the end of the prefix; None once they are evicted, while `children` still need the pages.
     """
 
     digest: bytes
@@ -41,22 +93,21 @@ class Node:
     parent: "Node | None"
     tokens: tuple[int, ...]
     pages: tuple[bytes, ...]
-    keys: Sized
+    places: tuple[int, ...]
     states: Sized | None
     children: int = 0
-
-    @property
-    def size_bytes(self) -> int:
-        return self.keys.size_bytes + (0 if self.states is None else self.states.size_bytes)
 
     @property
     def start(self) -> int:
         return self.length - len(self.tokens)
 
     def path(self) -> "list[Node]":
-        """Return the nodes from the start of the text to this one: together their keys are those of the prefix."""
+        """Return the nodes from the start of the text to this one: together their pages are those of the prefix."""
         before = [] if self.parent is None else self.parent.path()
         return [*before, self]
+
+    def all_places(self) -> list[int]:
+        return [place for node in self.path() for place in node.places]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +125,12 @@ class Match:
 class PrefixTree:
     """Prefixes by the digest of their last page; the states used longest ago go first.
 
-    A node exists only once all layers have written its keys and states.
+    A node exists only once all layers have written its pages and states.
     """
 
-    def __init__(self, page_size: int):
-        self.page_size = page_size
-        self.size_bytes = 0
+    def __init__(self, page_size: int, pool: PagePool):
+        self.page_size, self.pool = page_size, pool
+        self.state_bytes = 0
         self.evictions = 0
         self._nodes: dict[bytes, Node] = {}
         # a node whose own pages include a digest
@@ -119,43 +170,44 @@ class PrefixTree:
             self._kept.move_to_end(node.digest)
 
     def deepest(self, pages: Sequence[bytes]) -> Node | None:
-        """Return the longest node on the way, with or without states: where the keys of a new node begin."""
+        """Return the longest node on the way, with or without states: where the pages of a new node begin."""
         return next((self._nodes[page] for page in reversed(pages) if page in self._nodes), None)
 
     def find(self, digest: bytes) -> Node | None:
         """Return the node whose last page has the digest, with or without states."""
         return self._nodes.get(digest)
 
-    def add(self, tokens: tuple[int, ...], pages: Sequence[bytes], keys: Sized, states: Sized) -> Node:
-        """Keep a prefix of `pages`; tokens and keys: those after the `deepest` node on its way."""
+    def add(self, tokens: tuple[int, ...], pages: Sequence[bytes], places: Sequence[int], states: Sized) -> Node:
+        """Keep a prefix of `pages`; tokens and places: those after the `deepest` node on its way."""
         parent = self.deepest(pages)
         own = tuple(pages[0 if parent is None else parent.length // self.page_size :])
-        assert own and len(own) * self.page_size == len(tokens)
-        node = Node(pages[-1], len(pages) * self.page_size, parent, tokens, own, keys, states)
+        assert own and len(own) * self.page_size == len(tokens) and len(own) == len(places)
+        node = Node(pages[-1], len(pages) * self.page_size, parent, tokens, own, tuple(places), states)
         if parent is not None:
             parent.children += 1
         self._nodes[node.digest] = self._kept[node.digest] = node
         self._edges.update(dict.fromkeys(own, node))
         self._evicted.pop(node.digest, None)
-        self.size_bytes += node.size_bytes
+        self.pool.keep(node.places)
+        self.state_bytes += states.size_bytes
         return node
 
     def renew(self, node: Node, states: Sized) -> None:
         """Give a node its states back, which were evicted; one that has them is touched."""
         if node.states is None:
             node.states = states
-            self.size_bytes += states.size_bytes
+            self.state_bytes += states.size_bytes
             self._kept[node.digest] = node
             self._evicted.pop(node.digest, None)
         self.touch(node)
 
     def evict(self) -> bool:
-        """Forget the states used longest ago, and keys that then nobody needs; False where there are none."""
+        """Forget the states used longest ago, and pages that then nobody needs; False where there are none."""
         if not self._kept:
             return False
         _, node = self._kept.popitem(last=False)
         assert node.states is not None
-        self.size_bytes -= node.states.size_bytes
+        self.state_bytes -= node.states.size_bytes
         node.states = None
         self.evictions += 1
         self._evicted[node.digest] = None
@@ -167,7 +219,7 @@ class PrefixTree:
     def _prune(self, node: Node | None) -> None:
         """Remove nodes without states and children, from `node` towards the start."""
         while node is not None and node.states is None and not node.children:
-            self.size_bytes -= node.keys.size_bytes
+            self.pool.drop(node.places)
             del self._nodes[node.digest]
             for page in node.pages:
                 if self._edges.get(page) is node:
@@ -196,50 +248,60 @@ class PrefixTree:
 class Budget:
     """Bytes for running requests and kept prefixes together; a running request comes first.
 
-    total_bytes: all there is. token_bytes: keys and values of one token. state_bytes: what a sequence takes at any length.
+    total_bytes: all there is. page_bytes: a page of all layers. state_bytes: of a running sequence.
     """
 
-    def __init__(self, total_bytes: int, page_size: int, token_bytes: int, state_bytes: int, tree: PrefixTree):
-        self.total_bytes, self.page_size = total_bytes, page_size
-        self.token_bytes, self.state_bytes = token_bytes, state_bytes
-        self.tree = tree
-        self.live_bytes = 0
+    def __init__(self, total_bytes: int, page_bytes: int, state_bytes: int, tree: PrefixTree):
+        self.total_bytes, self.page_bytes, self.state_bytes = total_bytes, page_bytes, state_bytes
+        self.tree, self.pool, self.page_size = tree, tree.pool, tree.page_size
+        self.num_running = 0
 
-    def need(self, tokens: int) -> int:
-        """Return the bytes of a sequence of `tokens`, in whole pages."""
-        pages = -(-tokens // self.page_size)
-        return pages * self.page_size * self.token_bytes + self.state_bytes
+    def pages(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
 
     @property
     def longest(self) -> int:
         """The most tokens that one sequence can have when nothing else runs."""
-        pages = (self.total_bytes - self.state_bytes) // max(1, self.page_size * self.token_bytes)
+        pages = min(self.pool.num_pages, (self.total_bytes - self.state_bytes) // self.page_bytes)
         return max(0, pages * self.page_size)
 
     @property
-    def free_bytes(self) -> int:
-        return self.total_bytes - self.live_bytes - self.tree.size_bytes
+    def running_bytes(self) -> int:
+        return self.pool.num_running * self.page_bytes + self.num_running * self.state_bytes
 
-    def could_take(self, size_bytes: int) -> bool:
-        """Return whether so many bytes would be free if nothing was kept for later."""
-        return self.total_bytes - self.live_bytes >= size_bytes
+    @property
+    def used_bytes(self) -> int:
+        states = self.num_running * self.state_bytes + self.tree.state_bytes
+        return self.pool.num_used * self.page_bytes + states
 
-    def make_room(self, size_bytes: int) -> bool:
-        """Evict prefixes until so many bytes are free; False, with nothing evicted, where running requests hold them."""
-        if not self.could_take(size_bytes):
+    def make_room(self, pages: int, size_bytes: int) -> bool:
+        """Evict prefixes until there are free pages, and bytes for them and `size_bytes` more.
+
+        False, with nothing evicted, where running requests hold too much.
+        """
+        size_bytes += pages * self.page_bytes
+        if self.pool.num_pages - self.pool.num_running < pages or self.total_bytes - self.running_bytes < size_bytes:
             return False
-        while self.free_bytes < size_bytes:
+        while self.pool.num_free < pages or self.total_bytes - self.used_bytes < size_bytes:
             evicted = self.tree.evict()
             assert evicted
         return True
 
-    def take(self, size_bytes: int) -> bool:
-        """Set bytes aside for a running request; False where there are not enough."""
-        if not self.make_room(size_bytes):
-            return False
-        self.live_bytes += size_bytes
-        return True
+    def start(self, shared: Sequence[int], pages: int) -> list[int] | None:
+        """Return the pages of a request that begins: those that it shares and `pages` new ones; None without room."""
+        # what is shared is not evicted then
+        self.pool.run(shared)
+        if not self.make_room(pages, self.state_bytes):
+            self.pool.stop(shared)
+            return None
+        self.num_running += 1
+        return [*shared, *self.pool.take(pages)]
 
-    def give_back(self, size_bytes: int) -> None:
-        self.live_bytes -= size_bytes
-        assert self.live_bytes >= 0
+    def grow(self, pages: int) -> list[int] | None:
+        """Return new pages for a request that runs, None without room."""
+        return self.pool.take(pages) if self.make_room(pages, 0) else None
+
+    def end(self, pages: Sequence[int]) -> None:
+        """Take note that a request no longer runs."""
+        self.num_running -= 1
+        self.pool.stop(pages)

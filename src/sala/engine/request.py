@@ -24,7 +24,7 @@ class Request:
     payload: the engine's.
     max_new_tokens: longest answer. read: how many of `tokens` the sequence holds.
     cached: how many tokens of the prompt were not read but found; miss: why not more.
-    sequence: the runner's, None while waiting. budget_bytes: what the scheduler has set aside for it.
+    sequence: the runner's, None while waiting. places: the numbers of its pages, in order.
     """
 
     id: str
@@ -39,7 +39,8 @@ class Request:
     cached: int = 0
     miss: str = ""
     sequence: Any = None
-    budget_bytes: int = 0
+    places: list[int] = field(default_factory=list)
+    states: Any = None
     mark: Any = None
     finish: Finish | None = None
     cancelled: bool = False

@@ -1,38 +1,38 @@
-"""Sequences on a model: opened, extended, copied, kept and freed. Nothing above knows how the model stores them."""
+"""Sequences on a model: rows of any lengths read new tokens together, in pages and slots that the scheduler hands out."""
 
 import math
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sala.engine.watch import Watch
-from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM, SalaCache, new_cache
-from sala.model.cache import AttentionCache, LightningCache, SparseCache
-from sala.model.growing import GrowingTensor
-from sala.model.interface import named
+from sala.errors import InputError
+from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM, PagedRow, new_paged_cache
+from sala.model.kinds import runs
 from sala.model.report import cache_bytes, cache_bytes_per_token
-from sala.ops.infllm import num_windows
 
 # pages have at least so many tokens
 PAGE_TOKENS = 64
+# a sequence has two slots: what it reads from, and what it writes to
+SLOTS = 2
 
 
 @dataclass(eq=False)
 class Sequence:
-    """What a model remembers of one text."""
+    """What a model remembers of one text: its pages, in order, as the scheduler keeps them, and the slots of its states."""
 
-    cache: SalaCache
-
-    @property
-    def length(self) -> int:
-        return self.cache.columns
+    pages: list[int]
+    slots: tuple[int, int]
+    length: int = 0
+    has_state: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """Tokens that a sequence reads.
+    """Tokens that a sequence reads; it has pages for them.
 
     every: logits of all of them are wanted, not of the last alone. watched: also which blocks its sparse layers read.
     """
@@ -52,21 +52,8 @@ class Extended:
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
-    """Keys, values and compressed keys of the tokens [start, end), by layer; () for a layer that has none."""
-
-    start: int
-    end: int
-    tensors: tuple[tuple[Tensor, ...], ...]
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for layer in self.tensors for tensor in layer)
-
-
-@dataclass(frozen=True, slots=True)
 class States:
-    """The states (1, H, K, V) of lightning layers after `length` tokens, by layer; None for another layer."""
+    """The states (H, K, V) of lightning layers after `length` tokens, by layer; None for another layer."""
 
     length: int
     tensors: tuple[Tensor | None, ...]
@@ -76,100 +63,93 @@ class States:
         return sum(state.numel() * state.element_size() for state in self.tensors if state is not None)
 
 
-def joined(parts: Many[Keys]) -> Keys:
-    """Return keys that follow each other as one."""
-    layers = zip(*(part.tensors for part in parts), strict=True)
-    tensors = tuple(tuple(torch.cat(pieces, dim=1) for pieces in zip(*layer, strict=True)) for layer in layers)
-    return Keys(parts[0].start, parts[-1].end, tensors)
-
-
 def page_tokens(config: MiniCPMSALAConfig) -> int:
-    """Return the tokens of a page: whole blocks of a sparse layer."""
-    return math.lcm(PAGE_TOKENS, config.sparse_geometry.block_size) if config.sparse_config else PAGE_TOKENS
+    """Return the tokens of a page: whole blocks and whole windows of a sparse layer."""
+    if not runs(config.mixer_types, "infllm"):
+        return PAGE_TOKENS
+    geometry = config.sparse_geometry
+    return math.lcm(PAGE_TOKENS, geometry.block_size, geometry.coarse_stride)
 
 
 class Runner:
-    """Runs sequences on a model, each with a cache of its own; rows of a call are computed one after the other."""
+    """Runs sequences on a model.
 
-    def __init__(self, model: MiniCPMSALAForCausalLM):
-        self.model = model
-        self.config = model.config
+    budget_bytes: for pages, and for states of running sequences and of kept prefixes, together. max_running: sequences at
+    a time. Memory of a CPU is taken when it is written first; on another device all pages are there from the start.
+    """
+
+    def __init__(self, model: MiniCPMSALAForCausalLM, budget_bytes: int, max_running: int = 64):
+        self.model, self.config = model, model.config
+        self.budget_bytes, self.max_running = budget_bytes, max_running
         self.page_size = page_tokens(model.config)
         itemsize = model.dtype.itemsize
-        self.token_bytes = math.ceil(cache_bytes_per_token(model.config, itemsize))
+        self.page_bytes = math.ceil(cache_bytes_per_token(model.config, itemsize) * self.page_size)
         self.state_bytes = cache_bytes(model.config, 0, itemsize)
+        slots = SLOTS * max_running
+        room = budget_bytes if model.device.type == "cpu" else budget_bytes - slots * self.state_bytes
+        self.num_pages = room // self.page_bytes
+        if self.num_pages < 1:
+            raise InputError(f"{budget_bytes:,} bytes of cache for {max_running} sequences; expected room for a page")
+        self.cache = new_paged_cache(model.config, self.num_pages, slots, self.page_size)
+        self._slots = list(range(slots))
 
-    def open(self, reserve: int = 0) -> Sequence:
-        """Return an empty sequence; reserve: tokens to take memory for at once."""
-        return Sequence(new_cache(self.config, reserve))
-
-    @torch.inference_mode()
-    def extend(self, rows: Many[Extension]) -> list[Extended]:
-        """Read new tokens, of any number in each row."""
-        return [self._extend(row) for row in rows]
-
-    def _extend(self, row: Extension) -> Extended:
-        ids_1T = torch.tensor([list(row.tokens)], device=self.model.device)
-        call = {**named(row.sequence.cache), "use_cache": True, "logits_to_keep": 0 if row.every else 1}
-        if not row.watched:
-            return Extended(self.model(ids_1T, **call).logits[0])
-        with Watch(self.model) as watch:
-            logits_NX = self.model(ids_1T, **call).logits[0]
-        return Extended(logits_NX, watch.blocks_N())
-
-    def states(self, sequence: Sequence) -> States:
-        """Return the states as they are now. A layer replaces its state, so that nothing has to be copied."""
-        layers = sequence.cache.of_layers
-        states = [layer.state_BHKV if isinstance(layer, LightningCache) else None for layer in layers]
-        return States(sequence.length, tuple(states))
+    def open(self, pages: list[int]) -> Sequence:
+        """Return an empty sequence on pages that grow with it."""
+        return Sequence(pages, (self._slots.pop(), self._slots.pop()))
 
     @torch.inference_mode()
-    def keys(self, sequence: Sequence, start: int, end: int) -> Keys:
-        """Return a copy of the keys and values of tokens [start, end), both at the ends of pages."""
-        layers = []
-        for layer in sequence.cache.of_layers:
-            if isinstance(layer, AttentionCache):
-                spans = _spans(layer, start, end)
-                layers.append(tuple(t.buffer[:, a:b].clone() for t, (a, b) in spans if t.buffer is not None))
-            else:
-                layers.append(())
-        return Keys(start, end, tuple(layers))
-
-    @torch.inference_mode()
-    def restore(self, tokens: Many[int], keys: Many[Keys], states: States, reserve: int = 0) -> Sequence:
-        """Return a sequence that has read `tokens`: keys in order from the start, states at the end."""
-        length = states.length
-        assert [part.start for part in keys] == [0, *(part.end for part in keys[:-1])] and keys[-1].end == length
-        sequence = self.open(reserve)
-        for index, layer in enumerate(sequence.cache.of_layers):
-            if isinstance(layer, LightningCache):
-                layer.state_BHKV = states.tensors[index]
-                continue
-            assert isinstance(layer, AttentionCache)
-            for place, (tensor, (_, end)) in enumerate(_spans(layer, 0, length)):
-                _fill(tensor, [part.tensors[index][place] for part in keys], end)
-        sequence.cache.read(torch.tensor([list(tokens)], device=self.model.device), length)
+    def restore(self, pages: list[int], states: States) -> Sequence:
+        """Return a sequence that has read what its first pages hold, and whose states are these."""
+        sequence = self.open(pages)
+        self.cache.fill_slot(sequence.slots[0], states.tensors)
+        sequence.length, sequence.has_state = states.length, True
         return sequence
 
     def free(self, sequence: Sequence) -> None:
-        """Forget a sequence; what was kept of it stays."""
-        sequence.cache.reset()
+        """Forget a sequence; whose its pages are is not said here."""
+        self._slots += sequence.slots
+
+    def states(self, sequence: Sequence) -> States:
+        """Return a copy of the states as they are now."""
+        states = self.cache.slot(sequence.slots[0])
+        return States(sequence.length, tuple(None if state is None else state.clone() for state in states))
+
+    @torch.inference_mode()
+    def extend(self, rows: Many[Extension]) -> list[Extended]:
+        """Read new tokens, of any number in each row.
+
+        Rows of one token are read together; longer ones, and those that are watched, one after the other: padding them
+        to one length would cost more than it saves.
+        """
+        alone = [index for index, row in enumerate(rows) if len(row.tokens) > 1 or row.watched]
+        together = [index for index in range(len(rows)) if index not in set(alone)]
+        results: dict[int, Extended] = {}
+        for group in [together, *([index] for index in alone)]:
+            if group:
+                results |= zip(group, self._extend([rows[index] for index in group]), strict=True)
+        return [results[index] for index in range(len(rows))]
+
+    def _extend(self, rows: Many[Extension]) -> list[Extended]:
+        ids_BT = torch.tensor([list(row.tokens) for row in rows], device=self.model.device)
+        places = [_row(row.sequence) for row in rows]
+        network, watch = self.model.model, Watch(self.model) if rows[0].watched else None
+        placed = network.rotated(self.cache.place(places, [len(row.tokens) for row in rows], self.model.device))
+        if watch is None:
+            hidden_BTD = network.run(ids_BT, placed, self.cache.layers)
+        else:
+            with watch:
+                hidden_BTD = network.run(ids_BT, placed, self.cache.layers)
+        every = rows[0].every and len(rows) == 1
+        logits_BTX = self.model.logits(hidden_BTD if every else hidden_BTD[:, -1:])
+        for row in rows:
+            sequence = row.sequence
+            # only now is the call known to have succeeded
+            sequence.slots, sequence.has_state = sequence.slots[::-1], True
+            sequence.length += len(row.tokens)
+        blocks_N = None if watch is None else watch.blocks_N()
+        return [Extended(logits_TX, blocks_N) for logits_TX in logits_BTX]
 
 
-def _spans(layer: AttentionCache, start: int, end: int) -> list[tuple[GrowingTensor, tuple[int, int]]]:
-    """Return a layer's tensors, and of each the places that belong to tokens [start, end)."""
-    spans = [(layer.key_places, (start, end)), (layer.value_places, (start, end))]
-    if isinstance(layer, SparseCache):
-        for tier, (size, stride) in zip(layer.tiers, layer.windows.tiers, strict=True):
-            # a window belongs to the tokens in which it ends
-            spans.append((tier, (num_windows(start, size, stride), num_windows(end, size, stride))))
-    return spans
-
-
-def _fill(tensor: GrowingTensor, parts: Many[Tensor], length: int) -> None:
-    places = tensor.extend_to(length, parts[0])
-    at = 0
-    for part in parts:
-        places[:, at : at + part.shape[1]] = part
-        at += part.shape[1]
-    assert at == length
+def _row(sequence: Sequence) -> PagedRow:
+    read, written = sequence.slots
+    return PagedRow(np.array(sequence.pages, np.int32), sequence.length, (read if sequence.has_state else -1, written))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,16 +23,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sala.engine.prompt import join
-from sala.engine.runner import Extension, Keys, Runner, States
-from sala.engine.runner import Sequence as ReadSequence
+from sala.engine.reading import read
+from sala.engine.runner import States, page_tokens
 from sala.errors import InputError, writing
-from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM, SalaCache
+from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM, PagedCache, SalaCache, new_cache
+from sala.model.cache import AttentionCache, LightningCache
 from sala.model.mixers import config_fields
+from sala.model.paged import PagedTensor
 from sala.model.report import cache_bytes
 
 FORMAT = "sala-document-1"
 SUFFIX = ".sala"
 TEXT, IDS = "text", "ids"
+Keys = tuple[tuple[Tensor, ...], ...]
 # two starts of a question that no tokenizer joins to the text in one way
 QUESTIONS = ("a", "[")
 
@@ -59,7 +63,10 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class SavedDocument:
-    """A text and what the layers remember of its first tokens: `keys` and `states` after all of `ids`."""
+    """A text and what the layers remember of its first tokens, `ids`.
+
+    keys: by layer keys, values and compressed keys of both tiers, (S or N, G, K); () for a layer that has none.
+    """
 
     text: str
     ids: tuple[int, ...]
@@ -67,20 +74,20 @@ class SavedDocument:
     states: States
 
 
-def reader_of(runner: Runner, tokenizer: PreTrainedTokenizerBase) -> Reader:
-    """Return who a runner is. Reads all weights once."""
-    config = _plain(runner.config)
-    config |= {"dtype": str(runner.model.dtype), "page_size": runner.page_size}
+def reader_of(model: MiniCPMSALAForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Reader:
+    """Return who a model is. Reads all weights once."""
+    config = _plain(model.config)
+    config |= {"dtype": str(model.dtype), "page_size": page_tokens(model.config)}
     backend = tokenizer.backend_tokenizer.to_str()
     return Reader(
-        weights=_weights_hash(runner.model.state_dict()),
+        weights=_weights_hash(model.state_dict()),
         tokenizer=hashlib.sha256(backend.encode()).hexdigest(),
         configuration=json.dumps(config, sort_keys=True, default=str),
     )
 
 
 def read_document(
-    runner: Runner,
+    model: MiniCPMSALAForCausalLM,
     text: str,
     encode: Callable[[str], list[int]],
     *,
@@ -96,22 +103,25 @@ def read_document(
     """
     one, other = (encode(join(text, question)) for question in QUESTIONS)
     common = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    length = common // runner.page_size * runner.page_size
+    page = page_tokens(model.config)
+    length = common // page * page
     if not length:
-        raise InputError(
-            f"the text has {common} tokens; expected at least {runner.page_size}, fewer are read in no time"
-        )
-    ids = tuple(one[:length])
-    sequence = runner.open(length)
-    for start in range(0, length, chunk):
-        part = ids[start : start + chunk]
-        runner.extend([Extension(sequence, part)])
-        on_tokens(len(part))
-    return SavedDocument(text, ids, runner.keys(sequence, 0, length), runner.states(sequence))
+        raise InputError(f"the text has {common} tokens; expected at least {page}, fewer are read in no time")
+    ids_1T, nothing = torch.tensor([one[:length]], device=model.device), torch.tensor([], dtype=torch.long)
+    cache = new_cache(model.config, reserve=length)
+    for _ in read(model, ids_1T, nothing, cache, chunk=chunk, on_tokens=on_tokens):
+        pass
+    states = tuple(
+        layer.state_BHKV[0] if isinstance(layer, LightningCache) and layer.state_BHKV is not None else None
+        for layer in cache.of_layers
+    )
+    keys = tuple(_filled(layer) if isinstance(layer, AttentionCache) else () for layer in cache.of_layers)
+    return SavedDocument(text, tuple(one[:length]), keys, States(length, states))
 
 
-def opened(document: SavedDocument, runner: Runner, prompt: Sequence[int], reserve: int) -> ReadSequence:
-    """Return a sequence that has read a document, for a prompt that begins with it.
+@torch.inference_mode()
+def opened(document: SavedDocument, model: MiniCPMSALAForCausalLM, prompt: Sequence[int], reserve: int) -> SalaCache:
+    """Return a cache that has read a document, with room for `reserve` tokens, for a prompt that begins with it.
 
     Raises:
         InputError: the prompt begins otherwise.
@@ -120,7 +130,52 @@ def opened(document: SavedDocument, runner: Runner, prompt: Sequence[int], reser
         raise InputError(
             "the prompt does not begin with the document's tokens; expected the options it was read with (--chat)"
         )
-    return runner.restore(document.ids, [document.keys], document.states, reserve)
+    cache = new_cache(model.config, reserve)
+    for layer, keys, state in zip(cache.of_layers, document.keys, document.states.tensors, strict=True):
+        if isinstance(layer, LightningCache):
+            layer.state_BHKV = None if state is None else state[None]
+        for tensor, kept in zip(layer.tensors(), keys, strict=True):
+            tensor.extend_to(kept.shape[0], kept[None])[:] = kept
+    cache.read(torch.tensor([document.ids], device=model.device), len(document.ids))
+    return cache
+
+
+def gather(cache: PagedCache, pages: Sequence[int]) -> Keys:
+    """Return a copy of what full pages hold, in order."""
+    layers: list[tuple[Tensor, ...]] = [() for _ in cache.layers]
+    table = np.array(pages, np.int64)
+    for index, tensor in cache.tensors():
+        assert tensor.buffer is not None
+        places = torch.from_numpy(_places(table, tensor, cache)).to(tensor.buffer.device)
+        layers[index] += (tensor.buffer.flatten(0, 1)[places],)
+    return tuple(layers)
+
+
+@torch.inference_mode()
+def scatter(cache: PagedCache, pages: Sequence[int], keys: Keys) -> None:
+    """Write into pages what `gather` returned of others."""
+    table = np.array(pages, np.int64)
+    rest = [list(layer) for layer in keys]
+    for index, tensor in cache.tensors():
+        kept = rest[index].pop(0)
+        tensor.write(torch.from_numpy(_places(table, tensor, cache)).to(kept.device), kept)
+
+
+def _places(table: np.ndarray, tensor: PagedTensor, cache: PagedCache) -> np.ndarray:
+    """Return the places of a tensor in pages that hold something, counted through all pages.
+
+    A window lies in the page of its last token, so that the first places of a text's first page are empty.
+    """
+    stride = cache.sizes.page_tokens // tensor.places
+    size = next((size for size, each in cache.tiers if each == stride), 1) if stride > 1 else 1
+    index = np.arange((size - 1) // stride, len(table) * tensor.places)
+    return table[index // tensor.places] * tensor.places + index % tensor.places
+
+
+def _filled(layer: AttentionCache) -> tuple[Tensor, ...]:
+    """Return what a layer holds of its only row."""
+    filled = [tensor.filled for tensor in layer.tensors()]
+    return tuple(tensor[0] for tensor in filled if tensor is not None)
 
 
 def saved_text(path: Path) -> str:
@@ -145,9 +200,7 @@ def open_cache(
     Raises:
         InputError: as `load_document` and `opened`.
     """
-    runner = Runner(network)
-    document = load_document(path, runner, reader_of(runner, tokenizer))
-    return opened(document, runner, prompt, reserve).cache
+    return opened(load_document(path, network, reader_of(network, tokenizer)), network, prompt, reserve)
 
 
 def save_document(path: Path, document: SavedDocument, reader: Reader) -> None:
@@ -160,7 +213,7 @@ def save_document(path: Path, document: SavedDocument, reader: Reader) -> None:
         TEXT: torch.frombuffer(bytearray(document.text.encode()), dtype=torch.uint8),
         IDS: torch.tensor(document.ids, dtype=torch.int64),
     }
-    for index, (layer, state) in enumerate(zip(document.keys.tensors, document.states.tensors, strict=True)):
+    for index, (layer, state) in enumerate(zip(document.keys, document.states.tensors, strict=True)):
         tensors |= {f"layers.{index}.{place}": tensor for place, tensor in enumerate(layer)}
         if state is not None:
             tensors[f"layers.{index}.state"] = state
@@ -186,7 +239,7 @@ def save_document(path: Path, document: SavedDocument, reader: Reader) -> None:
             raise
 
 
-def load_document(path: Path, runner: Runner, reader: Reader) -> SavedDocument:
+def load_document(path: Path, model: MiniCPMSALAForCausalLM, reader: Reader) -> SavedDocument:
     """Read a document back.
 
     Raises:
@@ -199,7 +252,7 @@ def load_document(path: Path, runner: Runner, reader: Reader) -> SavedDocument:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         if _checksums(tensors) != json.loads(metadata["checksums"]):
             raise InputError(f"{str(path)!r} is damaged: a checksum differs; expected it as it was written")
-        return _assemble(tensors, runner)
+        return _assemble(tensors, model)
 
 
 @contextlib.contextmanager
@@ -223,21 +276,22 @@ def _text(tensor: Tensor) -> str:
     return bytes(tensor.numpy()).decode()
 
 
-def _assemble(tensors: Mapping[str, Tensor], runner: Runner) -> SavedDocument:
+def _assemble(tensors: Mapping[str, Tensor], model: MiniCPMSALAForCausalLM) -> SavedDocument:
     ids = tuple(tensors[IDS].tolist())
-    device, dtype, length = runner.model.device, runner.model.dtype, len(ids)
+    device, length, config = model.device, len(ids), model.config
     layers, states = [], []
-    for index in range(runner.config.num_hidden_layers):
+    for index in range(config.num_hidden_layers):
         prefix = f"layers.{index}."
         state = tensors.get(prefix + "state")
         states.append(None if state is None else state.to(device))
         names = [f"{prefix}{place}" for place in range(4) if f"{prefix}{place}" in tensors]
         layers.append(tuple(tensors[name].to(device) for name in names))
-    keys, kept = Keys(0, length, tuple(layers)), States(length, tuple(states))
-    size = cache_bytes(runner.config, length, dtype.itemsize)
-    if length % runner.page_size or keys.size_bytes + kept.size_bytes != size:
-        raise ValueError(f"{keys.size_bytes + kept.size_bytes:,} bytes for {length:,} tokens, not {size:,}")
-    return SavedDocument(_text(tensors[TEXT]), ids, keys, kept)
+    sizes = [tensor.numel() * tensor.element_size() for layer in layers for tensor in layer]
+    found = sum(sizes) + States(length, tuple(states)).size_bytes
+    size = cache_bytes(config, length, model.dtype.itemsize)
+    if length % page_tokens(config) or found != size:
+        raise ValueError(f"{found:,} bytes for {length:,} tokens, not {size:,}")
+    return SavedDocument(_text(tensors[TEXT]), ids, tuple(layers), States(length, tuple(states)))
 
 
 def _plain(config: MiniCPMSALAConfig) -> dict[str, object]:

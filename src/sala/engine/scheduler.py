@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sala.engine.pages import Budget, Match, Node, PrefixTree
+from sala.engine.pages import Budget, Match, PrefixTree
 from sala.engine.request import Finish, Request
 from sala.errors import InputError, MemoryLimitError
 
@@ -28,12 +28,12 @@ class Row:
 class Step:
     """What the engine does next, in this order.
 
-    stopped: requests whose sequences are freed before the rest. started: requests that begin, from a kept prefix or from
+    stopped: requests whose sequences are freed before the rest. started: requests that begin, from `states` or from
     nothing. rows: what is read in one pass.
     """
 
     stopped: tuple[Request, ...]
-    started: tuple[tuple[Request, Node | None], ...]
+    started: tuple[Request, ...]
     rows: tuple[Row, ...]
 
 
@@ -74,11 +74,11 @@ class Scheduler:
             QueueFullError: the queue is full.
         """
         tokens = len(request.prompt) + request.max_new_tokens
-        need = self.budget.need(tokens)
-        if need > self.budget.total_bytes:
+        if tokens > self.budget.longest:
             raise MemoryLimitError(
-                f"{len(request.prompt):,} tokens of prompt and {request.max_new_tokens:,} of answer need {need:,} bytes "
-                f"of cache; the server has {self.budget.total_bytes:,}, expected at most {self.budget.longest:,} tokens"
+                f"{len(request.prompt):,} tokens of prompt and {request.max_new_tokens:,} of answer need "
+                f"{self.budget.pages(tokens) * self.budget.page_bytes:,} bytes of cache; there are "
+                f"{self.budget.total_bytes:,}, expected at most {self.budget.longest:,} tokens"
             )
         if len(self.waiting) >= self.max_waiting:
             raise QueueFullError(f"{len(self.waiting):,} requests are waiting; expected another try later")
@@ -91,7 +91,7 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def plan(self) -> Step:
-        """Return the next step. Requests marked `cancelled` are stopped in it."""
+        """Return the next step. Requests marked `cancelled` are stopped in it; the engine then releases their pages."""
         stopped = [request for request in self.running if request.cancelled]
         for request in stopped:
             self.end(request, "cancelled")
@@ -103,23 +103,23 @@ class Scheduler:
         return Step(tuple(stopped), tuple(started), tuple(self._rows()))
 
     def end(self, request: Request, finish: Finish) -> None:
-        """Take a running request out; what it held is free again."""
+        """Take a running request out; its pages are its own until `release`."""
         request.finish = finish
         self.running.remove(request)
-        self._release(request)
 
-    def _release(self, request: Request) -> None:
-        self.budget.give_back(request.budget_bytes)
-        request.budget_bytes = 0
+    def release(self, request: Request) -> None:
+        """Let others have the pages of a request that no longer runs."""
+        self.budget.end(request.places)
+        request.places = []
 
     def _grow(self) -> list[Request]:
-        """Set pages aside for the next token of every row; where there are none, the youngest requests wait again."""
+        """Give every row pages for its next token; where there are none, the youngest requests wait again."""
         preempted: list[Request] = []
         for request in list(self.running):
             while request in self.running:
-                more = self.budget.need(request.length) - request.budget_bytes
-                if more <= 0 or self.budget.take(more):
-                    request.budget_bytes += max(0, more)
+                more = self.budget.grow(max(0, self.budget.pages(request.length) - len(request.places)))
+                if more is not None:
+                    request.places += more
                     break
                 youngest = self.running[-1]
                 self._preempt(youngest)
@@ -128,49 +128,48 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
-        self._release(request)
-        request.read = 0
-        request.mark = None
+        self.release(request)
+        request.read, request.mark = 0, None
         request.preemptions += 1
         self.preemptions += 1
         self.waiting.insert(0, request)
 
-    def _admit(self) -> list[tuple[Request, Node | None]]:
-        started: list[tuple[Request, Node | None]] = []
+    def _admit(self) -> list[Request]:
+        started: list[Request] = []
         for request in list(self.waiting):
-            need = self.budget.need(request.length)
-            if len(self.running) >= self.max_running or not self.budget.could_take(need):
+            if len(self.running) >= self.max_running:
                 break
             pages = request.page_digests()
             match = Match(None, 0) if request.whole else self.tree.match(request.length, pages)
             if not request.whole and self._comes_with_another(request, pages, match.length):
                 # others may pass
                 continue
-            self._start(request, pages, match, need)
-            # making room may have taken the prefix itself
-            started.append((request, match.node if request.read else None))
+            if not self._start(request, pages, match):
+                break
+            started.append(request)
         return started
 
-    def _start(self, request: Request, pages: Sequence[bytes], match: Match, need: int) -> None:
-        if match.node is not None:
-            # a prefix about to be used is the last that has to go
-            self.tree.touch(match.node)
+    def _start(self, request: Request, pages: Sequence[bytes], match: Match) -> bool:
+        """Let a request run from what is kept of it; False where there is no room."""
+        node = match.node
+        shared = [] if node is None else node.all_places()
+        states = None if node is None else node.states
+        miss = "" if request.whole else self.tree.why_no_more(request.prompt, pages, match)
+        places = self.budget.start(shared, self.budget.pages(request.length) - len(shared))
+        if places is None:
+            return False
+        if node is not None:
+            self.tree.touch(node)
+        request.places, request.states, request.read = places, states, match.length
         if request.admitted_s is None:
             request.admitted_s = self.clock()
-            if not request.whole:
-                request.miss = self.tree.why_no_more(request.prompt, pages, match)
-        taken = self.budget.take(need)
-        assert taken
-        kept = match.node is not None and match.node.states is not None
-        request.read = match.length if kept else 0
-        if not request.preemptions:
-            request.cached = request.read
-        request.budget_bytes = need
+            request.cached, request.miss = match.length, miss
         if match.known > request.read:
             # where texts part, the next one can start
             request.add_stop(match.known)
         self.waiting.remove(request)
         self.running.append(request)
+        return True
 
     def _comes_with_another(self, request: Request, pages: Sequence[bytes], found: int) -> bool:
         """Return whether a running request reads the same text, further than `found`, and will keep states there."""

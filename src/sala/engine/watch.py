@@ -11,7 +11,10 @@ from sala.model.attention import logits_scale
 from sala.model.cache import SparseCache
 from sala.model.infllm import SparseAttention
 from sala.model.norm import normed_or_fused
+from sala.model.paged import SparsePool
+from sala.model.rows import Pages
 from sala.ops.infllm import select_blocks
+from sala.ops.pages import windows_in_order
 from sala.ops.pointwise import norm_rotate
 
 
@@ -19,7 +22,7 @@ class Watch:
     """Inside `with`, sums the attention that the last query of each call gives to blocks that it chose.
 
     Blocks that every query reads (the first ones and the window) do not count: they were not chosen. Selection and weights
-    are computed once more, from the layer's own input and cache. Rows are single and read through a cache.
+    are computed once more, from the layer's own input and cache. Rows are single and of requests, in pages.
     """
 
     def __init__(self, model: MiniCPMSALAForCausalLM):
@@ -45,12 +48,16 @@ class Watch:
         geometry, position = layer.geometry, rows.start + x_BTD.shape[1] - 1
         if position < geometry.first_sparse_position(position):
             return
-        assert isinstance(cache, SparseCache)
+        assert isinstance(cache, SparsePool) and isinstance(rows.layout, Pages)
+        table_1P = rows.layout.table_BP
+        fine, coarse = (
+            windows_in_order(tier.like(x_BTD), table_1P, *tier_of)
+            for tier, tier_of in zip(cache.tiers, cache.windows.tiers, strict=True)
+        )
         q_BTHK, positions_BT = _queries_again(layer, x_BTD, rows, position)
-        chosen = _choose(layer, q_BTHK, positions_BT, cache)
-        keys_SGK = cache.key_places.filled
-        assert keys_SGK is not None
-        weights_N = _weights(q_BTHK[0, 0], keys_SGK[0], chosen[0, 0], geometry.block_size, layer.width**-0.5)
+        chosen = select_blocks(q_BTHK, fine, coarse, positions_BT, geometry, scale=layer.width**-0.5)
+        k_NPGK = cache.keys.like(x_BTD)
+        weights_N = _weights(q_BTHK[0, 0], k_NPGK, table_1P[0], chosen[0, 0], position, geometry.block_size)
         own = position // geometry.block_size
         weights_N[: geometry.init_blocks] = 0
         weights_N[max(0, own - geometry.local_blocks) :] = 0
@@ -63,7 +70,10 @@ def choose_again(layer: SparseAttention, x_BTD: Tensor, rows: Any, cache: Any, f
     What the layer chose in the call that just read `x_BTD`, computed once more from its own input and compressed keys.
     """
     assert isinstance(cache, SparseCache)
-    return _choose(layer, *_queries_again(layer, x_BTD, rows, first), cache)
+    fine, coarse = (tier.filled for tier in cache.tiers)
+    assert fine is not None and coarse is not None
+    q_BTHK, positions_BT = _queries_again(layer, x_BTD, rows, first)
+    return select_blocks(q_BTHK, fine, coarse, positions_BT, layer.geometry, scale=layer.width**-0.5)
 
 
 def _queries_again(layer: SparseAttention, x_BTD: Tensor, rows: Any, first: int) -> tuple[Tensor, Tensor]:
@@ -78,20 +88,17 @@ def _queries_again(layer: SparseAttention, x_BTD: Tensor, rows: Any, first: int)
     return norm_rotate(q_BTHK, norm=norm, rotation=rotation, scale_BT=scale_BT).to(v_BTGV.dtype), positions_BT
 
 
-def _choose(layer: SparseAttention, q_BTHK: Tensor, positions_BT: Tensor, cache: SparseCache) -> Tensor:
-    fine, coarse = (tier.filled for tier in cache.tiers)
-    assert fine is not None and coarse is not None
-    return select_blocks(q_BTHK, fine, coarse, positions_BT, layer.geometry, scale=layer.width**-0.5)
-
-
-def _weights(q_HK: Tensor, k_SGK: Tensor, chosen_GN: Tensor, block_size: int, scale: float) -> Tensor:
-    """Return the attention weights (blocks,) float32 of one query, the last, summed over heads and the keys of a block."""
-    length, groups, _ = k_SGK.shape
-    weights_N = torch.zeros(-(-length // block_size), device=q_HK.device)
+def _weights(
+    q_HK: Tensor, k_NPGK: Tensor, table_P: Tensor, chosen_GN: Tensor, position: int, block_size: int
+) -> Tensor:
+    """Return the attention weights (blocks,) float32 of the query at `position`, summed over heads and a block's keys."""
+    page, groups, width = k_NPGK.shape[1:]
+    weights_N = torch.zeros(position // block_size + 1, device=q_HK.device)
     for group, q_RK in enumerate(q_HK.chunk(groups)):
         blocks = chosen_GN[group][chosen_GN[group] >= 0].long()
         places = (blocks[:, None] * block_size + torch.arange(block_size, device=blocks.device)).flatten()
-        places = places[places < length]
-        scores_RP = q_RK.float() @ k_SGK[places, group].float().T * scale
-        weights_N.index_add_(0, places // block_size, scores_RP.softmax(dim=-1).sum(dim=0))
+        places = places[places <= position]
+        k_SK = k_NPGK[table_P[places // page].long(), places % page, group]
+        scores_RS = q_RK.float() @ k_SK.float().T * width**-0.5
+        weights_N.index_add_(0, places // block_size, scores_RS.softmax(dim=-1).sum(dim=0))
     return weights_N

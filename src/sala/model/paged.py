@@ -123,11 +123,15 @@ class StatePool:
         self.shape = (sizes.slots, config.lightning_nh, width, config.v_head_dim or width)
         self.buffer: Tensor | None = None
 
+    def like(self, new: Tensor) -> Tensor:
+        """Return the slots, on the device of `new`."""
+        if self.buffer is None:
+            self.buffer = _zeros(self.shape, torch.float32, new.device)
+        return self.buffer
+
     def initial(self, rows: Rows, like: Tensor) -> Tensor:
         """Return the pool, which `lightning_attention` changes."""
-        if self.buffer is None:
-            self.buffer = _zeros(self.shape, torch.float32, like.device)
-        return self.buffer
+        return self.like(like)
 
     def keep(self, state_NHKV: Tensor, rows: Rows) -> None:
         assert state_NHKV is self.buffer
@@ -223,6 +227,13 @@ class PagedCache:
         for layer in self.layers:
             if isinstance(layer, StatePool) and layer.buffer is not None:
                 layer.buffer[target] = layer.buffer[source]
+
+    @torch.no_grad()
+    def fill_slot(self, slot: int, states: Sequence[Tensor | None]) -> None:
+        """Write states (H, K, V), by layer as `slot` returns them, into a slot."""
+        for layer, state in zip(self.layers, states, strict=True):
+            if isinstance(layer, StatePool) and state is not None:
+                layer.like(state)[slot] = state
 
     def slot(self, slot: int) -> list[Tensor | None]:
         """Return the states in a slot, by layer, as views; None for a layer that has none."""

@@ -73,7 +73,7 @@ class Documents:
         refused = []
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             try:
-                document = load_document(path, self.engine.runner, self.reader)
+                document = load_document(path, self.engine.runner.model, self.reader)
             except InputError as error:
                 refused.append(str(error))
                 continue

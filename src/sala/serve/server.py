@@ -49,15 +49,13 @@ def build(
     chat_template: str | None = None,
 ) -> Service:
     """Return a service whose engine runs; saved documents are open."""
-    runner = Runner(network)
+    runner = Runner(network, cache_size, limits.max_running)
     ends = end_tokens(network, checkpoint.tokenizer)
     engine = Engine(
         runner,
         checkpoint.tokenizer,
         ends,
-        budget_bytes=cache_size,
         chunk=limits.chunk,
-        max_running=limits.max_running,
         max_waiting=limits.max_waiting,
     )
     longest = engine.budget.longest
@@ -67,7 +65,7 @@ def build(
     vocab_size = checkpoint.config.vocab_size
     prompts = Prompts(copy.deepcopy(checkpoint.tokenizer), vocab_size, chat_template)
     grammars = Grammars(copy.deepcopy(checkpoint.tokenizer), sorted(ends), vocab_size, network.device)
-    reader = None if settings.documents is None else reader_of(runner, checkpoint.tokenizer)
+    reader = None if settings.documents is None else reader_of(network, checkpoint.tokenizer)
     documents = Documents(engine, prompts, settings.documents, reader)
     for reason in documents.open_folder():
         log.warning("%s", reason)
