@@ -70,7 +70,8 @@ def model_card(
         "Limits": _limits(recipe, metrics, teacher, recipe["card"]["license"] or license),
     }
     body = "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
-    return f"---\n{_metadata(config, recipe['card'], base_model, license)}---\n# {name}\n\n{_summary(recipe, config, parameters, teacher)}\n{body}"
+    header = _metadata(config, recipe["card"], base_model, license)
+    return f"---\n{header}---\n# {name}\n\n{_summary(recipe, config, parameters, teacher)}\n{body}"
 
 
 def _metadata(config: Mapping[str, Any], given: Mapping[str, Any], base_model: str | None, license: str | None) -> str:
