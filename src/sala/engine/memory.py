@@ -211,7 +211,7 @@ def _cuda_mixer_bytes(config: MiniCPMSALAConfig, kind: str, itemsize: int, lengt
     assert config.lightning_head_dim is not None and config.lightning_nh is not None
     assert config.head_dim is not None and config.num_key_value_heads is not None
     if KINDS[kind].operator == "lightning":
-        # the states of segments of 1,024 tokens (MIN_SEGMENT of ops/lightning/triton.py), and the last one
+        # the states of segments of 1,024 tokens (MIN_SEGMENT of ops/lightning/triton/scan.py), and the last one
         states = (chunk // 1024 + 2) * config.lightning_nh * config.lightning_head_dim**2 * 4
         return CUDA_LIGHTNING_WIDTHS * config.lightning_nh * config.lightning_head_dim * itemsize * chunk + states
     width = config.num_attention_heads * config.head_dim * itemsize * chunk
