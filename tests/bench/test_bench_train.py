@@ -77,7 +77,7 @@ def test_activations_are_made_again_where_they_would_not_fit(monkeypatch: pytest
     assert point["model_flops"] == model_flops(recipes[0].stages[0], networks)
     monkeypatch.setattr(module, "available_bytes", lambda device: again / 2)
     (point,) = run_train(plan)["points"]
-    assert point["status"] == "OOM" and "foretold" in point["reason"]
+    assert point["status"] == "OOM" and "predicted" in point["reason"]
 
 
 def test_a_stage_that_fails_takes_nothing_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

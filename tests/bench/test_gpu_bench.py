@@ -162,7 +162,7 @@ def test_a_gpus_time_is_from_event_to_event(told: list[str]) -> None:
 def test_models_are_measured_on_a_gpu(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (shapes_module, pair):
         monkeypatch.setattr(module, "HYBRIDS", HYBRIDS)
-    monkeypatch.setattr(pair, "obstacle", lambda model: "no graph here")
+    monkeypatch.setattr(pair, "why_not_capturable", lambda model: "no graph here")
     monkeypatch.setattr(twin_module, "PROBE_TOKENS", 64)
     # at once the twin's prompt would not fit at the second length
     right = pair.Contestant.need

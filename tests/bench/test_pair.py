@@ -61,7 +61,7 @@ def test_what_would_not_fit_is_marked_before_it_is_tried() -> None:
     weights = sum(num_parameters(c) for c in (hybrid_config("tiny"), our_config(twin_config("tiny")))) * 4
     first, second = run_latency(replace(PLAN, lengths=(200,)), available=lambda: weights + 2**20)["points"]
     for point in (first, second):
-        assert point["status"] == "OOM" and point["reason"].startswith("foretold")
+        assert point["status"] == "OOM" and point["reason"].startswith("predicted")
         assert "first_token_s" not in point
     assert not list(times_faster([first, second]))
 
@@ -105,7 +105,7 @@ def test_where_no_graph_can_be_recorded_decoding_is_plain_and_the_failure_is_tol
         return right(*arguments, **options)
 
     monkeypatch.setattr(pair, "timed_answer", broken)
-    monkeypatch.setattr(pair, "obstacle", lambda model: None)
+    monkeypatch.setattr(pair, "why_not_capturable", lambda model: None)
     results = run_latency(replace(PLAN, lengths=(64,), only=("hybrid",)), available=lambda: PLENTY)
     assert [point["status"] for point in results["points"]] == ["measured"]
     assert results["models"]["hybrid"]["decoding"] == "a recorded graph failed"

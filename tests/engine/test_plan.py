@@ -1,4 +1,4 @@
-"""The memory that a plan foretells is the memory that a process then takes."""
+"""The memory that a plan predicts is the memory that a process then takes."""
 
 import json
 import subprocess

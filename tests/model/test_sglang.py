@@ -6,7 +6,7 @@ import pytest
 
 from model.shapes import RELEASED_SPARSE, released_config
 from sala.model import MiniCPMSALAConfig
-from sala.model.sglang import sglang_obstacles
+from sala.model.sglang import why_not_sglang
 
 
 def released(**changes):
@@ -18,7 +18,7 @@ def released(**changes):
 def obstacles(config, folder):
     """Of the config.json that is written of a configuration."""
     config.save_pretrained(folder)
-    return sglang_obstacles(config, json.loads((folder / "config.json").read_text()))
+    return why_not_sglang(config, json.loads((folder / "config.json").read_text()))
 
 
 def test_the_released_configuration_runs(tmp_path):
@@ -55,14 +55,14 @@ def test_heads_of_any_width_run_where_nothing_is_selected(tmp_path):
 def test_a_checkpoint_of_another_model_is_that_models():
     config = released(mixer_types=["attention"] * 32, sparse_config=None)
     for kind in ("llama", None):
-        [reason] = sglang_obstacles(config, {"model_type": kind})
+        [reason] = why_not_sglang(config, {"model_type": kind})
         assert repr(kind) in reason
 
 
 def test_what_config_json_leaves_out_is_the_default_of_sglang():
     config = released()
     fields = {"model_type": "minicpm_sala", "sparse_config": RELEASED_SPARSE}
-    reasons = sglang_obstacles(config, fields)
+    reasons = why_not_sglang(config, fields)
     assert any("architectures" in reason for reason in reasons)
     # the released values are its defaults, but for what its switches say
     assert {reason.split()[2] for reason in reasons if reason.startswith("it takes ")} == {

@@ -335,7 +335,7 @@ def _obstacle(
     if missing > 0:
         return {
             "status": "OOM",
-            "reason": f"foretold: {human_bytes(need.cache)} cache and {human_bytes(need.working)} to work in, "
+            "reason": f"predicted: {human_bytes(need.cache)} cache and {human_bytes(need.working)} to work in, "
             f"{human_bytes(available)} are available",
         }
     before = next((point for point in reversed(earlier) if point["who"] == contestant.who), None)

@@ -214,7 +214,7 @@ def _measure(
         "predicted": asdict(need) | {"total": need.total},
     }
     if need.total > available:
-        reason = f"foretold: {human_bytes(need.total)} are needed, {human_bytes(available)} may be taken"
+        reason = f"predicted: {human_bytes(need.total)} are needed, {human_bytes(available)} may be taken"
         return point | {"status": "OOM", "reason": reason}
     moments = [perf_counter()]
     seen: list[Progress] = []

@@ -35,7 +35,7 @@ def plan(
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Foretell weights, cache and working memory of one sequence, and the longest that fits; nothing is loaded."""
+    """Predict weights, cache and working memory of one sequence, and the longest that fits; nothing is loaded."""
     prepare(threads=None)
     from sala.bench.length import parse_length
     from sala.bench.shapes import HYBRIDS, hybrid_config

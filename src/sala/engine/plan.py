@@ -103,7 +103,7 @@ def plan_memory(
     available: int,
     device: str = "cpu",
 ) -> MemoryPlan:
-    """Foretell the memory of one sequence; device: the type of the one whose memory it is.
+    """Predict the memory of one sequence; device: the type of the one whose memory it is.
 
     Raises:
         InputError: no such precision, or a length or chunk below one.

@@ -14,7 +14,7 @@ from sala.model.families import load_config
 from sala.model.kinds import KINDS, runs
 from sala.model.mixers import MIXERS, config_fields
 from sala.model.packing import packed_modules
-from sala.model.sglang import sglang_obstacles
+from sala.model.sglang import why_not_sglang
 from sala.ops.dispatch import explain
 
 # lengths that `cache_bytes` is reported at
@@ -69,7 +69,7 @@ def inspect(name: str | Path) -> Report:
         state_bytes=cache_bytes(config, 0, itemsize),
         cache_bytes={label: cache_bytes(config, length, itemsize) for label, length in LENGTHS.items()},
         backends={operator: explain(operator, device) for operator in sorted(operators)},
-        sglang=sglang_obstacles(config, read_fields(folder)),
+        sglang=why_not_sglang(config, read_fields(folder)),
     )
 
 

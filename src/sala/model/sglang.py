@@ -32,7 +32,7 @@ SPARSE_FIELDS = ("kernel_size", "kernel_stride", "init_blocks", "block_size", "w
 LINEAR_WIDTH = 128
 
 
-def sglang_obstacles(config: MiniCPMSALAConfig, fields: Mapping[str, Any]) -> tuple[str, ...]:
+def why_not_sglang(config: MiniCPMSALAConfig, fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what stops SGLang, and what it would leave out or compute otherwise without a word; empty when it can run it.
 
     fields: of the checkpoint's config.json, as they stand there.
