@@ -29,6 +29,7 @@ with loading():
     from sala.cli.read import read
     from sala.cli.select import select
     from sala.cli.serve import serve
+    from sala.cli.ship import ship
     from sala.cli.train import train
     from sala.cli.train_export import train_export
     from sala.cli.train_plot import train_plot
@@ -72,6 +73,7 @@ for verb in (
     train_plot,
     train_export,
     select,
+    ship,
     demo,
 ):
     app.command(verb.__name__.replace("_", " "))(verb)

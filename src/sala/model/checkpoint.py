@@ -17,9 +17,12 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from sala.errors import CheckpointError, InputError, nearest, writing
 from sala.model.fetch import FETCHABLE
 from sala.model.gguf import SUFFIX, GGUFFile
+from sala.model.shipment import assembled, is_shipment
 
 _EMBEDDED = Path(__file__).parent.parent / "embedded"
 BUILTIN = {"embedded-teacher": _EMBEDDED / "teacher", "embedded-hybrid": _EMBEDDED / "hybrid"}
+# hybrids of fetched teachers that come with the package, put together where they are first asked for
+SHIPPED = {folder.name: folder for folder in sorted(_EMBEDDED.iterdir()) if is_shipment(folder)}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ADAPTER = "adapter_config.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -36,8 +39,12 @@ def find_checkpoint(name: str | Path, files: Sequence[str] = FILES) -> Path:
     """
     if str(name) in BUILTIN:
         return BUILTIN[str(name)]
+    if str(name) in SHIPPED:
+        return assembled(SHIPPED[str(name)])
     # not Path's own, which raises for a name that is too long and for the home of nobody
     folder = Path(os.path.expanduser(name))
+    if is_shipment(folder):
+        return assembled(folder)
     if os.path.isdir(folder) or (is_gguf(folder) and folder.is_file()):
         return folder
     if str(name) in FETCHABLE:
@@ -57,7 +64,7 @@ def find_checkpoint(name: str | Path, files: Sequence[str] = FILES) -> Path:
             ) from error
     raise CheckpointError(
         f"no folder or GGUF file {str(name)!r}; expected a checkpoint folder, a file that ends in {SUFFIX}, a hub name, or one "
-        f"of {', '.join((*BUILTIN, *FETCHABLE))}"
+        f"of {', '.join((*BUILTIN, *SHIPPED, *FETCHABLE))}"
     )
 
 
@@ -68,7 +75,8 @@ def is_gguf(place: Path) -> bool:
 
 def is_on_hub(name: str) -> bool:
     """Return whether a name that is a checkpoint's can only be one of the hub."""
-    return name not in BUILTIN and name not in FETCHABLE and not os.path.exists(os.path.expanduser(name))
+    here = {*BUILTIN, *SHIPPED, *FETCHABLE}
+    return name not in here and not os.path.exists(os.path.expanduser(name))
 
 
 def read_fields(place: Path) -> dict:
