@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from eval.server import completion, serving
+
 
 def test_a_model_is_asked_and_the_table_is_printed(sala, hybrid, tmp_path):
     command = ("eval", "run", "--model", hybrid, "--out", tmp_path / "a", "--lengths", "256,512", "--samples", 1)
@@ -40,6 +42,30 @@ def test_what_cannot_be_asked_is_one_line(sala, hybrid, tmp_path, arguments, sai
     outcome = sala("eval", "run", "--out", tmp_path / "out", *arguments)
     assert outcome.code == 2
     assert said in outcome.err and len(outcome.err.strip().splitlines()) == 1
+
+
+def test_programs_are_run_only_when_that_is_allowed(sala, tmp_path):
+    row = {"task_id": 1, "prompt": "def f():\n", "entry_point": "f", "test": "def check(f):\n    pass\n"}
+    (tmp_path / "humaneval.jsonl").write_text(json.dumps(row))
+    command = ("eval", "run", "--out", tmp_path / "out", "--tasks", "humaneval", "--samples", 1, "--lengths", "256")
+    file = ("--file", f"humaneval={tmp_path / 'humaneval.jsonl'}")
+    refused = sala(*command, *file)
+    assert refused.code == 2 and "expected --allow-code-execution" in refused.err
+    allowed = sala(*command, *file, "--allow-code-execution")
+    assert allowed.code == 0 and "| humaneval | share right |" in allowed.out
+
+
+def test_a_server_is_asked_as_a_model_is(sala, hybrid, tmp_path):
+    def reply(path, body, headers):
+        return completion("1234567", len(body["prompt"]))
+
+    with serving(reply) as url:
+        outcome = sala(
+            *("eval", "run", "--out", tmp_path, "--endpoint", url, "--model", "theirs", "--tokenizer", hybrid),
+            *("--tasks", "niah_single_1", "--lengths", "512", "--samples", 3),
+        )
+    assert outcome.code == 0, outcome.err
+    assert "| niah_single_1 | share right | 0.00 [0.00, 0.00] |" in outcome.out
 
 
 def test_folders_that_are_no_runs_are_refused(sala, tmp_path):

@@ -8,12 +8,13 @@ from sala.eval.code import TASKS as CODE
 from sala.eval.language import TASKS as LANGUAGE
 from sala.eval.mrcr import TASKS as MRCR
 from sala.eval.nolima import TASKS as NOLIMA
+from sala.eval.programs import TASKS as PROGRAMS
 from sala.eval.retrieval import TASKS as RETRIEVAL
 from sala.eval.ruler import TASKS as RULER
 from sala.eval.task import Task
 
 TASKS: Mapping[str, Task] = MappingProxyType(
-    {task.name: task for tasks in (RULER, MRCR, NOLIMA, CODE, LANGUAGE, RETRIEVAL) for task in tasks}
+    {task.name: task for tasks in (RULER, MRCR, NOLIMA, CODE, LANGUAGE, RETRIEVAL, PROGRAMS) for task in tasks}
 )
 GROUPS = tuple(dict.fromkeys(task.group for task in TASKS.values()))
 

@@ -77,7 +77,8 @@ class Task:
     make: (setting, length in tokens, index) -> sample, the same one every time.
     score: (sample, answer text or `Predictions`, style) -> number; of a text without its thoughts.
     measure: what the number is.
-    predicts: samples are windows of tokens, not prompts. needs: the name of the file without which there are no samples.
+    predicts: samples are windows of tokens, not prompts. needs: the name of the file without
+    which there are no samples. runs_code: its scorer runs what the model wrote.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Task:
     higher_is_better: bool = True
     needs: str | None = None
     predicts: bool = False
+    runs_code: bool = False
     note: Callable[[Any, Any], Mapping[str, Any]] = lambda sample, answer: {}
 
 
