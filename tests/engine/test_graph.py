@@ -70,7 +70,12 @@ def check_against_the_model(
 # windows of 8 and 32 keys complete, 64 keys are read whole, and 16, 32, 64 and 128 places are had
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("prompt", "new"), [(2, 40), (60, 75)])
-def test_steps_are_the_model_s_own(kind: str, prompt: int, new: int) -> None:
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "as it is"])
+def test_steps_are_the_model_s_own(
+    kind: str, prompt: int, new: int, recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not recorded:
+        monkeypatch.setattr(graph, "why_not_recordable", lambda model: "a test")
     check_against_the_model(tiny_model(**KINDS[kind]), prompt, new)
 
 
@@ -170,6 +175,8 @@ def test_every_step_is_the_same_launches(kind: str) -> None:
     sampling = Sampling(temperature=0.8, top_k=9, top_p=0.9, repetition_penalty=1.2, seed=0)
     # from position 30, over the border at 64, within the 128 places that were had at once
     steps, _ = steps_after(tiny_model(**KINDS[kind]), 30, 128, sampling)
+    # what a GPU would be told
+    steps.records = False
     steps.capacity = 128
     steps.cache.hold(128)
     places = addresses(steps.cache)
@@ -266,9 +273,10 @@ def test_the_kernels_for_gpus_look_at_nothing(on_meta: list[str]) -> None:
 
 
 def test_a_model_elsewhere_is_not_recorded_and_says_why() -> None:
-    assert why_not_capturable(tiny_model()) == "the model is on cpu; graphs are CUDA's"
-    with pytest.raises(InputError, match="no CUDA graph can be recorded: the model is on cpu"):
-        generate(tiny_model(), None, [1, 2], Sampling(), graph=True)
+    assert why_not_capturable(tiny_model().to("meta")) == "the model is on meta; steps are recorded on a GPU or a CPU"
+    model = tiny_model().half()
+    with pytest.raises(InputError, match="no step can be recorded: the model is torch.float16; .*ask for none"):
+        generate(model, None, [1, 2], Sampling(), graph=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it can be recorded")

@@ -88,7 +88,7 @@ def generate(
         bool | None,
         typer.Option(
             "--graph/--no-graph",
-            help="Decode by a recorded CUDA graph; where a GPU can when left out.",
+            help="Decode by a recorded step; where that is possible when left out.",
             rich_help_panel=MACHINE,
         ),
     ] = None,

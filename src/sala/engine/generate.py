@@ -101,7 +101,7 @@ def generate(
     chunk: tokens of the prompt read in one forward pass; it changes memory and speed, not the answer.
     cache: holds a start of the prompt, which is not read again, and is left at the end of the answer; None: a new one.
     warn: log a warning where the prompt is longer than the model was trained for.
-    graph: whether a GPU replays a recorded graph to decode; None: where it can.
+    graph: whether a recorded step is replayed to decode (a CUDA graph, or calls of C++); None: where it can.
     on_prefill: called after every chunk with its number of tokens.
     on_text: called with every piece of text that is certain.
 
@@ -167,9 +167,9 @@ def _warn_beyond_training(model: MiniCPMSALAForCausalLM, tokens: int) -> None:
 def _records(model: MiniCPMSALAForCausalLM, graph: bool | None) -> bool:
     why_not = why_not_capturable(model)
     if graph and why_not is not None:
-        raise InputError(f"no CUDA graph can be recorded: {why_not}; ask for none (--no-graph)")
+        raise InputError(f"no step can be recorded: {why_not}; ask for none (--no-graph)")
     if graph is None and why_not is not None and model.device.type == "cuda":
-        log.info("decoding without a CUDA graph: %s", why_not)
+        log.info("decoding without a recorded step: %s", why_not)
     return why_not is None and graph is not False
 
 

@@ -5,6 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
+from sala.engine.recorded import RecordedStep, why_not_recordable
 from sala.engine.sampling import Sampler
 from sala.errors import BackendError
 from sala.model import MiniCPMSALAForCausalLM, SalaCache
@@ -21,8 +22,10 @@ MIN_CAPACITY = 4096
 
 def why_not_capturable(model: MiniCPMSALAForCausalLM) -> str | None:
     """Return why the model's steps cannot be recorded on its device, None when they can."""
+    if model.device.type == "cpu":
+        return why_not_recordable(model)
     if model.device.type != "cuda":
-        return f"the model is on {model.device}; graphs are CUDA's"
+        return f"the model is on {model.device}; steps are recorded on a GPU or a CPU"
     return why_not_static(model)
 
 
@@ -63,6 +66,8 @@ class GraphDecoder:
         self.position_1 = torch.tensor([length - 1], device=seen_1S.device)
         self.capacity = 0
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.layers: RecordedStep | None = None
+        self.records = model.device.type == "cpu" and why_not_recordable(model) is None
         self.recorder = torch.cuda.Stream(seen_1S.device) if seen_1S.is_cuda else None
 
     @torch.inference_mode()
@@ -95,17 +100,29 @@ class GraphDecoder:
         # what may move is what has been counted
         self.finish()
         self.cache.hold(self.capacity)
-        self.graph = None
+        self.graph = self.layers = None
 
     def _run(self) -> None:
-        ids_11 = self.seen_1S.index_select(1, self.position_1)
-        network = self.model.model
-        rows = network.rotated(place_steps(self.position_1, 1, self.capacity, self.cache.tiers))
-        hidden_11D = network.run(ids_11, rows, self.cache.of_layers)
+        hidden_11D = self._through_layers(self.seen_1S.index_select(1, self.position_1))
         self.logits_1X = self.model.logits(hidden_11D)[:, -1]
         self.token_1 = self.sampler.draw(self.seen_1S, self.logits_1X)
         self.position_1 += 1
         self.seen_1S.index_copy_(1, self.position_1, self.token_1[None])
+
+    def _through_layers(self, ids_11: Tensor) -> Tensor:
+        if self.layers is not None:
+            return self.layers.run(ids_11)
+        if self.records:
+            try:
+                self.layers = RecordedStep(self.model, self.cache, ids_11, self.position_1, self.capacity)
+                # recording has run it
+                return self.layers.out_B1D
+            except BackendError as error:
+                self.records = False
+                log.info("decoding steps are not recorded: %s", error)
+        network = self.model.model
+        rows = network.rotated(place_steps(self.position_1, 1, self.capacity, self.cache.tiers))
+        return network.run(ids_11, rows, self.cache.of_layers)
 
     def _run_aside(self) -> None:
         if self.recorder is None:

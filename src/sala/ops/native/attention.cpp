@@ -448,3 +448,5 @@ SALA_EXPORT void sala_attention(int64_t bf16, const void* q, const void* k, cons
   else
     sala::attend<float>(call, threads);
 }
+
+SALA_REPLAY(sala_attention)

@@ -15,6 +15,7 @@ import torch
 from sala.errors import BackendError, DiskError, nearest
 from sala.ops.native.compiler import BuildError, CannotBuildError, find_compiler
 from sala.ops.native.store import Built, Store
+from sala.ops.native.tape import recording
 
 logger = logging.getLogger("sala")
 
@@ -74,7 +75,8 @@ class Function:
 
     def __init__(self, name: str, types: str):
         self.name = name
-        self.types = [self.TYPES[letter] for letter in types.replace(" ", "")]
+        self.letters = types.replace(" ", "")
+        self.types = [self.TYPES[letter] for letter in self.letters]
         self.of_level: dict[str, ctypes._NamedFuncPointer] = {}
 
     def __call__(self, *arguments: int | float | None) -> None:
@@ -84,6 +86,8 @@ class Function:
             function = getattr(library.loaded, self.name)
             function.argtypes, function.restype = self.types, None
             self.of_level[library.level] = function
+        if (tape := recording()) is not None:
+            tape.add(library.loaded, self.name, self.letters, arguments)
         function(*arguments)
 
 

@@ -390,3 +390,5 @@ SALA_EXPORT void sala_lightning_step(int64_t is_bf16, const void* q, int64_t q_r
   };
   is_bf16 ? run(sala::bf16{}) : run(float{});
 }
+
+SALA_REPLAY(sala_lightning_step)

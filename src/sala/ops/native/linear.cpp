@@ -131,3 +131,5 @@ SALA_EXPORT void sala_linear(int64_t is_bf16, int64_t m, int64_t n, int64_t k, c
   };
   is_bf16 ? run((sala::bf16*)nullptr) : run((float*)nullptr);
 }
+
+SALA_REPLAY(sala_linear)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sala.ops.native.tape import recording
+
 DTYPES = (torch.float32, torch.bfloat16)
 
 # kept for the life of the process: torch forgets the operators with it
@@ -39,6 +41,8 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
 
 def watched() -> bool:
     """Return whether someone needs to see operators: a compiler, a tracer, a mode over tensors, a profiler."""
+    if recording() is not None:
+        return False
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0

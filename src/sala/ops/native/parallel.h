@@ -4,8 +4,10 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -15,7 +17,27 @@
 // a function that Python calls: sala.ops.native.Function
 #define SALA_EXPORT extern "C" __attribute__((visibility("default")))
 
+// the same function with its arguments in memory, for a tape of calls: sala.ops.native.tape
+#define SALA_REPLAY(name) \
+  SALA_EXPORT void name##_words(const int64_t* words) { sala::call_with(&name, words); }
+
 namespace sala {
+
+template <class A>
+A from_word(const int64_t& word) {
+  static_assert(sizeof(A) == 8, "an argument of a call on a tape has 64 bits");
+  A argument;
+  std::memcpy(&argument, &word, 8);
+  return argument;
+}
+template <class... A, size_t... I>
+void call_with(void (*function)(A...), const int64_t* words, std::index_sequence<I...>) {
+  function(from_word<A>(words[I])...);
+}
+template <class... A>
+void call_with(void (*function)(A...), const int64_t* words) {
+  call_with(function, words, std::index_sequence_for<A...>{});
+}
 
 // GOMP_parallel of the OpenMP library that torch runs on: a second pool of threads would fight with the first for the
 // cores. Set once after loading; null where torch has no such library.

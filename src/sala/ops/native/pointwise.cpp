@@ -217,3 +217,8 @@ SALA_EXPORT void sala_silu_mul(int64_t is_bf16, int64_t rows, int64_t n, const v
   };
   is_bf16 ? run((bf16*)nullptr) : run((float*)nullptr);
 }
+
+SALA_REPLAY(sala_norm)
+SALA_REPLAY(sala_turn)
+SALA_REPLAY(sala_merge)
+SALA_REPLAY(sala_silu_mul)

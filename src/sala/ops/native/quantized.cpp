@@ -425,3 +425,5 @@ SALA_EXPORT void sala_quantized_linear(int64_t is_bf16, int64_t bits, int64_t m,
   auto typed = [&](auto width) { is_bf16 ? run(width, (sala::bf16*)nullptr) : run(width, (float*)nullptr); };
   bits == 4 ? typed(std::integral_constant<int, 4>{}) : typed(std::integral_constant<int, 8>{});
 }
+
+SALA_REPLAY(sala_quantized_linear)

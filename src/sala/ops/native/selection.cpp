@@ -672,3 +672,6 @@ SALA_EXPORT void sala_compress_f32(const int64_t* sizes, const float* keys, floa
 SALA_EXPORT void sala_compress_bf16(const int64_t* sizes, const sala::bf16* keys, sala::bf16* means, int64_t threads) {
   sala::compress(sizes, keys, means, threads);
 }
+
+SALA_REPLAY(sala_select_f32)
+SALA_REPLAY(sala_select_bf16)

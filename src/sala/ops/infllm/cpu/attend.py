@@ -6,10 +6,12 @@ from torch import Tensor
 from sala.ops.dense.cpu import run
 from sala.ops.infllm.cpu.select import select
 from sala.ops.infllm.geometry import SparseGeometry
-from sala.ops.native import operator
+from sala.ops.native import Function, operator
 
 # queries whose blocks are chosen and then read: their tables are all that grows, and stay small
 QUERIES = 4096
+
+_SPARSE_STEP = Function("sala_sparse_step", "pi iii pp")
 
 
 @torch.no_grad()
@@ -34,6 +36,8 @@ def attend(
         first_sparse_B = torch.full((B,), geometry.first_sparse_position(start + T - 1))
     else:
         assert positions_BT is not None
+        if T == 1 and positions_BT.dtype == torch.int64 and positions_BT.is_contiguous():
+            return _step(q_BTHK, k_BSGK, v_BSGV, k1_BNGK, k2_BNGK, positions_BT, geometry, scale, page_table_BP)
         first_sparse_B = _first_sparse(positions_BT, geometry)
     parts = []
     for q_BCHK, positions_BC in zip(q_BTHK.split(QUERIES, 1), positions_BT.split(QUERIES, 1), strict=True):
@@ -49,6 +53,47 @@ def attend(
             )
         )
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _step(
+    q_B1HK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    k1_BNGK: Tensor,
+    k2_BNGK: Tensor,
+    positions_B1: Tensor,
+    geometry: SparseGeometry,
+    scale: float,
+    page_table_BP: Tensor | None,
+) -> Tensor:
+    """Return the same for each row's last token; nothing but the library looks at positions."""
+    first_sparse_B, choosing_B1 = sparse_step(
+        positions_B1,
+        geometry.dense_rule == "position",
+        geometry.dense_len,
+        geometry.num_selected * geometry.block_size,
+    )
+    table_B1GN = select(
+        q_B1HK, k1_BNGK, k2_BNGK, choosing_B1, geometry, scale, page_table_BP, page_size=k_BSGK.shape[1]
+    )
+    block_size = geometry.block_size
+    return attend_blocks(
+        q_B1HK, k_BSGK, v_BSGV, positions_B1, table_B1GN, first_sparse_B, page_table_BP, block_size, scale
+    )
+
+
+@operator(
+    "sparse_step(Tensor positions, bool by_position, int dense_len, int all_fit) -> (Tensor, Tensor)",
+    lambda positions_B1, *_: (positions_B1.new_empty(positions_B1.shape[0]), torch.empty_like(positions_B1)),
+)
+def sparse_step(positions_B1: Tensor, by_position: bool, dense_len: int, all_fit: int) -> tuple[Tensor, Tensor]:
+    """Return each row's first sparse position (B,), and the positions with -1 where everything is read."""
+    first_sparse_B, choosing_B1 = positions_B1.new_empty(positions_B1.shape[0]), torch.empty_like(positions_B1)
+    _SPARSE_STEP(
+        positions_B1.data_ptr(), positions_B1.shape[0], by_position, dense_len, all_fit,
+        first_sparse_B.data_ptr(), choosing_B1.data_ptr(),
+    )  # fmt: skip
+    return first_sparse_B, choosing_B1
 
 
 # it looks at data, which no compiler could trace

@@ -82,7 +82,7 @@ def _operator(
     pages_at, num_pages = (None, 0) if pages is None else (pages.data_ptr(), pages.shape[1])
     strides = (*q.stride()[:3], *k1.stride()[:3], *k2.stride()[:3])
     sizes = (*q.shape[:3], *k1.shape[2:], *strides, num_pages, page_size, *geometry)
-    numbers = (ctypes.c_int64 * len(sizes))(*sizes)
+    numbers = native.kept((ctypes.c_int64 * len(sizes))(*sizes))
     _select[dtype](
         ctypes.addressof(numbers),
         *(x.data_ptr() for x in (q, k1, k2, positions)),
