@@ -80,6 +80,23 @@ def test_a_short_prompt_does_not_wait_for_a_book():
     assert chat.output
 
 
+def test_a_slow_long_prompt_is_read_in_small_pieces_while_others_come():
+    now = [0.0]
+    planner = scheduler(10_000, chunk=256, clock=lambda: now[0])
+    book = request("book", 5000)
+    planner.submit(book)
+    assert run(planner.plan()) == {"book": 256}
+    book.tokens_per_s = 100.0
+    # alone it is read in large ones
+    assert run(planner.plan()) == {"book": 256}
+    planner.submit(request("chat", 10, new=1, first=9000))
+    assert run(planner.plan())["book"] == PAGE
+    end(planner, planner.running[1])
+    assert run(planner.plan()) == {"book": PAGE}
+    now[0] += 11
+    assert run(planner.plan()) == {"book": 256}
+
+
 def test_the_oldest_prompt_goes_on_whatever_shorter_ones_come():
     planner = scheduler(100_000)
     book = request("book", 2000, new=1)

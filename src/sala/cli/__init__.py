@@ -21,6 +21,7 @@ with loading():
     from sala.cli.data import data
     from sala.cli.demo import demo
     from sala.cli.eval import evaluate
+    from sala.cli.export import export
     from sala.cli.fetch import fetch
     from sala.cli.generate import generate
     from sala.cli.inspect import inspect
@@ -72,6 +73,7 @@ for verb in (
     train,
     train_plot,
     train_export,
+    export,
     select,
     ship,
     demo,

@@ -346,6 +346,7 @@ class Engine:
         request, job = row.request, row.request.payload
         start = request.read
         request.read += len(row.tokens)
+        request.tokens_per_s = len(row.tokens) / result.seconds
         self._keep_on_the_way(request)
         if request.whole and start < len(request.prompt):
             self._tell_prompt(request, start, result)

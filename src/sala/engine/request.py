@@ -21,7 +21,7 @@ class Request:
 
     ends: lengths at which messages of the prompt end; states are kept there.
     whole: the caller wants something of every token of the prompt: no prefix is reused.
-    payload: the engine's.
+    payload: the engine's. tokens_per_s: how fast it was read last.
     max_new_tokens: longest answer. read: how many of `tokens` the sequence holds.
     cached: how many tokens of the prompt were not read but found; miss: why not more.
     sequence: the runner's, None while waiting. places: the numbers of its pages, in order.
@@ -45,6 +45,7 @@ class Request:
     finish: Finish | None = None
     cancelled: bool = False
     preemptions: int = 0
+    tokens_per_s: float | None = None
     arrived_s: float = 0.0
     admitted_s: float | None = None
 

@@ -1,6 +1,7 @@
 """Sequences on a model: rows of any lengths read new tokens together, in pages and slots that the scheduler hands out."""
 
 import math
+import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -45,9 +46,13 @@ class Extension:
 
 @dataclass(frozen=True, slots=True)
 class Extended:
-    """Logits (N, X) float32 of the last token or of every one; blocks: attention to each, (blocks,) float32."""
+    """Logits (N, X) float32 of the last token or of every one, and what came beside.
+
+    seconds: how long the pass took that the row was in. blocks: attention to each, (blocks,) float32.
+    """
 
     logits_NX: Tensor
+    seconds: float
     blocks_N: Tensor | None = None
 
 
@@ -130,6 +135,7 @@ class Runner:
         return [results[index] for index in range(len(rows))]
 
     def _extend(self, rows: Many[Extension]) -> list[Extended]:
+        started = time.perf_counter()
         ids_BT = torch.tensor([list(row.tokens) for row in rows], device=self.model.device)
         places = [_row(row.sequence) for row in rows]
         network, watch = self.model.model, Watch(self.model) if rows[0].watched else None
@@ -147,7 +153,8 @@ class Runner:
             sequence.slots, sequence.has_state = sequence.slots[::-1], True
             sequence.length += len(row.tokens)
         blocks_N = None if watch is None else watch.blocks_N()
-        return [Extended(logits_TX, blocks_N) for logits_TX in logits_BTX]
+        seconds = time.perf_counter() - started
+        return [Extended(logits_TX, seconds, blocks_N) for logits_TX in logits_BTX]
 
 
 def _row(sequence: Sequence) -> PagedRow:

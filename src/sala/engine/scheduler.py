@@ -1,5 +1,6 @@
 """Who runs in the next step: admission by memory, prompts in chunks between decoding steps, preemption, cancellation."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from sala.engine.pages import Budget, Match, PrefixTree
 from sala.engine.request import Finish, Request
 from sala.errors import InputError, MemoryLimitError
 
+# in company a step reads no more of a long prompt than takes about so long, and company lasts so long
+SLICE_S, COMPANY_S = 0.05, 10.0
 # a prompt that shares at least so many tokens with one that is being read waits for it
 SHARED_TOKENS = 256
 
@@ -65,6 +68,8 @@ class Scheduler:
         self.running: list[Request] = []
         self.preemptions = 0
         self._oldest_turn = False
+        # when a request last came while another one ran
+        self._company_s = -math.inf
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its place, 0 for the first.
@@ -83,6 +88,8 @@ class Scheduler:
         if len(self.waiting) >= self.max_waiting:
             raise QueueFullError(f"{len(self.waiting):,} requests are waiting; expected another try later")
         request.arrived_s = self.clock()
+        if not self.is_idle:
+            self._company_s = self.clock()
         self.waiting.append(request)
         return len(self.waiting) - 1
 
@@ -205,6 +212,8 @@ class Scheduler:
         return rows
 
     def _row(self, request: Request, most: int) -> Row:
+        if request.tokens_per_s is not None and self.clock() - self._company_s < COMPANY_S:
+            most = min(most, max(self.budget.page_size, int(request.tokens_per_s * SLICE_S)))
         end = min(request.next_stop(), request.read + most)
         if end < request.next_stop():
             page = self.budget.page_size

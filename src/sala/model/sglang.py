@@ -99,3 +99,24 @@ def _of_blocks(config: MiniCPMSALAConfig, fields: Mapping[str, Any]) -> Iterator
         "it normalises scores by the coarse windows; normalizer is 'exact'": geometry.normalizer == "exact",
     }
     return (reason for reason, holds in obstacles.items() if holds)
+
+
+def packing_obstacles(quantization: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return why SGLang would not read packed weights, from a checkpoint's `quantization_config`; empty when it can.
+
+    It joins the projections of a layer (q, k and v; gate and up), and leaves the head as it is.
+    """
+    if quantization is None:
+        return ()
+    method, bits = quantization.get("quant_method"), quantization.get("bits")
+    obstacles = {
+        f"its GPTQ loader was compared, and no other; quant_method is {method!r}": method != "gptq",
+        f"its kernels for GPTQ take 4 and 8 bits; bits is {bits}": bits not in (4, 8),
+        "its kernels for GPTQ take symmetric weights; sym is False": not quantization.get("sym", True),
+        "q, k and v have one order of columns there; desc_act is True": bool(quantization.get("desc_act")),
+        "its head is never packed; lm_head is True": bool(quantization.get("lm_head")),
+        "it joins q, k and v, and gate and up, which 'dynamic' may pack in different ways": bool(
+            quantization.get("dynamic")
+        ),
+    }
+    return tuple(reason for reason, holds in obstacles.items() if holds)
