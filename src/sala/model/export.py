@@ -8,7 +8,7 @@ from sala.errors import CheckpointError
 from sala.model.checkpoint import find_checkpoint, is_gguf, output_folder, read_json, shard_files
 from sala.model.families import load_config
 from sala.model.report import check_tensors
-from sala.model.sglang import packing_obstacles, sglang_obstacles
+from sala.model.sglang import packing_obstacles, why_not_sglang
 
 # beside config.json and the weights
 BESIDE = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "*.jinja")
@@ -31,7 +31,7 @@ def export_for_sglang(name: str | Path, out: Path) -> str:
         raise CheckpointError(f"{str(folder)!r} is a GGUF file; expected a checkpoint folder")
     config, fields = load_config(folder), read_json(folder / "config.json")
     check_tensors(folder, config)
-    reasons = [*sglang_obstacles(config, fields), *packing_obstacles(fields.get("quantization_config"))]
+    reasons = [*why_not_sglang(config, fields), *packing_obstacles(fields.get("quantization_config"))]
     if reasons:
         raise CheckpointError(
             f"SGLang cannot serve {str(name)!r}: {'; '.join(reasons)}; expected a hybrid of the released form"
