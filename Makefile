@@ -20,12 +20,12 @@ real: $(VENV)/.installed-dev
 	$(BIN)/sala fetch smollm2-135m-instruct
 	$(BIN)/pytest -n 0 -m real
 
-# lm_eval's own command line on a folder that sala wrote, and `sala eval suites`, in an environment of its own: lm_eval asks for 38
+# lm_eval's own command line on a folder that sala wrote and on a server, and `sala eval suites`, in an environment of its own: lm_eval asks for 38
 # packages more
 lm-eval:
 	$(PYTHON) -m venv .venv-with-lm-eval
-	.venv-with-lm-eval/bin/$(PIP_INSTALL) -e '.[eval]' pytest pytest-xdist hypothesis 'lm_eval[hf]>=0.4.13,<0.5'
-	.venv-with-lm-eval/bin/pytest -n 0 tests/model/test_remote_code.py -k lm_eval
+	.venv-with-lm-eval/bin/$(PIP_INSTALL) -e '.[eval,serve]' pytest pytest-xdist hypothesis 'lm_eval[hf,api]>=0.4.13,<0.5'
+	.venv-with-lm-eval/bin/pytest -n 0 tests/model/test_remote_code.py tests/serve/test_lm_eval.py -k lm_eval
 	.venv-with-lm-eval/bin/pytest -n 0 tests/eval/test_harness.py
 
 # the page of sala serve in Debian's chromium (`apt-get install chromium`); SALA_DRAW=1 also draws the pictures of docs/

@@ -280,6 +280,7 @@ def test_a_long_prompt_keeps_the_connection_alive(serving):
         with live.http.stream("POST", TEXT, json=body) as response:
             lines = list(response.iter_lines())
         assert lines[-2] == "data: [DONE]"
+        assert lines.count(": keep-alive") >= 2
 
 
 def test_leaving_finishes_the_answers_that_are_begun(serving, alone):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -241,9 +242,13 @@ class Service:
 
         try:
             async with self.answers(asking) as answers:
+                said_s = time.monotonic()
                 async for told in answers.events():
-                    if told is None:
+                    if time.monotonic() - said_s >= self.settings.keep_alive_s:
+                        # also while a long prompt is read, of which there is much to hear and nothing to say
+                        said_s = time.monotonic()
                         yield ": keep-alive\n\n"
+                    if told is None:
                         continue
                     index, event = told
                     choice = choices[index]
