@@ -45,7 +45,7 @@ def test_a_command_of_a_page_has_a_verb_and_options_that_exist(page: Path) -> No
     for words in commands(page):
         name = " ".join(words[:2]) if " ".join(words[:2]) in verbs else words[0]
         assert name in verbs, f"sala {' '.join(words)} in {page.name}"
-        verb = verbs[name].commands[words[1]] if name == "bench" else verbs[name]
+        verb = verbs[name].commands[words[1]] if name in ("bench", "eval") else verbs[name]
         known = {option for parameter in verb.params for option in (*parameter.opts, *parameter.secondary_opts)}
         given = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
         assert given <= known | {"--help"}, f"sala {' '.join(words)} in {page.name}"
