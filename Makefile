@@ -6,7 +6,7 @@ PIP_INSTALL := pip install --quiet --disable-pip-version-check
 # what a user meets of transformers: tests that run under other versions of it
 INTERFACE_TESTS := tests/model tests/engine tests/embedded tests/cli
 
-.PHONY: demo test real lm-eval browser abuse load test-with kernels lock install clean
+.PHONY: demo test real lm-eval browser abuse load test-with kernels wheel lock install clean
 
 # QUICK=1: the same in under two minutes, at lower quality
 demo: $(VENV)/.installed
@@ -48,6 +48,10 @@ test-with:
 # before a release: every GPU kernel compiled for every card, without one; ends with an error where shared memory is too small
 kernels: $(VENV)/.installed-dev
 	$(BIN)/python scripts/compile_kernels.py
+
+# a wheel with compiled kernels for every kind of x86-64 processor, for machines without a compiler
+wheel: $(VENV)/.installed-dev
+	$(BIN)/python scripts/build_wheel.py
 
 install: $(VENV)/.installed
 

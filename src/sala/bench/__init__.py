@@ -11,6 +11,7 @@ from sala.bench.pair import LatencyPlan, run_latency
 from sala.bench.report import write_report
 from sala.bench.results import write_results
 from sala.bench.train import TrainPlan, run_train
+from sala.bench.weights import WeightsPlan, run_weights
 
 __all__ = [
     "BatchPlan",
@@ -21,6 +22,7 @@ __all__ = [
     "ParityError",
     "PeakMemory",
     "TrainPlan",
+    "WeightsPlan",
     "environment",
     "latency",
     "length_label",
@@ -30,6 +32,7 @@ __all__ = [
     "run_latency",
     "run_ops",
     "run_train",
+    "run_weights",
     "write_report",
     "write_results",
 ]

@@ -77,6 +77,51 @@ def ops(
 
 
 @bench.command()
+def weights(
+    shape: Annotated[str, typer.Option(help="A named hybrid: sala-1b, sala-100m, sala-10m.")] = "sala-100m",
+    precision: Annotated[list[str] | None, typer.Option(help="Only bfloat16, int8 or int4; may be repeated.")] = None,
+    length: Lengths = None,
+    new_tokens: Annotated[int, typer.Option(min=4, max=2**20, help="Tokens decoded after the prompt.")] = 40,
+    repeats: Annotated[int, typer.Option(min=1, help="Prompts of each precision and length.")] = 3,
+    clock: Annotated[
+        str, typer.Option(help="wall, or cpu: the process's own time, for a machine that others use.")
+    ] = "cpu",
+    threads: Threads = None,
+    out: Out = None,
+) -> None:
+    """Prefill and decoding with weights of 4 and 8 bits beside bfloat16, random weights, on the CPU."""
+    prepare(threads)
+    from sala.bench import WeightsPlan, parse_length, run_weights
+    from sala.bench.weights import PRECISIONS
+
+    plan = WeightsPlan(
+        shape=shape,
+        precisions=tuple(precision or PRECISIONS),
+        lengths=tuple(parse_length(text) for text in length or ("512", "4K")),
+        new_tokens=new_tokens,
+        repeats=repeats,
+        clock=clock,
+    )
+    measure(run_weights, plan, show_weights, out)
+
+
+def show_weights(results: Mapping[str, Any], console: Console) -> None:
+    """Print one row a precision and length."""
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("precision", "length", "prefill tokens/s", "decode tokens/s", "unrecorded", "of read bandwidth"):
+        table.add_column(
+            name, justify="right" if "/" in name or name in ("unrecorded", "of read bandwidth") else "left"
+        )
+    for row in results["rows"]:
+        table.add_row(
+            row["precision"], f"{row['length']:,}", f"{row['prefill_tokens_per_s']:,.0f}",
+            f"{row['decode_tokens_per_s']:,.1f}", f"{row['decode_unrecorded_tokens_per_s']:,.1f}",
+            f"{row['share_of_read_bandwidth']:.0%}",
+        )  # fmt: skip
+    console.print(table)
+
+
+@bench.command()
 def latency(
     shape: Annotated[
         str, typer.Option(help="A named pair: minicpm-sala-9b, sala-1b, sala-100m, sala-10m.")

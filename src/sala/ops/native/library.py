@@ -20,6 +20,8 @@ from sala.ops.native.tape import recording
 logger = logging.getLogger("sala")
 
 SOURCES = Path(__file__).parent
+# libraries that came with the package, built where it was packed (scripts/build_wheel.py)
+SHIPPED = SOURCES / "built"
 # no -ffast-math: infinities and NaN keep their meaning
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
@@ -61,8 +63,8 @@ class _Library:
     level: str
     compiler: str
     loaded: ctypes.CDLL
-    # open as long as the library: debuggers find it by a path through its folder
-    store: Store
+    # open as long as the library: debuggers find it by a path through its folder; None where it came with the package
+    store: Store | None
 
 
 class Function:
@@ -129,7 +131,7 @@ def at_level(level: str) -> Iterator[None]:
     if level not in levels_here():
         raise BackendError(f"level {level!r} does not run here; {', '.join(levels_here())} do{nearest(level, LEVELS)}")
     global _library
-    before, _library = _library, _load(level, _store())
+    before, _library = _library, _load(level)
     try:
         yield
     finally:
@@ -160,17 +162,16 @@ def _best() -> _Library:
         raise BuildError("SALA_CPU_LEVEL=none switches them off")
     if wanted and wanted not in levels_here():
         raise BuildError(f"SALA_CPU_LEVEL={wanted} is not one of {', '.join(levels_here())}, which this processor runs")
-    store = _store()
     levels = [wanted] if wanted else [name for name in levels_here() if LEVELS[name].automatic]
     for level in levels[:-1]:
         try:
-            return _load(level, store)
+            return _load(level)
         except CannotBuildError:
             # said once, of the last: of the levels between, one may have been built before
             continue
         except BuildError as error:
             logger.warning("the C++ kernels for %s are not used: %s", level, error)
-    return _load(levels[-1], store)
+    return _load(levels[-1])
 
 
 def _store() -> Store:
@@ -183,13 +184,17 @@ def _store() -> Store:
 _loaded: dict[str, _Library] = {}
 
 
-def _load(level: str, store: Store) -> _Library:
+def _load(level: str) -> _Library:
     if level not in _loaded:
-        built = _built(level, store)
+        store = None
+        if (built := shipped(level)) is None:
+            store = _store()
+            built = _built(level, store)
         try:
             loaded = ctypes.CDLL(built.path)
         except OSError as error:
-            raise BuildError(f"the library for {level} in {str(store.folder)!r} cannot be loaded: {error}") from error
+            folder = SHIPPED if store is None else store.folder
+            raise BuildError(f"the library for {level} in {str(folder)!r} cannot be loaded: {error}") from error
         loaded.sala_prepare.argtypes, loaded.sala_prepare.restype = [ctypes.c_void_p], ctypes.c_int
         if loaded.sala_prepare(_torch_parallel()):
             raise BuildError("the system does not allow the tile registers of AMX; a newer kernel does")
@@ -198,18 +203,37 @@ def _load(level: str, store: Store) -> _Library:
     return _loaded[level]
 
 
-def _built(level: str, store: Store) -> Built:
-    """Return a level's library: the one of this compiler, built unless it is there; without a compiler, any one's.
-
-    Its name tells what it was made of (sources, flags, kind of processor), then by whom.
-    """
-    sources = sorted(SOURCES.glob("*.cpp"))
+def sources_and_flags(level: str) -> tuple[list[Path], list[str]]:
+    """Return what a level's library is compiled from, and how."""
     # more of them from the environment: sanitizers, debugging
     flags = [*FLAGS, *LEVELS[level].flags, *os.environ.get("SALA_CXXFLAGS", "").split()]
+    return sorted(SOURCES.glob("*.cpp")), flags
+
+
+def content_name(level: str) -> str:
+    """Return the start of a library's name, which tells what it is made of: sources, flags, kind of processor."""
+    sources, flags = sources_and_flags(level)
     content = hashlib.sha256("\0".join([platform.machine(), *flags]).encode())
     for path in [*sources, *sorted(SOURCES.glob("*.h"))]:
         content.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    start = f"{level}-{content.hexdigest()[:16]}-"
+    return f"{level}-{content.hexdigest()[:16]}-"
+
+
+def shipped(level: str) -> Built | None:
+    """Return the library of a level that came with the package, made of the sources that are here; None without one."""
+    path = next(SHIPPED.glob(f"{content_name(level)}*.so"), None)
+    if path is None:
+        return None
+    return Built(str(path), path.with_suffix(".txt").read_text(encoding="utf-8").strip())
+
+
+def _built(level: str, store: Store) -> Built:
+    """Return a level's library: the one of this compiler, built unless it is there; without a compiler, any one's.
+
+    Its name ends in who made it.
+    """
+    sources, flags = sources_and_flags(level)
+    start = content_name(level)
     try:
         compiler = find_compiler()
     except CannotBuildError as error:
