@@ -271,3 +271,14 @@ def test_leaving_finishes_what_runs_and_takes_no_more(make, ids, alone):
     assert heard.tokens() == alone(ids[:400], 30)
     with pytest.raises(EngineStoppedError):
         submit(engine, ids[:10])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_engine_that_has_stopped(make, ids, monkeypatch):
+    engine = make()
+    monkeypatch.setattr(engine.scheduler, "_rows", lambda: 1 / 0)
+    done = submit(engine, ids[:50]).done()
+    assert done.finish == "error" and "ZeroDivisionError" in done.error
+    with pytest.raises(EngineStoppedError):
+        submit(engine, ids[:10])
+    assert not engine.is_alive

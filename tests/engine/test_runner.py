@@ -1,6 +1,8 @@
 """A sequence restored from kept keys and states goes on as if it had read everything itself."""
 
+import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +99,15 @@ def test_pages_and_states_take_what_the_plan_says(runner, opened):
     assert runner.states(sequence).size_bytes == runner.state_bytes
     pages = sum(t.buffer.numel() * t.buffer.element_size() for _, t in runner.cache.tensors())
     assert pages == runner.num_pages * runner.page_bytes <= runner.budget_bytes
+
+
+def test_memory_that_no_sequence_needs_is_not_taken():
+    runner = Runner(tiny_model(), 2**32)
+    statm = Path("/proc/self/statm")
+    before = int(statm.read_text().split()[1])
+    runner.extend([Extension(runner.open([0]), [5, 6, 7])])
+    assert sum(t.buffer.numel() for _, t in runner.cache.tensors()) * 4 > 2**31
+    assert (int(statm.read_text().split()[1]) - before) * os.sysconf("SC_PAGE_SIZE") < 2**28
 
 
 def test_watched_blocks_have_the_attention_that_the_layer_gives_them():

@@ -1,6 +1,7 @@
 """Thousands of requests made from the server's own description: none makes a 500, hangs, or leaves anything behind."""
 
 import os
+from collections import Counter
 from contextlib import suppress
 
 import pytest
@@ -17,8 +18,8 @@ EXAMPLES = int(os.environ.get("SALA_EXAMPLES", "750"))
 
 
 def test_every_request_is_answered_and_no_answer_is_a_failure(serving):
-    statuses: dict[int, int] = {}
-    with serving(max_length=200, limits=EngineLimits(chunk=64), request_s=30) as live:
+    statuses: Counter[int] = Counter()
+    with serving(max_length=64, limits=EngineLimits(chunk=64)) as live:
         schema = schemathesis.openapi.from_url(f"{live.url}/openapi.json")
         operations = [operation.ok() for operation in schema.get_all_operations()]
         for operation in operations:
@@ -35,8 +36,8 @@ def test_every_request_is_answered_and_no_answer_is_a_failure(serving):
                 )
                 @given(case=strategy)
                 def ask(case):
-                    response = case.call(timeout=60)
-                    statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
+                    response = case.call(timeout=600)
+                    statuses[response.status_code] += 1
                     assert response.status_code < 500, (case.as_curl_command(), response.text)
                     if response.status_code >= 400:
                         found = response.json()["error"]
@@ -45,5 +46,6 @@ def test_every_request_is_answered_and_no_answer_is_a_failure(serving):
                 # a route without parameters cannot be asked wrongly
                 with suppress(Unsatisfiable):
                     ask()
+                print(operation.label, mode.name, statuses.total(), flush=True)
         live.settled()
-    print(statuses, sum(statuses.values()), "requests", len(operations), "operations")
+    print(dict(statuses), statuses.total(), "requests", len(operations), "operations")

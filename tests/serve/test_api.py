@@ -150,10 +150,13 @@ def test_a_wrong_field_of_a_completion_is_named(live, field, value):
         ("reasoning_effort", "low"),
         ("modalities", ["audio"]),
         ("max_completion_tokens", -3),
+        ("min_tokens", 1),
+        ("ignore_eos", True),
     ],
 )
 def test_a_wrong_field_of_a_chat_is_named(live, field, value):
-    found = error(live.http.post(CHAT, json={"messages": MESSAGES, "max_tokens": 1, field: value}))
+    form = {"response_format": {"type": "json_object"}} if field in ("min_tokens", "ignore_eos") else {}
+    found = error(live.http.post(CHAT, json={"messages": MESSAGES, "max_tokens": 1, **form, field: value}))
     assert field in found["message"] or field in (found["param"] or "")
 
 

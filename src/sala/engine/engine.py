@@ -239,6 +239,16 @@ class Engine:
     # the engine's thread
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            # a mistake of ours: nobody may wait for what will not come
+            for request in list(self._requests.values()):
+                request.finish = "error"
+                self._end(request, f"the engine has stopped: {type(error).__name__}: {error}")
+            raise
+
+    def _work(self) -> None:
         while not (self._leaving and self.scheduler.is_idle):
             self._hear()
             if not self.scheduler.is_idle:

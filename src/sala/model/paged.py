@@ -4,6 +4,7 @@ A row of a call names its pages and its slot. Rows of any lengths run together, 
 state is saved by copying its slot.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -262,7 +263,11 @@ def check_page(page_tokens: int, geometry: SparseGeometry) -> None:
 def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     # what is made in inference mode could be written there only
     with torch.inference_mode(False):
-        return torch.zeros(*shape, dtype=dtype, device=device)
+        if device.type != "cpu":
+            return torch.zeros(*shape, dtype=dtype, device=device)
+        # torch writes zeros; the system has them, and gives memory when it is first written
+        zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+        return torch.from_numpy(zeros).view(dtype).view(*shape)
 
 
 def _places(pages: np.ndarray, index: np.ndarray, size: int) -> np.ndarray:

@@ -193,6 +193,10 @@ class ChatCompletion(Generate):
             raise ValueError("tool_choice 'required': expected tools beside it")
         if self.forces_tool() and self.response_format is not None and self.response_format.type != "text":
             raise ValueError("response_format: expected it left out where tool_choice asks for a call")
+        formed = self.forces_tool() or (self.response_format is not None and self.response_format.type != "text")
+        for name in ("ignore_eos", "min_tokens"):
+            if formed and getattr(self, name):
+                raise ValueError(f"{name}: expected it left out where the form of the answer says when it ends")
         return self
 
     def forces_tool(self) -> bool:
