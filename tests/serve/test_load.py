@@ -17,7 +17,7 @@ import pytest
 from sala.bench.environment import environment
 from sala.serve.server import EngineLimits
 from serve.conftest import BOOK, QUESTION
-from serve.test_documents import LONG
+from serve.test_saved_documents import LONG
 
 pytestmark = pytest.mark.load
 TEXT = "/v1/completions"

@@ -9,7 +9,7 @@ import pytest
 
 from sala.serve.server import EngineLimits
 from serve.conftest import QUESTION
-from serve.test_documents import LONG
+from serve.test_saved_documents import LONG
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
