@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -16,9 +17,10 @@ from transformers import (
 )
 
 from model.gguf_files import write_gguf
-from sala.errors import CheckpointError
+from sala.errors import CheckpointError, InputError
 from sala.model import gguf as reading
 from sala.model.families import load_config, load_model
+from sala.model.packing import packed_modules
 from sala.model.report import inspect
 from tolerances import assert_close
 
@@ -85,6 +87,35 @@ def test_logits_equal_those_of_the_model_that_was_written(name, tmp_path):
     model = source(name)
     file = write_gguf(tmp_path / "x.gguf", model)
     assert_close(logits(load_model(file), IDS), logits(model, IDS))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_packed_matrices_are_the_numbers_that_are_stored(name, kind, tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", source(name), kind)
+    dense, packed = load_model(path, dtype=torch.float32), load_model(path, dtype=torch.float32, keep_packed=True)
+    parts = dict(packed_modules(packed))
+    assert len(parts) >= 14
+    for place, part in parts.items():
+        torch.testing.assert_close(
+            part.weight_NK(torch.float32), dense.get_submodule(place).weight, rtol=1e-6, atol=1e-6
+        )
+    ids = torch.arange(3, 23)[None]
+    with torch.inference_mode():
+        expected, got = dense(ids).logits, packed(ids).logits
+    assert (got - expected).norm() < 0.05 * expected.norm()
+    with pytest.raises(InputError, match="in use as they are; expected"):
+        packed.state_dict()
+
+
+def test_a_scale_that_is_not_finite_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", source(), "Q8_0")
+    tensor = next(t for t in GGUFReader(path).tensors if t.name == "blk.0.ffn_up.weight")
+    content = bytearray(path.read_bytes())
+    content[tensor.data_offset : tensor.data_offset + 2] = b"\x00\x7e"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="'blk.0.ffn_up.weight' has scales that are not finite; expected"):
+        load_model(path, keep_packed=True)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q5_1", "Q4_0"])

@@ -77,7 +77,13 @@ def load(
         CheckpointError: the weights are incomplete or of another shape.
     """
     check_memory(checkpoint.config, checkpoint.dtype, checkpoint.device, length, chunk)
-    return load_model(checkpoint.folder, dtype=checkpoint.dtype, device=checkpoint.device, on_tensor=on_tensor)
+    return load_model(
+        checkpoint.folder,
+        dtype=checkpoint.dtype,
+        device=checkpoint.device,
+        on_tensor=on_tensor,
+        keep_packed=checkpoint.device.type == "cpu",
+    )
 
 
 def _dtype(name: str, config: MiniCPMSALAConfig) -> torch.dtype:

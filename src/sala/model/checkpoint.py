@@ -135,14 +135,14 @@ def _shard(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
-def read_tensors(place: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of every shard; of a GGUF file in float32.
+def read_tensors(place: Path, leave: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of every shard; of a GGUF file in float32, without those to `leave`.
 
     Raises:
         CheckpointError: a shard is missing, truncated or not safetensors.
     """
     if is_gguf(place):
-        yield from GGUFFile(place).read()
+        yield from GGUFFile(place).read(leave)
         return
     for path in shard_files(place):
         with _shard(path) as shard:

@@ -24,8 +24,9 @@ from sala.model.checkpoint import (
 from sala.model.config import LATENT_FIELDS, MiniCPMSALAConfig
 from sala.model.decoder import MiniCPMSALAForCausalLM
 from sala.model.fields import QUANTISATION, check_fields, say_once
+from sala.model.gguf import GGUFFile
 from sala.model.mixers import config_fields
-from sala.model.packing import pack_all, packed_modules
+from sala.model.packing import exchange, pack_all, packed_modules
 
 # Fields that mean the same under the same name in every family.
 SHARED_FIELDS = (
@@ -239,6 +240,7 @@ def load_model(
     dtype: torch.dtype | Literal["stored"] | None = None,
     device: torch.device | str = "cpu",
     on_tensor: Callable[[str], None] = lambda name: None,
+    keep_packed: bool = False,
     **changes: Any,
 ) -> MiniCPMSALAForCausalLM:
     """Return a checkpoint as our network, in evaluation mode.
@@ -250,6 +252,8 @@ def load_model(
         converted is mapped from its file, and not read before it is used.
     device: where the parameters go, one after the other: of another device's the CPU's memory never holds more than one.
     on_tensor: called with each tensor's name as it is read, for a progress display.
+    keep_packed: run matrices of a GGUF file in the 4 or 8 bits that they are stored in, where their kind allows it; such a
+        model cannot be saved. Folders in GPTQ's format always run so.
     changes: fields of the configuration to override.
 
     Raises:
@@ -263,14 +267,19 @@ def load_model(
         model = MiniCPMSALAForCausalLM(config)
     shapes, state = shapes_stored(model), {}
     packed = {f"{name}.{part}" for name, module in packed_modules(model) for part in module._buffers}
-    for key, tensor in read_tensors(folder):
+    stored = dict(GGUFFile(folder).packed()) if keep_packed and is_gguf(folder) else {}
+    for key, weight in stored.items():
+        has_place(key, (weight.N, weight.K), shapes, folder)
+        on_tensor(key)
+    for key, tensor in read_tensors(folder, stored):
         if has_place(key, tensor.shape, shapes, folder):
             state[key] = tensor.to(device, None if dtype == "stored" or key in packed else dtype)
             on_tensor(key)
-    require_all(state, shapes, folder)
+    require_all({*state, *stored}, shapes, folder)
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     pack_all(model, folder)
+    exchange(model, stored)
     if dtype != "stored":
         model.config.dtype = dtype
     model.generation_config = read_generation(folder, config)

@@ -5,7 +5,7 @@ llama.cpp defines the format (ggml-org/ggml, docs/gguf.md) and, in its converter
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sala.errors import CheckpointError
+from sala.model.gguf_packed import KINDS, packed_weight
+from sala.ops.quantized import QuantizedWeight
 
 SUFFIX = ".gguf"
 
@@ -131,11 +133,17 @@ class GGUFFile:
             if name != ROPE_FACTORS:
                 yield renamed(name), self._shape(name)
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the values, float32, of every tensor, in the order of rows that transformers has."""
+    def read(self, leave: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the values, float32, of every tensor but those to `leave`, in transformers' order of rows."""
         for name in self.tensors:
-            if name != ROPE_FACTORS:
+            if name != ROPE_FACTORS and renamed(name) not in leave:
                 yield renamed(name), torch.from_numpy(self._restore(name, self._values(name)))
+
+    def packed(self) -> Iterator[tuple[str, QuantizedWeight]]:
+        """Yield the matrices of linear maps that run in the bits they are stored in."""
+        for name, tensor in self.tensors.items():
+            if tensor.tensor_type.name in KINDS and len(tensor.shape) == 2 and not name.startswith("token_embd"):
+                yield renamed(name), packed_weight(tensor, functools.partial(self._restore, name))
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self.tensors:
@@ -156,7 +164,7 @@ class GGUFFile:
         # unquantised values are a window on the file, which nobody may write to
         return np.require(values.reshape(self._shape(name)), np.float32, ["C", "W"])
 
-    def _restore(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _restore(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
         """Undo llama.cpp's order of the rows of q and k, whose rotation turns neighbours: (pairs, 2) back to (2, pairs)."""
         kind = name.split(".")[-2]
         if not ARCHITECTURES[self.architecture] or kind not in ("attn_q", "attn_k"):

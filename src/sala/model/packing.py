@@ -223,6 +223,13 @@ def install(module: nn.Module, packing: Mapping[str, Any] | None, prefix: str = 
             module.set_submodule(name, packed)
 
 
+def exchange(module: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:
+    """Put packed weights, by their parameters' names, in the place of a network's linear maps."""
+    for name, weight in weights.items():
+        place = name.removesuffix(".weight")
+        module.set_submodule(place, PackedLinear.of(weight, module.get_submodule(place).bias))  # type: ignore[arg-type]
+
+
 def packed_modules(module: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
     """Yield the packed linear maps of a network, by name."""
     for name, part in module.named_modules():
