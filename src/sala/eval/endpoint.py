@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -60,21 +61,23 @@ class EndpointReader:
         self.concurrency, self.retries, self.pause = concurrency, retries, pause
         self.sampling = {"temperature": 0.0} if sampling is None else sampling
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self.client = httpx.Client(timeout=timeout_s, headers=headers)
+        self.connect = partial(httpx.Client, timeout=timeout_s, headers=headers)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Any, Answer]]:
         return self._spread(requests, lambda request: request.key, self._generate)
 
     def predict(self, windows: Iterable[tuple[Any, Window]]) -> Iterator[tuple[Any, Predictions | Answer]]:
-        return self._spread(windows, lambda row: row[0], lambda row: self._predict(row[1]))
+        return self._spread(windows, lambda row: row[0], lambda client, row: self._predict(client, row[1]))
 
-    def _spread(self, items: Iterable[Any], key: Callable[[Any], Any], work: Callable[[Any], Any]) -> Iterator[Any]:
+    def _spread(
+        self, items: Iterable[Any], key: Callable[[Any], Any], work: Callable[[httpx.Client, Any], Any]
+    ) -> Iterator[Any]:
         """Yield (key, result) as work is done, with at most `concurrency` items taken from `items` and not yet answered."""
         running: dict[Future[Any], Any] = {}
-        with ThreadPoolExecutor(self.concurrency) as pool:
+        with self.connect() as client, ThreadPoolExecutor(self.concurrency) as pool:
             try:
                 for item in items:
-                    running[pool.submit(work, item)] = key(item)
+                    running[pool.submit(work, client, item)] = key(item)
                     if len(running) >= self.concurrency:
                         yield from _finished(running)
                 while running:
@@ -82,7 +85,7 @@ class EndpointReader:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _generate(self, request: Request) -> Answer:
+    def _generate(self, client: httpx.Client, request: Request) -> Answer:
         prompt = request.prompt
         body: dict[str, Any] = {"model": self.name, "max_tokens": prompt.max_new_tokens, **self.sampling}
         if self.interface == "chat":
@@ -91,7 +94,7 @@ class EndpointReader:
         else:
             body["prompt"] = list(request.tokens)
         try:
-            reply = self._post("chat/completions" if self.interface == "chat" else "completions", body)
+            reply = self._post(client, "chat/completions" if self.interface == "chat" else "completions", body)
             choice, read = _choice(reply), (reply.get("usage") or {}).get("prompt_tokens")
             text = choice["message"]["content"] if self.interface == "chat" else choice["text"]
             if self.interface == "completions" and isinstance(read, int) and read < len(request.tokens):
@@ -102,11 +105,11 @@ class EndpointReader:
         except (SampleError, KeyError, TypeError) as error:
             return Answer(error=_said(error))
 
-    def _predict(self, window: Window) -> Predictions | Answer:
+    def _predict(self, client: httpx.Client, window: Window) -> Predictions | Answer:
         """Ask for the probabilities of the prompt's own tokens (`echo`)."""
         body = {"model": self.name, "prompt": window.tokens.tolist(), "max_tokens": 1, "temperature": 0.0}
         try:
-            reply = self._post("completions", {**body, "logprobs": 1, "echo": True})
+            reply = self._post(client, "completions", {**body, "logprobs": 1, "echo": True})
             said = _choice(reply)["logprobs"]
             if len(said["token_logprobs"]) < len(window.tokens):
                 told = len(said["token_logprobs"])
@@ -117,14 +120,14 @@ class EndpointReader:
         except (SampleError, KeyError, TypeError, ValueError) as error:
             return Answer(error=_said(error))
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
         said = ""
         for attempt in range(self.retries + 1):
             if attempt:
                 # jitter, so that many do not come back at once
                 self.pause(min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (attempt - 1)) * (0.5 + random.random()))
             try:
-                response = self.client.post(f"{self.url}/{path}", json=body)
+                response = client.post(f"{self.url}/{path}", json=body)
                 if response.status_code in REFUSED:
                     raise InputError(
                         f"{self.url}/{path} answers {response.status_code} {shortened(response.text, 200)!r}; expected an "
