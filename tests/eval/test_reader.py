@@ -1,22 +1,23 @@
 """A local model as a reader: the same answers whatever is shared or read together."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from sala.engine import Sampling, generate
-from sala.eval import LocalReader, Prompt, Request, Window
-from sala.eval.reader import common_start
+from sala.errors import MemoryLimitError
+from sala.eval import Answer, LocalReader, Prompt, Request, Window
 
 
 def request(key: int, tokens: list[int]) -> Request:
     return Request(key, Prompt((), (), 6), tuple(tokens))
 
 
-def test_answers_are_those_of_prompts_asked_alone_and_shared_starts_are_read_once(
-    tiny_hybrid: Any, tokenizer: Any
-) -> None:
+@pytest.mark.parametrize("batch", [1, 3])
+def test_answers_are_those_of_prompts_asked_alone(tiny_hybrid: Any, tokenizer: Any, batch: int) -> None:
     rng = np.random.default_rng(0)
     start, middle = rng.integers(0, 200, 150).tolist(), rng.integers(0, 200, 90).tolist()
     prompts = [
@@ -27,14 +28,30 @@ def test_answers_are_those_of_prompts_asked_alone_and_shared_starts_are_read_onc
         rng.integers(0, 200, 40).tolist(),
         [*start, *middle],
     ]
-    read: list[int] = []
-    reader = LocalReader(tiny_hybrid, tokenizer, chunk=64, on_tokens=read.append)
+    reader = LocalReader(tiny_hybrid, tokenizer, chunk=64, length=512, batch=batch)
     answers = dict(reader.generate(request(i, tokens) for i, tokens in enumerate(prompts)))
     for i, tokens in enumerate(prompts):
         alone = generate(tiny_hybrid, tokenizer, tokens, Sampling(max_new_tokens=6), chunk=64)
-        assert answers[i].text == alone.text
-    # the second prompt shares all but its end with the first, the fourth its start with the third
-    assert sum(read) == sum(map(len, prompts)) - len(start) - len(middle) - len(start)
+        assert answers[i] == Answer(alone.text, alone.finish, read_tokens=len(tokens))
+
+
+def test_prompts_are_taken_as_answers_come(tiny_hybrid: Any, tokenizer: Any) -> None:
+    taken: list[int] = []
+
+    def asked() -> Iterator[Request]:
+        for i in range(6):
+            taken.append(i)
+            yield request(i, [7, 8, i])
+
+    answers = LocalReader(tiny_hybrid, tokenizer, length=512, batch=2).generate(asked())
+    next(answers)
+    assert len(taken) == 2
+    assert len(list(answers)) == 5
+
+
+def test_a_prompt_that_memory_is_not_set_aside_for_is_refused(tiny_hybrid: Any, tokenizer: Any) -> None:
+    with pytest.raises(MemoryLimitError):
+        list(LocalReader(tiny_hybrid, tokenizer, length=64).generate([request(0, [5] * 4000)]))
 
 
 def test_windows_read_together_are_predicted_as_alone(tiny_hybrid: Any) -> None:
@@ -51,9 +68,3 @@ def test_windows_read_together_are_predicted_as_alone(tiny_hybrid: Any) -> None:
         np.testing.assert_allclose(together[key].log_probs, wanted.numpy(), atol=1e-4)
         likeliest = logits_TX.argmax(-1)[window.asked - 1].numpy()
         np.testing.assert_array_equal(together[key].right, likeliest == window.tokens[window.asked])
-
-
-def test_the_common_start_of_two_prompts() -> None:
-    assert common_start([1, 2, 3], [1, 2, 4]) == 2
-    assert common_start([1, 2], [1, 2, 4]) == 2
-    assert common_start([], [1]) == 0

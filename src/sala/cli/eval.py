@@ -52,7 +52,7 @@ Chat = Annotated[
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.", rich_help_panel=ANSWERS)]
 TopP = Annotated[float, typer.Option(help="Draw from this probability.", rich_help_panel=ANSWERS)]
 Batch = Annotated[
-    int, typer.Option(min=1, help="Windows of one length that a local model reads together.", rich_help_panel=MACHINE)
+    int, typer.Option(min=1, help="Prompts that a local model works on together.", rich_help_panel=MACHINE)
 ]
 Chunk = Annotated[int, typer.Option(min=1, help="Tokens read in one pass.", rich_help_panel=MACHINE)]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", rich_help_panel=MACHINE)]
@@ -109,11 +109,19 @@ class Asked:
         from sala import engine
         from sala.eval import LocalReader
 
+        # a line a request is for servers
+        logging.getLogger("sala.engine.engine").setLevel(logging.WARNING)
         checkpoint = engine.open_checkpoint(self.name, self.dtype, self.device)
         network = engine.load(checkpoint, length, self.chunk)
         sampling = engine.Sampling(temperature=self.temperature, top_p=self.top_p, seed=0)
         return LocalReader(
-            network, checkpoint.tokenizer, name=self.name, chunk=self.chunk, batch=self.batch, sampling=sampling
+            network,
+            checkpoint.tokenizer,
+            name=self.name,
+            length=length,
+            chunk=self.chunk,
+            batch=self.batch,
+            sampling=sampling,
         )
 
     def _remote(self, url: str) -> "Reader":
@@ -170,7 +178,7 @@ def run(
     timeout: Timeout = 600.0,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
-    batch: Batch = 1,
+    batch: Batch = 8,
     chunk: Chunk = 2048,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -239,7 +247,7 @@ def suites(
     timeout: Timeout = 600.0,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
-    batch: Batch = 1,
+    batch: Batch = 8,
     chunk: Chunk = 2048,
     dtype: Dtype = "auto",
     device: Device = "auto",

@@ -1,8 +1,10 @@
 """What answers: a local model, or a server (`endpoint.py`). Both take the same requests."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,13 +12,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sala.engine import DEFAULT_CHUNK, Sampling, generate, read
+from sala.engine import DEFAULT_CHUNK, Sampling, available_bytes, read
+from sala.engine.answer import AnswerOptions
+from sala.engine.engine import Done, Engine, Event, Piece
+from sala.engine.generate import end_tokens
+from sala.engine.runner import Runner, page_tokens
 from sala.errors import InputError
 from sala.eval.task import Predictions, Prompt, Window
 from sala.model import new_cache
+from sala.model.report import cache_bytes
 
-# tokens that two prompts share before it pays to keep them
-WORTH_KEEPING = 64
+DEFAULT_LENGTH = 8192
+# of the memory that is left after the model is loaded
+USED = 0.8
+# windows are read together while they have no more tokens: longer ones gain nothing
+MOST_TOGETHER = 2**15
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +66,12 @@ class Reader(Protocol):
 class LocalReader:
     """A model in this process, on whatever device it is on.
 
-    A start that a prompt has in common with the one before is read once. Windows of one length are read together.
+    Answers come from the engine: prompts are answered together, and a start that they share is read once. Windows of one
+    length are read together too.
 
-    tokenizer: turns answers into text; needed by `generate` alone. batch: windows read together.
-    sampling: how answers are drawn; their length is the prompt's.
-    on_tokens: called with the tokens read, chunk by chunk.
+    tokenizer: turns answers into text; needed by `generate` alone. length: the longest prompt with its answer, for which
+    memory is set aside. batch: prompts and windows worked on together. sampling: how answers are drawn; their length is
+    the prompt's. on_tokens: called with the tokens that `predict` reads, chunk by chunk.
     """
 
     def __init__(
@@ -69,35 +80,44 @@ class LocalReader:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         name: str = "model",
+        length: int = DEFAULT_LENGTH,
         chunk: int = DEFAULT_CHUNK,
         batch: int = 1,
         sampling: Sampling | None = None,
         on_tokens: Callable[[int], None] = lambda tokens: None,
     ):
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.model, self.tokenizer, self.name, self.length = model, tokenizer, name, length
         self.chunk, self.batch, self.on_tokens = chunk, batch, on_tokens
         self.sampling = Sampling() if sampling is None else sampling
 
-    @torch.inference_mode()
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Any, Answer]]:
+        engine = self._start()
+        finished: SimpleQueue[tuple[Any, Answer]] = SimpleQueue()
+        running = 0
+        try:
+            for request in requests:
+                sampling = replace(self.sampling, max_new_tokens=request.prompt.max_new_tokens)
+                heard = partial(_hear, request, [], finished)
+                engine.submit(request.tokens, AnswerOptions(sampling), heard)
+                running += 1
+                if running == self.batch:
+                    yield finished.get()
+                    running -= 1
+            for _ in range(running):
+                yield finished.get()
+        finally:
+            engine.stop(drain=False)
+
+    def _start(self) -> Engine:
         if self.tokenizer is None:
             raise InputError("a reader without a tokenizer answers no prompts; expected LocalReader(model, tokenizer)")
-        cache: Any = None
-        # lengths of starts that the cache can be taken back to, and how
-        marks: list[tuple[int, Any]] = []
-        for request, following in _with_next(requests):
-            tokens = request.tokens
-            if marks:
-                cache.rewind(marks[-1][1])
-            else:
-                cache = new_cache(self.model.config, reserve=len(tokens) + request.prompt.max_new_tokens)
-            shared = 0 if following is None else common_start(tokens[:-1], following.tokens[:-1])
-            known = marks[-1][0] if marks else 0
-            if shared - known >= WORTH_KEEPING:
-                self._read(tokens[known:shared], cache)
-                marks.append((shared, cache.mark()))
-            yield request.key, self._answer(request, cache)
-            marks = [mark for mark in marks if mark[0] <= shared]
+        whole = cache_bytes(self.model.config, self.length + page_tokens(self.model.config), self.model.dtype.itemsize)
+        # one more for what prompts share; the engine lets prompts wait for memory
+        wanted, left = (self.batch + 1) * whole, int(available_bytes(self.model.device) * USED)
+        runner = Runner(self.model, max(whole, min(wanted, left)), self.batch)
+        engine = Engine(runner, self.tokenizer, end_tokens(self.model, self.tokenizer), chunk=self.chunk)
+        engine.start()
+        return engine
 
     def predict(self, windows: Iterable[tuple[Any, Window]]) -> Iterator[tuple[Any, Predictions | Answer]]:
         remaining = iter(windows)
@@ -105,30 +125,12 @@ class LocalReader:
             rows: dict[int, list[tuple[Any, Window]]] = {}
             for row in together:
                 rows.setdefault(len(row[1].tokens), []).append(row)
-            for alike in rows.values():
-                predicted = self._predict([window for _, window in alike])
-                yield from zip([key for key, _ in alike], predicted, strict=True)
-
-    def _answer(self, request: Request, cache: Any) -> Answer:
-        assert self.tokenizer is not None
-        sampling = replace(self.sampling, max_new_tokens=request.prompt.max_new_tokens)
-        said = generate(
-            self.model,
-            self.tokenizer,
-            request.tokens,
-            sampling,
-            chunk=self.chunk,
-            cache=cache,
-            warn=False,
-            on_prefill=self.on_tokens,
-        )
-        return Answer(said.text, said.finish, read_tokens=len(request.tokens))
-
-    def _read(self, tokens: Sequence[int], cache: Any) -> None:
-        ids_1T = torch.tensor([tokens], device=_device(self.model))
-        nothing = torch.zeros(0, dtype=torch.long)
-        for _ in read(self.model, ids_1T, nothing, cache, chunk=self.chunk, on_tokens=self.on_tokens):
-            pass
+            for length, alike in rows.items():
+                most = max(1, MOST_TOGETHER // length)
+                for start in range(0, len(alike), most):
+                    part = alike[start : start + most]
+                    predicted = self._predict([window for _, window in part])
+                    yield from zip([key for key, _ in part], predicted, strict=True)
 
     @torch.inference_mode()
     def _predict(self, windows: list[Window]) -> list[Predictions]:
@@ -150,11 +152,16 @@ class LocalReader:
         return [Predictions(log_probs_BN[row, own], right_BN[row, own]) for row, own in enumerate(at)]
 
 
-def common_start(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many tokens two prompts share at their start."""
-    number = min(len(first), len(second))
-    differ = np.flatnonzero(np.asarray(first[:number]) != np.asarray(second[:number]))
-    return int(differ[0]) if len(differ) else number
+def _hear(request: Request, texts: list[str], finished: SimpleQueue[tuple[Any, Answer]], event: Event) -> None:
+    """Take an event of the engine; texts: the pieces of the answer so far."""
+    if isinstance(event, Piece):
+        texts.append(event.text)
+    if isinstance(event, Done):
+        if event.finish == "error":
+            answer = Answer(error=event.error)
+        else:
+            answer = Answer("".join(texts), event.finish, read_tokens=event.prompt_tokens)
+        finished.put((request.key, answer))
 
 
 def _log_probs(logits_BNX: Tensor, targets_BN: Tensor) -> Tensor:
@@ -166,12 +173,3 @@ def _log_probs(logits_BNX: Tensor, targets_BN: Tensor) -> Tensor:
 def _device(model: Any) -> torch.device:
     """Return the device of the model's parameters; the CPU for one without any."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def _with_next(requests: Iterable[Request]) -> Iterator[tuple[Request, Request | None]]:
-    following = iter(requests)
-    current = next(following, None)
-    while current is not None:
-        upcoming = next(following, None)
-        yield current, upcoming
-        current = upcoming
