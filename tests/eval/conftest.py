@@ -36,7 +36,8 @@ class Scripted(nn.Module):
             hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=vocab_size
         )
         self.generation_config = GenerationConfig()
-        self.device = torch.device("cpu")
+        # in float64 nothing is recorded in C++
+        self.device, self.dtype = torch.device("cpu"), torch.float64
         self.calls: list[int] = []
         self.seen = torch.zeros(1, 0, dtype=torch.int64)
 
