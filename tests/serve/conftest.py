@@ -26,6 +26,10 @@ BOOK = "".join(
     f"[set] @amber @{word} @cedar @delta\n# line {n}: {n * n}\n" for n, word in enumerate(["birch", "oak"] * 25)
 )
 QUESTION = "[get] @amber @birch"
+# a long text with one place that answers the question
+LONG = (
+    BOOK.replace("@amber @birch", "@olive @onyx") * 2 + "[set] @amber @birch @cedar @delta\n" + "nothing here\n" * 200
+)
 
 
 # what needs more than the development environment, or minutes: asked for by name, `pytest -m browser`

@@ -16,8 +16,7 @@ import pytest
 
 from sala.bench.environment import environment
 from sala.serve.server import EngineLimits
-from serve.conftest import BOOK, QUESTION
-from serve.test_saved_documents import LONG
+from serve.conftest import BOOK, LONG, QUESTION
 
 pytestmark = pytest.mark.load
 TEXT = "/v1/completions"

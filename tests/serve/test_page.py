@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from sala.serve.server import EngineLimits
-from serve.conftest import QUESTION
-from serve.test_saved_documents import LONG
+from serve.conftest import LONG, QUESTION
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")

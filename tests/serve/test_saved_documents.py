@@ -7,13 +7,8 @@ import pytest
 
 from sala.engine import join
 from sala.serve.server import EngineLimits
-from serve.conftest import BOOK, QUESTION
+from serve.conftest import LONG, QUESTION
 from serve.test_api import CHAT, TEXT, error
-
-# a long text with one place that answers the question
-LONG = (
-    BOOK.replace("@amber @birch", "@olive @onyx") * 2 + "[set] @amber @birch @cedar @delta\n" + "nothing here\n" * 200
-)
 
 
 def read(live, name):
