@@ -63,3 +63,9 @@ def test_only_samples_of_one_prompt_with_a_score_in_both_are_compared() -> None:
     assert (row.pairs, row.difference) == (1, -1.0)
     with pytest.raises(InputError, match="no sample with the same prompt"):
         compare(a, records("u", [1.0]))
+
+
+@pytest.mark.parametrize(("pairs", "p"), [(1, 1.0), (4, 2 / 16), (5, 2 / 32), (10, 2 / 1024)])
+def test_few_pairs_are_exchanged_in_every_way(pairs: int, p: float) -> None:
+    [row] = compare(records("t", [0.0] * pairs), records("t", [1.0 + i for i in range(pairs)]))
+    assert row.p == pytest.approx(p)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from sala.errors import InputError
 from sala.eval.task import Task
 
 DRAWS, SEED = 2000, 0
+# pairs of which every exchange is tried
+MOST_EXACT = 12
 # a group's row: the mean of its tasks' means
 AVERAGE = "average"
 
@@ -151,8 +154,8 @@ def bootstrap(groups: Sequence[NDArray[np.float64]]) -> tuple[float | None, floa
 class Difference:
     """Two runs on the same samples of one task and length.
 
-    difference: mean of b minus mean of a; low, high: its 95 % bootstrap interval over pairs. p: how often a random
-    exchange of the two in every pair gives a difference as large (two-sided).
+    difference: mean of b minus mean of a; low, high: its 95 % bootstrap interval over pairs. p: how often an
+    exchange of the two in random pairs gives a difference as large (two-sided); with five pairs it is never below 0.06.
     """
 
     task: str
@@ -197,9 +200,12 @@ def _difference(task: str, length: int, pairs_P2: NDArray[np.float64]) -> Differ
     rng = np.random.default_rng(SEED)
     means = gaps_P[rng.integers(0, len(gaps_P), (DRAWS, len(gaps_P)))].mean(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
-    exchanged = (gaps_P * rng.choice((-1.0, 1.0), (DRAWS, len(gaps_P)))).mean(axis=1)
-    # the outcome itself counts as one of the draws
-    p = (1 + np.count_nonzero(np.abs(exchanged) >= abs(gaps_P.mean()) - 1e-12)) / (1 + DRAWS)
+    if len(gaps_P) <= MOST_EXACT:
+        # all exchanges there are, the outcome itself among them
+        signs = np.array(list(product((-1.0, 1.0), repeat=len(gaps_P))))
+    else:
+        signs = np.vstack([np.ones(len(gaps_P)), rng.choice((-1.0, 1.0), (DRAWS, len(gaps_P)))])
+    p = np.mean(np.abs((gaps_P * signs).mean(axis=1)) >= abs(gaps_P.mean()) - 1e-12)
     a, b = pairs_P2.mean(axis=0)
     return Difference(task, length, len(gaps_P), float(a), float(b), float(b - a), float(low), float(high), float(p))
 
