@@ -101,3 +101,24 @@ def test_windows_that_a_stage_trains_on_are_refused() -> None:
         recipe(sources=sources, stages=stages, validation={"data": {"web": 1}})
     with pytest.raises(RecipeError, match="'vaild', which is not one of the sources: web, valid; did you mean 'valid'"):
         recipe(sources=sources, stages=stages, validation={"data": {"vaild": 1}})
+
+
+def in_bfloat16(world: World, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict[str, torch.Tensor]:
+    from sala.train import batches
+
+    batches.library_documents = lambda split: [Document(split, OTHER)]  # type: ignore[assignment]
+    data, found = read_corpus(tokenizer, [Document("a.py", TEXT)]), {}
+    for name, changes in (("without", {}), ("with", {"validation": VALIDATION | {"every": 1}})):
+        given = recipe(precision="bfloat16", mesh={"dp_shard": world.ranks}, **changes)
+        model = run_recipe(given, out / name, tokenizer=tokenizer, data=data, world=world)
+        found |= {f"{name} {key}": tensor.clone() for key, tensor in model.state_dict().items()}
+    return found
+
+
+def test_a_look_leaves_the_shards_as_they_were(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Parameters that a look gathers in bfloat16 are not what is saved."""
+    found = ranks.spawn(2, in_bfloat16, tmp_path, tokenizer, tmp_path / "runs")[0]
+    names = [key.removeprefix("with ") for key in found if key.startswith("with ")]
+    assert names and all(torch.equal(found[f"with {name}"], found[f"without {name}"]) for name in names)
+    losses = [[row["loss"] for row in rows(tmp_path / "runs" / name)] for name in ("with", "without")]
+    assert losses[0] == losses[1]

@@ -17,7 +17,7 @@ from sala.train.batches import Feed, HeldOut, WindowBatch
 from sala.train.compile import Compiled
 from sala.train.memory import peak_memory_bytes
 from sala.train.optimizer import make_optimizers
-from sala.train.parallel import ALONE, Parallel, whole
+from sala.train.parallel import ALONE, Parallel, reshard, whole
 from sala.train.passes import LOSSES, Pass, micro_batches
 from sala.train.trainable import trainable_parameters
 from sala.train.weights import PRIVATE, Weights
@@ -156,6 +156,7 @@ def _validation_loss(root: Any, held_out: HeldOut, stage: Stage, parallel: Paral
     parts = micro_batches(held_out.batch, size, parallel)
     weights = [LOSSES[name].weight(part, stage) for part in parts]
     added = sum(root(part, name)[0].item() * weight for part, weight in zip(parts, weights, strict=True))
+    reshard(root)
     total_loss, total = parallel.sum([added, sum(weights)])
     return total_loss / total if total else math.nan
 

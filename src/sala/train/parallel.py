@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from sala.errors import RecipeError
@@ -206,6 +206,13 @@ class Parallel:
             fully_shard(block, **options)
         fully_shard(sharded, **options)
         return sharded.float()
+
+
+def reshard(root: nn.Module) -> None:
+    """Put shards back in the place of parameters that a forward pass without a backward pass has left gathered."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def shadow(module: Module, device: torch.device = CPU) -> Module:
