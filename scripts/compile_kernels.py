@@ -154,7 +154,23 @@ def pointwise() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"{named(dtype)} {heads} x {width}, {hidden}", partial(call, dtype, heads, width, hidden)
 
 
-CALLS = {"lightning": lightning, "infllm": infllm, "pointwise": pointwise}
+def quantized() -> Iterator[tuple[str, Callable[[], object]]]:
+    from sala.ops.quantized import pack_codes
+    from sala.ops.quantized import triton as backend
+
+    def call(dtype: torch.dtype, bits: int, group: int, rows: int) -> None:
+        N, K = 64, 256
+        codes, scales = torch.zeros(N, K, dtype=torch.uint8), torch.ones(-(-K // group), N)
+        for offsets, order in ((None, None), (scales, torch.arange(K))):
+            weight = pack_codes(codes, scales, offsets, bits, group, order)
+            backend.quantized_linear(torch.zeros(rows, K, dtype=dtype), weight, torch.zeros(N, dtype=dtype))
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for bits, group in ((4, 128), (4, 32), (8, 256)):
+            yield f"{named(dtype)} {bits} bits in {group}", partial(call, dtype, bits, group, 16)
+
+
+CALLS = {"lightning": lightning, "infllm": infllm, "pointwise": pointwise, "quantized": quantized}
 
 
 def main(*arguments: str) -> None:

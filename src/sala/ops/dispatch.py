@@ -110,7 +110,7 @@ BACKENDS: Mapping[str, Mapping[str, Backend]] = MappingProxyType(
         ),
         "dense": _rows("dense", features={"cpu": "pages"}),
         "linear": _rows("linear", native.refuses_many_rows, fusible=True),
-        "quantized": _rows("quantized", native.refuses_mixed),
+        "quantized": _rows("quantized", native.refuses_mixed, gpu.refuses_rows),
         # plain torch promotes where dtypes differ, as with norms kept in float32. On a GPU torch.compile makes one kernel of
         # it and of what stands beside it, over the edges of our functions and with gradients; a kernel of ours would cut
         # its graph there
