@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from sala.data import Vocabulary, load_tokenizer, vocabulary
 from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from sala.model.interface import CACHE
 
 SPARSE = {
     "kernel_size": 4,
@@ -41,7 +42,9 @@ class Scripted(nn.Module):
         self.calls: list[int] = []
         self.seen = torch.zeros(1, 0, dtype=torch.int64)
 
-    def forward(self, input_ids: Tensor, cache: Any = None, use_cache: bool = False, logits_to_keep: Any = 0) -> Any:
+    def forward(self, input_ids: Tensor, use_cache: bool = False, logits_to_keep: Any = 0, **named: Any) -> Any:
+        # by the installed transformers' name for it
+        cache = named.get(CACHE)
         if cache is not None:
             fresh = torch.zeros(len(input_ids), 0, dtype=torch.int64)
             self.seen = self.seen[:, : cache.columns] if cache.columns else fresh
