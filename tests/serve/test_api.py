@@ -182,6 +182,10 @@ def test_a_malformed_body_is_refused(live, body):
     error(live.http.post(TEXT, content=body, headers={"content-type": "application/json"}))
 
 
+def test_a_body_that_is_not_marked_as_json_says_so(live):
+    assert "Content-Type" in error(live.http.post(TEXT, content=b'{"prompt": "a"}'))["message"]
+
+
 def test_paths_and_methods_that_do_not_exist(live):
     error(live.http.get("/nowhere"), 404)
     error(live.http.get(CHAT), 405)

@@ -101,6 +101,8 @@ def _of_validation(error: RequestValidationError) -> Problem:
         return Problem(
             400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}; expected an object"
         )
+    if isinstance(first.get("input"), bytes):
+        return Problem(400, "the body is not marked as JSON; expected the header Content-Type: application/json")
     value = shortened(repr(first.get("input")), LONGEST_VALUE)
     if first["type"] == "missing":
         return Problem(400, f"field {param!r} is missing; expected it in the body", param)
