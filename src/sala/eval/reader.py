@@ -135,7 +135,7 @@ class LocalReader:
     @torch.inference_mode()
     def _predict(self, windows: list[Window]) -> list[Predictions]:
         """Read windows of one length together; only numbers of asked tokens are kept, never a chunk's logits."""
-        ids_BT = torch.from_numpy(np.stack([window.tokens for window in windows])).to(_device(self.model))
+        ids_BT = torch.from_numpy(np.stack([window.tokens for window in windows])).to(device_of(self.model))
         asked_N = torch.from_numpy(np.unique(np.concatenate([window.asked for window in windows])))
         cache = new_cache(self.model.config, reserve=ids_BT.shape[1])
         log_probs, right = [], []
@@ -170,6 +170,6 @@ def _log_probs(logits_BNX: Tensor, targets_BN: Tensor) -> Tensor:
     return (chosen_BN - logits_BNX.logsumexp(dim=-1)).double().cpu()
 
 
-def _device(model: Any) -> torch.device:
+def device_of(model: Any) -> torch.device:
     """Return the device of the model's parameters; the CPU for one without any."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -22,6 +22,7 @@ from sala.data import (
 )
 from sala.errors import InputError
 from sala.eval.language import text_windows
+from sala.eval.reader import device_of
 from sala.eval.retrieval import NEEDLES
 
 SEED = 92_000
@@ -101,11 +102,6 @@ def predicted(model: Any, tokens_T: Tensor) -> float:
     """Return the share of tokens that `model` predicts from those before them."""
     logits_TX = model(input_ids=tokens_T[None].to(device_of(model)), use_cache=False).logits[0, :-1]
     return (logits_TX.argmax(dim=-1).cpu() == tokens_T[1:]).double().mean().item()
-
-
-def device_of(model: Any) -> torch.device:
-    """Return the device of the model's parameters; the CPU for one without any."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _documents(words: Vocabulary, text: Ints, length: int, questions: int, needles: int) -> list[Reading]:

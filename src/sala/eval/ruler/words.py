@@ -70,10 +70,6 @@ def _made_up(block: int, size: int = 4096) -> tuple[str, ...]:
     return tuple(words)
 
 
-def endless_words(rng: random.Random) -> "Words":
-    return Words(rng)
-
-
 class Words:
     """RULER's words in random order, without repetition; made-up ones follow the last."""
 
