@@ -270,7 +270,8 @@ def test_a_full_queue_is_429_and_what_never_fits_400(serving):
         body = {"prompt": BOOK, "max_tokens": 60, "ignore_eos": True}
 
         def ask(number):
-            found.append(live.http.post(TEXT, json={**body, "prompt": f"{number}{BOOK}"}).status_code)
+            asked = {**body, "prompt": f"{number}{BOOK}", "stream": number % 2 == 1}
+            found.append(live.http.post(TEXT, json=asked).status_code)
 
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(5)]
         for thread in threads:

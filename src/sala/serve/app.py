@@ -13,10 +13,11 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Str
 from prometheus_client import CONTENT_TYPE_LATEST
 
 import sala
+from sala.errors import SalaError
 from sala.serve import problem
 from sala.serve.gate import App, Gate
 from sala.serve.metrics import Metrics
-from sala.serve.problem import Problem, body_of
+from sala.serve.problem import Problem, body_of, of_error
 from sala.serve.schema import ChatCompletion, Completion, Detokenize, Generate, Tokenize
 from sala.serve.service import Service
 
@@ -152,7 +153,8 @@ def _add_documents(app: FastAPI, service: Service) -> None:
                 async with aclosing(reading):
                     async for progress in reading:
                         yield f"data: {json.dumps(progress)}\n\n" if progress else ": keep-alive\n\n"
-            except Problem as problem:
+            except (Problem, SalaError) as failure:
+                problem = of_error(failure) if isinstance(failure, SalaError) else failure
                 error = body_of(problem.status, problem.message, problem.param, problem.code)
                 yield f"data: {json.dumps(error)}\n\n"
 
@@ -206,6 +208,7 @@ async def _answer(service: Service, body: Generate, asking: Any, request: Reques
     request.state.note = {"choices": len(asking), "prompt_tokens": len(asking[0].prompt.ids), "user": body.user}
     if body.stream:
         stream = service.stream(body, asking, choices)
+        await anext(stream)
         return StreamingResponse(stream, media_type="text/event-stream", headers=STREAM_HEADERS)
     reply = await _unless_left(request, service.whole(body, asking, choices))
     return Response(status_code=LEFT) if reply is None else JSONResponse(reply)

@@ -26,6 +26,7 @@ from sala.serve.settings import Settings
 # of a completion whose request does not say; as OpenAI's
 COMPLETION_TOKENS = 16
 DONE = "data: [DONE]\n\n"
+ACCEPTED = ": accepted\n\n"
 
 
 class Service:
@@ -230,7 +231,11 @@ class Service:
         return more
 
     async def stream(self, body: Generate, asking: Sequence[Asking], choices: list[Choice]) -> AsyncIterator[str]:
-        """Yield server-sent events: chunks as text comes, the usage if asked for, and the end mark."""
+        """Yield server-sent events: `ACCEPTED`, chunks as text comes, the usage if asked for, and the end mark.
+
+        Raises:
+            SalaError: in place of the first event, where the engine does not take the request.
+        """
         chat = isinstance(body, ChatCompletion)
         reply = Reply.new("chat.completion" if chat else "text_completion", self.settings.name)
         wants_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -242,6 +247,8 @@ class Service:
 
         try:
             async with self.answers(asking) as answers:
+                # for the caller, who then knows that the engine has taken it: before, an error is an HTTP status
+                yield ACCEPTED
                 said_s = time.monotonic()
                 async for told in answers.events():
                     if time.monotonic() - said_s >= self.settings.keep_alive_s:
