@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -198,12 +199,14 @@ def _named(key: Key) -> dict[str, Any]:
 
 def _facts(key: Key, sample: Sample, tokens: list[int], places: Sequence[int], setting: Setting) -> dict[str, Any]:
     begin = setting.tokenizer.bos_token_id
+    # in a row at the start: some templates begin every turn with the same token
+    started = list(takewhile(lambda token: token == begin, tokens))
     return {
         **_named(key),
         "prompt": prompt_hash(sample),
         "tokens": len(tokens),
         "new_tokens": sample.max_new_tokens if isinstance(sample, Prompt) else 0,
-        "bos": 0 if begin is None else tokens.count(begin),
+        "bos": len(started),
         "places": list(places),
         **sample.facts,
     }
