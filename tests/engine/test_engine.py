@@ -9,7 +9,8 @@ import torch
 
 from sala.engine import Sampling, encode_prompt, generate
 from sala.engine.answer import AnswerOptions
-from sala.engine.engine import Done, Engine, EngineStoppedError, Piece, Progress, Started
+from sala.engine.engine import Engine
+from sala.engine.events import Done, EngineStoppedError, Piece, Progress, Started
 from sala.engine.generate import end_tokens
 from sala.engine.load import load, open_checkpoint
 from sala.engine.runner import Runner

@@ -111,7 +111,7 @@ def _question() -> str | None:
 
 def _answer(running: "Engine", prompt: list[int], options: "AnswerOptions", console: "Console") -> str:
     """Write an answer as it comes and return it; Ctrl-C stops it."""
-    from sala.engine.engine import Done, Event, Piece, Progress, Started
+    from sala.engine.events import Done, Event, Piece, Progress, Started
 
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     name = running.submit(prompt, options, events.put)

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sala.engine import DEFAULT_CHUNK, Sampling, available_bytes, read
 from sala.engine.answer import AnswerOptions
-from sala.engine.engine import Done, Engine, Event, Piece
+from sala.engine.engine import Engine
+from sala.engine.events import Done, Event, Piece
 from sala.engine.generate import end_tokens
 from sala.engine.runner import Runner, page_tokens
 from sala.errors import InputError

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from sala.engine.answer import AnswerOptions
-from sala.engine.engine import Asked, Done, Engine, Event
+from sala.engine.engine import Engine
+from sala.engine.events import Asked, Done, Event
 from sala.serve.problem import Problem
 from sala.serve.prompts import Prompt
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sala.engine.answer import AnswerOptions
-from sala.engine.engine import Done, Engine, Progress
+from sala.engine.engine import Engine
+from sala.engine.events import Done, Progress
 from sala.engine.sampling import Sampling
 from sala.engine.saved import SUFFIX, Reader, load_document, save_document
 from sala.errors import InputError

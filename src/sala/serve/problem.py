@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from sala.engine.engine import EngineStoppedError
+from sala.engine.events import EngineStoppedError
 from sala.engine.scheduler import QueueFullError
 from sala.errors import SalaError, shortened
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sala.engine.answer import TokenLogprob
-from sala.engine.engine import Done, Event, Piece
+from sala.engine.events import Done, Event, Piece
 from sala.serve.parse import AnswerParser, Parts
 from sala.serve.prompts import Prompt, Prompts
 
