@@ -85,7 +85,7 @@ def test_a_special_token_among_the_stop_strings_ends_the_answer(model, tokenizer
     pad = tokenizer.pad_token_id
     words = tokenizer("a b c", add_special_tokens=False)["input_ids"]
     drawn = [words[0], pad, *words[1:]]
-    monkeypatch.setattr(import_module("sala.engine.generate"), "draws", lambda *arguments: (token for token in drawn))
+    monkeypatch.setattr(import_module("sala.engine.generate"), "decode", lambda *arguments: (token for token in drawn))
     result = answer(model, tokenizer, prompt, stop=(tokenizer.pad_token, "something else"))
     assert (result.finish, result.text, result.tokens) == ("stop", "a", tuple(drawn[:2]))
     assert answer(model, tokenizer, prompt, stop=("something else",)).text == "a b c"

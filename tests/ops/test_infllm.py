@@ -545,7 +545,7 @@ def test_any_blocks_are_read_at_every_level(
     expected = masked_attention(*(x[:, :S].double() for x in (q, k, v)), seen, scale=width**-0.5).to(dtype)
     k[:, S:] = v[:, S:] = torch.nan
     with native.at_level(level):
-        actual = attend_blocks(q, k, v, positions, table, first_sparse, block_size, width**-0.5)
+        actual = attend_blocks(q, k, v, positions, table, first_sparse, None, block_size, width**-0.5)
     assert_close(actual, expected)
 
 
@@ -553,7 +553,7 @@ def test_any_blocks_are_read_at_every_level(
 @pytest.mark.parametrize(("T", "start"), [(150, 700), (1, 5000), (3, 5000)])
 def test_the_number_of_threads_changes_no_bit(T: int, start: int) -> None:
     q, k, v = qkv(T, start + T, group=16, dtype=torch.bfloat16)
-    arguments = (run(start, T), tables(T, start, 2, 16, 200), torch.zeros(1, dtype=torch.int64), 16, SCALE)
+    arguments = (run(start, T), tables(T, start, 2, 16, 200), torch.zeros(1, dtype=torch.int64), None, 16, SCALE)
     one = attend_blocks(q, k, v, *arguments)
     torch.set_num_threads(2)
     try:

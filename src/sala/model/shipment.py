@@ -6,6 +6,7 @@ a checkpoint is looked for, it is put together with the teacher's file once, in 
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -70,7 +71,8 @@ def pack(tensors: Iterable[tuple[str, Tensor]], source: Path, base: str, out: Pa
 
 
 def is_shipment(folder: Path) -> bool:
-    return (folder / SHIPMENT).is_file()
+    # not Path.is_file, which raises for a name that no file can have
+    return os.path.isfile(folder / SHIPMENT)
 
 
 def assembled(folder: Path) -> Path:
