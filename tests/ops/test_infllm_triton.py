@@ -434,7 +434,7 @@ class _Nothing:
 def test_torch_can_reason_about_every_operator() -> None:
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in qkv(3, 110, G=1))
     k1, k2 = tiers(k.detach(), SMALL)
-    numbers, positions, first_sparse = select_module.numbers(SMALL), run(107, 3).int().contiguous(), torch.zeros(1)
+    numbers, positions, first_sparse = SMALL.numbers, run(107, 3).int().contiguous(), torch.zeros(1)
     table = torch.arange(7, dtype=torch.int32, device=DEVICE)[None]
     pages = [x.detach().view(1, 7, 16, *x.shape[2:])[0] for x in (F.pad(x, (0, 0, 0, 0, 0, 2)) for x in (k, v))]
     lists = positions, first_sparse.int().to(DEVICE)

@@ -79,7 +79,11 @@ def generate(
         int, typer.Option(min=1, help="Tokens read in one pass; fewer take less memory.", rich_help_panel=MACHINE)
     ] = 2048,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.", rich_help_panel=MACHINE)
+        str,
+        typer.Option(
+            help="float32, bfloat16, float16, auto for the checkpoint's own, or packed: a GGUF file's matrices as stored.",
+            rich_help_panel=MACHINE,
+        ),
     ] = "auto",
     device: Annotated[
         str, typer.Option(help="cpu, cuda, ..., or auto for a GPU where there is one.", rich_help_panel=MACHINE)

@@ -178,7 +178,8 @@ def _store() -> Store:
     try:
         return Store()
     except DiskError as error:
-        raise BuildError(str(error)) from error
+        # of every level alike
+        raise CannotBuildError(str(error)) from error
 
 
 _loaded: dict[str, _Library] = {}
