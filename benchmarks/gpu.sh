@@ -64,7 +64,7 @@ if [ -n "$DRY" ]; then
     steps=(120 bench ops --phase step "${small[@]}")
     eager=(120 bench ops --op lightning --phase prefill "${small[@]}" --limit 5)
     million=(120 bench ops --op infllm --phase selection "${small[@]}")
-    latency_512k=(120 bench latency --shape sala-10m --length 64 --dtype float32 --repeats 1 --new-tokens 1 --only twin)
+    latency_512k=(120 bench latency --shape sala-10m --length 64 --dtype float32 --repeats 1 --new-tokens 1 --only baseline)
 fi
 # the last ones only where time is left
 PARTS=${PARTS:-tests latency lightning infllm train steps eager million latency_512k}

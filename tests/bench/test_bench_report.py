@@ -33,15 +33,15 @@ def latency_file(**changes: Any) -> dict[str, Any]:
         "kind": "latency",
         "environment": ENVIRONMENT,
         "shape": "a shape",
-        "models": {"hybrid": {"name": "the hybrid"}, "twin": {"name": "the twin"}},
+        "models": {"hybrid": {"name": "the hybrid"}, "baseline": {"name": "the baseline"}},
         "settings": SETTINGS,
         "points": [
             point("hybrid", 1024, 2.0),
-            point("twin", 1024, 3.0),
+            point("baseline", 1024, 3.0),
             point("hybrid", 2048, 4.0),
-            {"who": "twin", "model": "the twin", "length": 2048, "status": "skipped", "expected_s": 77.0},
+            {"who": "baseline", "model": "the baseline", "length": 2048, "status": "skipped", "expected_s": 77.0},
             point("hybrid", 4096, 8.0),
-            {"who": "twin", "model": "the twin", "length": 4096, "status": "OOM"},
+            {"who": "baseline", "model": "the baseline", "length": 4096, "status": "OOM"},
         ],
         **changes,
     }
@@ -84,7 +84,7 @@ def test_a_file_of_each_kind_becomes_plots_and_a_table(tmp_path: Path) -> None:
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     assert "| kernels | infllm prefill, cpu | 1K | 1 s | sdpa 20 s | 20.00 |" in table
     assert "| kernels | infllm prefill, cpu | 1K | 1 s | eager 4 s | 4.00 |" in table
-    assert "| pair | the hybrid, first token | 1K | 2 s | the twin 3 s | 1.50 |" in table
+    assert "| pair | the hybrid, first token | 1K | 2 s | the baseline 3 s | 1.50 |" in table
 
 
 def test_selection_alone_has_no_curve_to_draw(tmp_path: Path) -> None:
@@ -97,12 +97,12 @@ def test_selection_alone_has_no_curve_to_draw(tmp_path: Path) -> None:
 def test_what_was_not_measured_is_no_point_of_a_curve_and_no_ratio() -> None:
     axes = drawn("first-token", latency_file())
     curves = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
-    assert curves == {"the hybrid": [1024, 2048, 4096], "the twin": [1024]}
+    assert curves == {"the hybrid": [1024, 2048, 4096], "the baseline": [1024]}
     texts = [text.get_text() for text in axes.texts]
     assert "OOM" in texts and "not run\n~77 s" in texts and "1.5x" in texts
     rows = markdown({"pair": latency_file()}).splitlines()
     assert [row for row in rows if "OOM" in row] == [
-        f"| pair | the hybrid, {what} | 4K | {value} | the twin OOM |  |"
+        f"| pair | the hybrid, {what} | 4K | {value} | the baseline OOM |  |"
         for what, value in (("first token", "8 s"), ("prompt and 1,024 tokens", "520 s"), ("a token decoded", "500 ms"))
     ]
     assert sum("not run (first token in about 77 s) |  |" in row for row in rows) == 3

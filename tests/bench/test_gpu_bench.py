@@ -21,14 +21,14 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from bench.pretended_gpu import CPU, CUDA, NAME, OnTheCpu, pretend
 from sala.bench import LatencyPlan, OpsPlan, ceilings, device, ops, pair, parity, peak_memory, run_latency, run_ops
+from sala.bench import baseline as baseline_module
 from sala.bench import shapes as shapes_module
-from sala.bench import twin as twin_module
 from sala.bench.cases import CASES
 from sala.bench.device import CudaTimer
 from sala.bench.length import parse_length
 from sala.bench.memory import MemoryCurve
 from sala.bench.ops import _chosen
-from sala.bench.shapes import AttentionShape, ModelShape, twin_config
+from sala.bench.shapes import AttentionShape, ModelShape, baseline_config
 from sala.cli.bench import bench as bench_app
 from sala.errors import InputError
 from sala.model.interface import named
@@ -163,8 +163,8 @@ def test_models_are_measured_on_a_gpu(told: list[str], monkeypatch: pytest.Monke
     for module in (shapes_module, pair):
         monkeypatch.setattr(module, "HYBRIDS", HYBRIDS)
     monkeypatch.setattr(pair, "why_not_capturable", lambda model: "no graph here")
-    monkeypatch.setattr(twin_module, "PROBE_TOKENS", 64)
-    # at once the twin's prompt would not fit at the second length
+    monkeypatch.setattr(baseline_module, "PROBE_TOKENS", 64)
+    # at once the baseline's prompt would not fit at the second length
     right = pair.Contestant.need
 
     def need(self: Any, length: int, dtype: torch.dtype) -> Any:
@@ -177,40 +177,40 @@ def test_models_are_measured_on_a_gpu(told: list[str], monkeypatch: pytest.Monke
     results = run_latency(plan)
     points = {(point["who"], point["length"]): point for point in results["points"]}
     assert all(point["status"] == "measured" for point in points.values())
-    assert [points["twin", length]["chunk"] for length in (100, 130)] == [None, 64]
-    assert results["models"]["twin"]["kernel"] in ("flash", "cudnn", "efficient")
+    assert [points["baseline", length]["chunk"] for length in (100, 130)] == [None, 64]
+    assert results["models"]["baseline"]["kernel"] in ("flash", "cudnn", "efficient")
     assert results["models"]["hybrid"]["decoding"] == "no graph here"
-    for who in ("hybrid", "twin"):
+    for who in ("hybrid", "baseline"):
         point = points[who, 130]
         assert point["first_token_times_floor"] == pytest.approx(point["first_token_s"] / point["first_token_floor_s"])
 
 
-def test_a_prompt_in_chunks_is_the_same_through_the_twins_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_in_chunks_is_the_same_through_the_baselines_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes_module, "HYBRIDS", HYBRIDS)
-    config = twin_config("tiny")
+    config = baseline_config("tiny")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     ids = torch.randint(96, (1, 70))
     with torch.inference_mode():
         expected = model(ids).logits
-        model.set_attn_implementation(twin_module.LOWER_RIGHT)
+        model.set_attn_implementation(baseline_module.LOWER_RIGHT)
         cache = DynamicCache(config=config)
         parts = [model(part, **named(cache), use_cache=True).logits for part in ids.split((33, 36, 1), dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-5)
 
 
-def test_cudnn_takes_the_twins_prompts_and_not_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudnn_takes_the_baselines_prompts_and_not_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     took: list[bool] = []
 
     def noted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
         took.append(torch.backends.cuda.cudnn_sdp_enabled())
         return q
 
-    monkeypatch.setattr(twin_module, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(baseline_module, "scaled_dot_product_attention", noted)
     k = torch.zeros(1, 2, 9, 8)
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
         for tokens in (9, 1, 9):
-            twin_module.attend(None, torch.zeros(1, 4, tokens, 8), k, k, None, 1.0)
+            baseline_module.attend(None, torch.zeros(1, 4, tokens, 8), k, k, None, 1.0)
     assert took == [True, False, True]
 
 

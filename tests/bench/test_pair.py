@@ -1,4 +1,4 @@
-"""A hybrid and its twin take turns; what does not fit or takes too long is said, and never looks measured."""
+"""A hybrid and its baseline take turns; what does not fit or takes too long is said, and never looks measured."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from sala.bench import LatencyPlan, pair, run_latency, shapes
 from sala.bench.ceilings import Ceilings
 from sala.bench.pair import our_config, prefill_flops, times_faster
-from sala.bench.shapes import ModelShape, hybrid_config, twin_config
+from sala.bench.shapes import ModelShape, baseline_config, hybrid_config
 from sala.errors import InputError
 from sala.model.report import num_parameters
 
@@ -33,7 +33,7 @@ def test_both_are_measured_in_turns_at_every_length() -> None:
     results = run_latency(PLAN, said.append, lambda results: kept.append(len(results["points"])), lambda: PLENTY)
     points = results["points"]
     assert [(p["length"], p["who"], p["status"]) for p in points] == [
-        (length, who, "measured") for length in (100, 200) for who in ("hybrid", "twin")
+        (length, who, "measured") for length in (100, 200) for who in ("hybrid", "baseline")
     ]
     turns = [line for line in said if line.endswith(", 100")]
     assert turns == ["tiny, 100", "tiny-full-attention, 100"] * 2
@@ -44,7 +44,7 @@ def test_both_are_measured_in_turns_at_every_length() -> None:
         # forecast and cache agree
         assert point["cache_bytes"] == point["predicted"]["cache"]
     assert {length for length, _, _ in times_faster(points)} == {100, 200}
-    assert results["twin_reading"]["chosen"] in ("chunks", "at once")
+    assert results["baseline_reading"]["chosen"] in ("chunks", "at once")
 
 
 def test_the_curve_has_a_sample_a_chunk() -> None:
@@ -58,7 +58,7 @@ def test_the_curve_has_a_sample_a_chunk() -> None:
 
 
 def test_what_would_not_fit_is_marked_before_it_is_tried() -> None:
-    weights = sum(num_parameters(c) for c in (hybrid_config("tiny"), our_config(twin_config("tiny")))) * 4
+    weights = sum(num_parameters(c) for c in (hybrid_config("tiny"), our_config(baseline_config("tiny")))) * 4
     first, second = run_latency(replace(PLAN, lengths=(200,)), available=lambda: weights + 2**20)["points"]
     for point in (first, second):
         assert point["status"] == "OOM" and point["reason"].startswith("predicted")
@@ -127,7 +127,7 @@ def test_operations_of_a_prompt_grow_with_the_square_only_with_full_attention() 
         contestant = pair.Contestant("", "", None, config, num_parameters(config), 64, lambda n: None, lambda c: 0)
         return prefill_flops(contestant, 2**20) / prefill_flops(contestant, 2**19)
 
-    assert growth(our_config(twin_config("tiny"))) == pytest.approx(4, rel=0.05)
+    assert growth(our_config(baseline_config("tiny"))) == pytest.approx(4, rel=0.05)
     # selection still looks at every compressed key
     assert growth(hybrid_config("tiny")) < 3.5
 

