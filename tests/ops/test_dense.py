@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import levels
 from sala.errors import BackendError, InputError
 from sala.ops import native
 from sala.ops.dense import dense_attention, eager
@@ -24,7 +25,7 @@ BACKENDS_HERE = [name for name in BACKENDS["dense"] if unavailable("dense", name
 every_backend = pytest.mark.parametrize("backend", BACKENDS_HERE)
 every_other_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS_HERE if name != "reference"])
 needs_library = pytest.mark.skipif("cpu" not in BACKENDS_HERE, reason="the C++ library cannot be used here")
-every_level = pytest.mark.parametrize("level", native.levels_here() if "cpu" in BACKENDS_HERE else [])
+every_level = pytest.mark.parametrize("level", levels.TESTED if "cpu" in BACKENDS_HERE else [])
 
 
 def qkv(T: int, S: int, G: int = 2, group: int = 2, B: int = 2, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import levels
 from devices import on_device_of, row
 from sala.errors import BackendError, ConfigError, InputError
 from sala.ops import native
@@ -32,7 +33,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS_HERE)
 every_backend_and_triton = pytest.mark.parametrize("backend", [*BACKENDS_HERE, row("triton")])
 every_other_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS_HERE if name != "reference"])
 every_backend_with_gradients = pytest.mark.parametrize("backend", ["eager", "reference"])
-every_level = pytest.mark.parametrize("level", native.levels_here() if "cpu" in BACKENDS_HERE else [])
+every_level = pytest.mark.parametrize("level", levels.TESTED if "cpu" in BACKENDS_HERE else [])
 every_normalizer = pytest.mark.parametrize("normalizer", ["coarse", "exact"])
 
 

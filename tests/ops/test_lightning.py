@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import levels
 from devices import GPU, memory_for, needs_triton, on_device_of, row
 from sala.errors import BackendError, InputError
 from sala.ops import gpu, lightning
 from sala.ops.dispatch import BACKENDS
 from sala.ops.lightning import log_decay
-from sala.ops.native import at_level, levels_here
+from sala.ops.native import at_level
 from tolerances import assert_close
 
 B, H, K, V = 2, 3, 8, 5
@@ -33,7 +34,7 @@ every_differentiable_backend = pytest.mark.parametrize("backend", [row(name) for
 every_other_backend_and_dtype = pytest.mark.parametrize(
     ("backend", "dtype"), [row(name, dtype) for name in OTHERS for dtype in DTYPES_OF.get(name, DTYPES)]
 )
-every_level = pytest.mark.parametrize("level", levels_here())
+every_level = pytest.mark.parametrize("level", levels.TESTED)
 
 
 def qkv(T: int, rows: int = B, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

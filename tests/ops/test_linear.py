@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import levels
 from sala.errors import BackendError, InputError
 from sala.ops import native
 from sala.ops.dispatch import BACKENDS, choose, unavailable
@@ -13,7 +14,7 @@ from tolerances import assert_close
 
 every_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS["linear"] if name != "reference"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-every_level = pytest.mark.parametrize("level", native.levels_here())
+every_level = pytest.mark.parametrize("level", levels.TESTED)
 with_cpu = pytest.mark.skipif(unavailable("linear", "cpu") is not None, reason="no C++ here")
 
 # odd sizes, whole steps of every vector width, and more rows of the weight than one task has

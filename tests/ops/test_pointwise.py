@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+import levels
 from devices import GPU, on_device_of, row
 from sala.errors import BackendError, InputError
 from sala.ops import gpu, native, pointwise
@@ -31,7 +32,7 @@ every_dtype_of_triton = pytest.mark.parametrize(
 every_fast_backend = pytest.mark.parametrize(
     "backend", [row(name) for name in ("cpu", "triton") if unavailable("pointwise", name) is None]
 )
-every_level = pytest.mark.parametrize("level", native.levels_here())
+every_level = pytest.mark.parametrize("level", levels.TESTED)
 with_cpu = pytest.mark.skipif(unavailable("pointwise", "cpu") is not None, reason="no C++ here")
 
 # large enough that a result without it is another

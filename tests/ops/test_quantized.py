@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import levels
 from sala.errors import BackendError, InputError
 from sala.ops import native
 from sala.ops.dispatch import BACKENDS, unavailable
@@ -19,7 +20,7 @@ from sala.ops.quantized import (
 from tolerances import assert_close
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-every_level = pytest.mark.parametrize("level", native.levels_here())
+every_level = pytest.mark.parametrize("level", levels.TESTED)
 with_cpu = pytest.mark.skipif(unavailable("quantized", "cpu") is not None, reason="no C++ here")
 
 # (bits, group, N, K): odd sizes, a last group that is not whole, rows as one group of one and of several blocks

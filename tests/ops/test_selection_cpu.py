@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import levels
 from sala.ops import native
 from sala.ops.infllm import SparseGeometry, compress, eager, num_windows, reference
 from tolerances import assert_close
@@ -28,7 +29,7 @@ def run(start: int, T: int, B: int = 1) -> Tensor:
     return torch.arange(start, start + T).expand(B, T)
 
 
-@pytest.fixture(params=native.levels_here())
+@pytest.fixture(params=levels.TESTED)
 def level(request, cpp: ModuleType) -> Iterator[str]:
     with native.at_level(request.param):
         yield request.param
