@@ -204,8 +204,11 @@ def infllm_attention(
     is_dense = is_dense and not static
     # on a GPU torch's own kernels are those of full attention, and read no pages
     dense_backend = "eager" if backend == "triton" else backend
-    dense = choose("dense", dense_backend, (q_BTHK, k_BSGK, v_BSGV))
-    if backend != "reference" and is_dense and (page_table_BP is None or takes("dense", dense, "pages")):
+    if (
+        is_dense
+        and backend != "reference"
+        and (page_table_BP is None or takes("dense", choose("dense", dense_backend, (q_BTHK, k_BSGK, v_BSGV)), "pages"))
+    ):
         return dense_attention(
             q_BTHK,
             k_BSGK,

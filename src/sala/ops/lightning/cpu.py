@@ -137,10 +137,11 @@ def _step(
     B, _, H, K = q.shape
     if mask is not None:
         mask = mask.contiguous()
-    strides = [(x.data_ptr(), x.stride(0), x.stride(2)) for x in (q, k, v)]
+    (q_row, _, q_head, _), (k_row, _, k_head, _), (v_row, _, v_head, _) = q.stride(), k.stride(), v.stride()
     # fmt: off
     _STEP(
-        q.dtype == torch.bfloat16, *strides[0], *strides[1], *strides[2], out.data_ptr(), log_decay.data_ptr(),
+        q.dtype == torch.bfloat16, q.data_ptr(), q_row, q_head, k.data_ptr(), k_row, k_head, v.data_ptr(), v_row, v_head,
+        out.data_ptr(), log_decay.data_ptr(),
         None if state is None else state.data_ptr(), following.data_ptr(),
         None if mask is None else mask.data_ptr(), None if slots is None else slots.data_ptr(),
         B, H, K, v.shape[-1], scale, torch.get_num_threads(),
