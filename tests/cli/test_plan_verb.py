@@ -10,7 +10,7 @@ from sala.model.families import load_model
 
 
 def test_a_plan_shows_bf16_and_int4_side_by_side(sala):
-    outcome = sala("plan", "--model", "minicpm-sala-9b", "--memory", "16GiB", "--length", "1M")
+    outcome = sala("plan", "--model", "minicpm-sala-9b", "--memory", "16GiB", "--length", "512K")
     assert outcome.code == 0
     for fact in ("bf16", "int4", "process", "weights", "cache", "working", "total", "longest that fits"):
         assert fact in outcome.out
