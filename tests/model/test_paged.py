@@ -100,14 +100,14 @@ def test_a_prefix_is_shared_by_its_pages_and_a_saved_state(kind: str, shared_pag
     first = requests.open(6)
     requests.read({first: text[:shared]})
     saved = requests.free_slots.pop()
-    requests.cache.copy_slot(requests.rows[first].slots[0], saved)
+    requests.cache.fill_slot(saved, requests.cache.slot(requests.rows[first].slots[0]))
     pages = requests.rows[first].pages[:shared_pages]
     # the first goes on, in pages of its own
     requests.read({first: text[shared:]})
     followers = []
     for _ in range(3):
         spare = requests.free_slots.pop()
-        requests.cache.copy_slot(saved, spare)
+        requests.cache.fill_slot(spare, requests.cache.slot(saved))
         followers.append(requests.open(3, pages, shared, spare))
     suffixes = [tokens(1, 60, seed=100 + n)[0] for n in range(3)]
     outs = requests.read(dict(zip(followers, suffixes, strict=True)))

@@ -7,6 +7,7 @@ from sala.errors import BackendError
 from sala.model import MiniCPMSALAForCausalLM, SalaCache
 from sala.model.cache import AttentionCache, LayerCache, LightningCache, SparseCache
 from sala.model.growing import GrowingTensor
+from sala.model.kinds import LIGHTNING
 from sala.model.rows import Recorded, Rows
 from sala.ops import native
 from sala.ops.infllm import num_windows
@@ -22,7 +23,7 @@ def why_not_recordable(model: MiniCPMSALAForCausalLM) -> str | None:
         return f"the kernels in C++ are not used ({why_not})"
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"the model is {model.dtype}; the kernels in C++ take float32 and bfloat16"
-    if model.config.attn_logits_scaling is not None and set(model.config.mixer_types) != "lightning-attn":
+    if model.config.attn_logits_scaling is not None and set(model.config.mixer_types) != {LIGHTNING}:
         return "attn_logits_scaling is computed by torch at every token"
     hooked = next(
         (name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks), None

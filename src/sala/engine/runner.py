@@ -15,8 +15,8 @@ from sala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM, PagedRow, new_
 from sala.model.kinds import runs
 from sala.model.report import cache_bytes, cache_bytes_per_token
 
-# pages have at least so many tokens
-PAGE_TOKENS = 64
+# pages have at least so many tokens: short, so that short prompts share them; from 256 on results would be those of one piece bit for bit
+MIN_PAGE_TOKENS = 64
 # a sequence has two slots: what it reads from, and what it writes to
 SLOTS = 2
 
@@ -71,9 +71,9 @@ class States:
 def page_tokens(config: MiniCPMSALAConfig) -> int:
     """Return the tokens of a page: whole blocks and whole windows of a sparse layer."""
     if not runs(config.mixer_types, "infllm"):
-        return PAGE_TOKENS
+        return MIN_PAGE_TOKENS
     geometry = config.sparse_geometry
-    return math.lcm(PAGE_TOKENS, geometry.block_size, geometry.coarse_stride)
+    return math.lcm(MIN_PAGE_TOKENS, geometry.block_size, geometry.coarse_stride)
 
 
 class Runner:

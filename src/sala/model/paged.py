@@ -1,7 +1,7 @@
 """Memory of many requests at once: pages for keys, values and windows, slots for states; who owns which is said from outside.
 
 A row of a call names its pages and its slot. Rows of any lengths run together, a full page may belong to many rows, and a
-state is saved by copying its slot.
+state is saved by keeping or copying its slot.
 """
 
 import math
@@ -221,13 +221,6 @@ class PagedCache:
         for index, layer in enumerate(self.layers):
             for tensor in layer.paged() if isinstance(layer, AttentionPool) else ():
                 yield index, tensor
-
-    @torch.no_grad()
-    def copy_slot(self, source: int, target: int) -> None:
-        """Save a state: slot `target` becomes slot `source` in every layer."""
-        for layer in self.layers:
-            if isinstance(layer, StatePool) and layer.buffer is not None:
-                layer.buffer[target] = layer.buffer[source]
 
     @torch.no_grad()
     def fill_slot(self, slot: int, states: Sequence[Tensor | None]) -> None:
